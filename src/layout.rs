@@ -1,0 +1,108 @@
+//! Where everything lives: the only module that joins paths below the product's root and run directories.
+//!
+//! ```text
+//! <root>/                         0700, default /var/lib/soci-snapshotter-grpc
+//!   content/                      OCI layout: SOCI indexes and zTOCs as fetched
+//!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
+//!   snapshotter/metadata.redb     snapshot records
+//!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
+//!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json, implied
+//!   holder.sock                   the holder of the FUSE descriptor
+//!   custodian.sock                the custodian, where systemd does not provide it
+//! ```
+#![forbid(unsafe_code)]
+
+use crate::oci::Digest;
+use std::path::{Path, PathBuf};
+
+/// Default of `--root`.
+pub const DEFAULT_ROOT: &str = "/var/lib/soci-snapshotter-grpc/";
+/// Default of `--config`.
+pub const DEFAULT_CONFIG: &str = "/etc/soci-snapshotter-grpc/config.toml";
+/// Default of `--address`.
+pub const DEFAULT_ADDRESS: &str = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock";
+
+/// A snapshot's number: decimal in paths, never reused, below 2^32 so that it fits the upper half of an inode number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId(pub u32);
+
+impl std::fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The product's directories below one root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    /// The layout below `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Layout {
+        Layout { root: root.into() }
+    }
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    /// The OCI layout that holds SOCI indexes and zTOCs.
+    pub fn content(&self) -> PathBuf {
+        self.root.join("content")
+    }
+    /// A blob of the OCI layout.
+    pub fn content_blob(&self, digest: &Digest) -> PathBuf {
+        self.content().join("blobs/sha256").join(digest.hex())
+    }
+    /// Parent of all layer directories.
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers/sha256")
+    }
+    /// Directory of one lazily loaded layer.
+    pub fn layer(&self, layer: &Digest) -> PathBuf {
+        self.layers().join(layer.hex())
+    }
+    pub fn snapshotter(&self) -> PathBuf {
+        self.root.join("snapshotter")
+    }
+    pub fn snapshot_db(&self) -> PathBuf {
+        self.snapshotter().join("metadata.redb")
+    }
+    /// Mount point of the one FUSE mount.
+    pub fn lazy(&self) -> PathBuf {
+        self.snapshotter().join("lazy")
+    }
+    /// Parent of all snapshot directories.
+    pub fn snapshots(&self) -> PathBuf {
+        self.snapshotter().join("snapshots")
+    }
+    pub fn snapshot(&self, id: SnapshotId) -> PathBuf {
+        self.snapshots().join(id.to_string())
+    }
+    /// Content of a snapshot: a directory, or for a lazy layer a symlink to [`Layout::lazy_link`].
+    pub fn snapshot_fs(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot(id).join("fs")
+    }
+    /// Overlay work directory of an active snapshot.
+    pub fn snapshot_work(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot(id).join("work")
+    }
+    /// What is needed to serve a lazy layer again after a restart: layer, zTOC, image.
+    pub fn snapshot_lazy_record(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot(id).join("lazy.json")
+    }
+    /// Attributes of directories that the layer implies but does not list.
+    pub fn snapshot_implied(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot(id).join("implied")
+    }
+    /// Target of the `fs` symlink of a lazy layer, relative to the snapshot's directory.
+    pub fn lazy_link(id: SnapshotId) -> PathBuf {
+        Path::new("../../lazy").join(id.to_string())
+    }
+    pub fn holder_socket(&self) -> PathBuf {
+        self.root.join("holder.sock")
+    }
+    pub fn custodian_socket(&self) -> PathBuf {
+        self.root.join("custodian.sock")
+    }
+}

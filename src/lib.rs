@@ -1,0 +1,3 @@
+//! soci-snapshotter: starts containers before their images have arrived.
+pub mod layout;
+pub mod oci;
