@@ -201,12 +201,18 @@ impl Inner {
         };
         let request = Request { tag, operation };
         if let Err(error) = seqpacket::send(link.socket.as_fd(), &request.encode(), seqpacket::Send::OrFail) {
-            if let Some(waiting) = lock(&link.waiting).as_mut() {
-                waiting.remove(&tag);
-            }
             return match error.kind() {
-                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Err(Lost),
-                _ => Ok(Err(error)),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                    // The receiving thread may not have noticed yet; the next attempt must not find this link alive.
+                    link.end();
+                    Err(Lost)
+                }
+                _ => {
+                    if let Some(waiting) = lock(&link.waiting).as_mut() {
+                        waiting.remove(&tag);
+                    }
+                    Ok(Err(error))
+                }
             };
         }
         answer.await.map(Reply::into_result).map_err(|_| Lost)
@@ -258,7 +264,11 @@ impl Link {
                 let _ = waiter.reply.send(reply);
             }
         }
-        // Dropping the waiters tells each of them that no reply will come.
+        self.end();
+    }
+
+    /// Dropping the waiters tells each of them that no reply will come.
+    fn end(&self) {
         *lock(&self.waiting) = None;
     }
 }

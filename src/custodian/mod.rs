@@ -107,8 +107,10 @@ fn confine(layout: &Layout) -> io::Result<()> {
         tracing::debug!(%error, "keeping the network namespace we were started in");
     }
     std::env::set_current_dir("/")?;
+    // Proved now, as landlock is about to hide /proc.
+    let alone = sys::process::SingleThread::prove()?;
     sys::capabilities::keep_only(&CAPABILITIES)?;
-    sys::landlock::confine_to(&layout.snapshots())?;
-    sys::seccomp::confine(sys::seccomp::Role::Custodian)?;
+    sys::landlock::confine_to(&layout.snapshots(), &alone)?;
+    sys::seccomp::confine(sys::seccomp::Role::Custodian, &alone)?;
     Ok(())
 }

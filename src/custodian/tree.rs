@@ -8,11 +8,12 @@
 //! * **Measuring** keeps one descriptor open, and per level the directory's identity and the place in its listing. It climbs by `..` and believes the
 //!   result only if it is the directory it came from; a tree that was rearranged meanwhile is measured again.
 //!
-//! Something mounted inside a snapshot is never entered, not even to look: removing leaves it there, removes the rest and reports EBUSY.
+//! A snapshot in which something is mounted is not removed (EBUSY). One that is mounted while we are at work, or in a way the mount table does not
+//! show, is still never entered: it stays, the rest goes, EBUSY again.
 #![forbid(unsafe_code)]
 
 use super::protocol::Usage;
-use crate::layout::SnapshotId;
+use crate::{layout::SnapshotId, sys::mountinfo::Mounts};
 use rustix::{
     fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     fs::{AtFlags, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Uid},
@@ -23,7 +24,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     mem::MaybeUninit,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Room for directory entries: an entry is at most 280 bytes, and 32 KiB is what libc's readdir uses.
@@ -40,6 +41,9 @@ type Result<T> = std::result::Result<T, Errno>;
 pub(super) struct Snapshots {
     directory: OwnedFd,
     opener: Opener,
+    /// What the mount table calls the directory. Only compared, never opened.
+    path: PathBuf,
+    mounts: Mounts,
 }
 
 /// How to open a child without being led elsewhere.
@@ -61,11 +65,19 @@ impl Snapshots {
             Err(Errno::NOSYS | Errno::PERM) => Opener::Compare { mount: mount_id(directory.as_fd())? },
             Err(error) => return Err(error.into()),
         };
-        Ok(Snapshots { directory, opener })
+        Ok(Snapshots { directory, opener, path: path.canonicalize()?, mounts: Mounts::open()? })
     }
 
     /// Removes the directory of a snapshot.
     pub(super) fn remove(&self, id: SnapshotId) -> Result<()> {
+        match self.mounts.any_below(&self.path.join(id.to_string())) {
+            Ok(false) => self.take_apart(id),
+            Ok(true) => Err(Errno::BUSY),
+            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+        }
+    }
+
+    fn take_apart(&self, id: SnapshotId) -> Result<()> {
         let name = decimal(id);
         let top = match self.opener.open(self.directory.as_fd(), &name) {
             Ok(top) => top,

@@ -101,8 +101,8 @@ fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
         let _ = rustix::process::setsid();
     }
     std::fs::DirBuilder::new().recursive(true).mode(0o711).create(layout.snapshotter())?;
-    let Some(lock) = try_lock(layout)? else {
-        return stand_aside(layout);
+    let Some(lock) = lock_unless_held(layout)? else {
+        return Ok(());
     };
     let holding = match mount_state(&layout.lazy())? {
         MountState::Served => {
@@ -121,7 +121,7 @@ fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         eprintln!("soci-mount: telling systemd that we are ready: {error}");
     }
-    sys::seccomp::confine(sys::seccomp::Role::Holder)?;
+    sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
     let ended = Server::new(listener, holding).serve();
     drop(lock);
     ended
@@ -138,10 +138,13 @@ fn try_lock(layout: &Layout) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Another process has the lock. If it answers, there is nothing left for us to do.
-fn stand_aside(layout: &Layout) -> io::Result<()> {
+/// The lock, or `None` if the process that has it answers: then there is nothing left for us to do. One that is about to end is waited for.
+fn lock_unless_held(layout: &Layout) -> io::Result<Option<OwnedFd>> {
     let deadline = Instant::now() + INIT_PATIENCE;
     loop {
+        if let Some(lock) = try_lock(layout)? {
+            return Ok(Some(lock));
+        }
         match client::ask_status(layout) {
             Ok(status) => {
                 let what = match status {
@@ -149,9 +152,9 @@ fn stand_aside(layout: &Layout) -> io::Result<()> {
                     Status::Empty => "waits for the descriptor of",
                 };
                 eprintln!("soci-mount: another soci-mount {what} {}; nothing to do", layout.lazy().display());
-                return Ok(());
+                return Ok(None);
             }
-            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(50)),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
             Err(error) => {
                 return Err(io::Error::other(format!(
                     "another soci-mount has locked {} but does not answer: {error}",

@@ -18,7 +18,7 @@ pub fn drop_all() -> io::Result<()> {
 
 /// Drops every capability but `kept`, which the process must have.
 pub fn keep_only(kept: &[Capability]) -> io::Result<()> {
-    super::process::require_single_thread()?;
+    super::process::SingleThread::prove()?;
     let mask = kept.iter().fold(0u64, |mask, capability| mask | capability.bitmask());
     let before = Rows::read()?;
     if before.permitted & mask != mask {

@@ -1,7 +1,7 @@
 //! Landlock: after this, paths outside one directory do not exist for the process, whatever a bug makes it ask for.
 #![forbid(unsafe_code)]
 
-use super::Confinement;
+use super::{Confinement, process::SingleThread};
 use ::landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
 };
@@ -11,7 +11,7 @@ use std::{io, path::Path};
 ///
 /// Kernels whose landlock is older than the second version (5.13 to 5.18) refuse *every* rename between directories, which removing a deep tree
 /// needs; there it is left out like on kernels that have none.
-pub fn confine_to(directory: &Path) -> io::Result<Confinement> {
+pub fn confine_to(directory: &Path, _: &SingleThread) -> io::Result<Confinement> {
     let handled = AccessFs::from_all(ABI::V2);
     let needed = AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile | AccessFs::MakeDir | AccessFs::Refer;
     let ruleset = match Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(handled) {

@@ -6,8 +6,9 @@
 use super::context;
 use std::{
     ffi::OsString,
+    fs::File,
     io,
-    os::unix::ffi::OsStringExt,
+    os::unix::{ffi::OsStringExt, fs::FileExt},
     path::{Path, PathBuf},
 };
 
@@ -20,10 +21,41 @@ pub struct Mount {
     pub fstype: String,
 }
 
+/// The table, held open: it can be read again when `/proc` is out of reach.
+#[derive(Debug)]
+pub struct Mounts(File);
+
+impl Mounts {
+    pub fn open() -> io::Result<Mounts> {
+        File::open("/proc/self/mountinfo").map(Mounts).map_err(|e| context("opening /proc/self/mountinfo", e))
+    }
+
+    fn read(&self) -> io::Result<Vec<Mount>> {
+        let mut text = Vec::new();
+        let mut chunk = [0; 16 * 1024];
+        // By position, as several threads may be reading.
+        loop {
+            match self.0.read_at(&mut chunk, text.len() as u64)? {
+                0 => return Ok(text.split(|b| *b == b'\n').filter_map(parse).collect()),
+                length => text.extend_from_slice(&chunk[..length]),
+            }
+        }
+    }
+
+    /// The mount on `point`, the topmost if several are stacked there.
+    pub fn at(&self, point: &Path) -> io::Result<Option<Mount>> {
+        Ok(self.read()?.into_iter().rfind(|mount| mount.point == point))
+    }
+
+    /// Whether anything is mounted on `directory` or somewhere below it.
+    pub fn any_below(&self, directory: &Path) -> io::Result<bool> {
+        Ok(self.read()?.iter().any(|mount| mount.point.starts_with(directory)))
+    }
+}
+
 /// The mount on `point`, the topmost if several are stacked there.
 pub fn mount_at(point: &Path) -> io::Result<Option<Mount>> {
-    let text = std::fs::read("/proc/self/mountinfo").map_err(|e| context("reading /proc/self/mountinfo", e))?;
-    Ok(text.split(|b| *b == b'\n').filter_map(parse).filter(|mount| mount.point == point).next_back())
+    Mounts::open()?.at(point)
 }
 
 /// One line: `id parent major:minor root point options [optional…] - fstype source options`.
@@ -78,5 +110,8 @@ mod tests {
         assert!(mount_at(Path::new("/")).expect("readable").is_some());
         let dir = tempfile::tempdir().expect("temp");
         assert_eq!(mount_at(dir.path()).expect("readable"), None);
+        let mounts = Mounts::open().expect("open");
+        assert!(mounts.any_below(Path::new("/")).expect("readable"));
+        assert!(!mounts.any_below(dir.path()).expect("and again"));
     }
 }

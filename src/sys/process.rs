@@ -4,6 +4,7 @@ use super::context;
 use std::{
     ffi::OsString,
     io,
+    marker::PhantomData,
     os::fd::{FromRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -13,12 +14,21 @@ pub const LIBEXEC: &str = "/usr/libexec/soci-snapshotter";
 /// Names a directory that is searched for helpers before any other. For tests and for trying a build without installing it.
 pub const LIBEXEC_ENV: &str = "SOCI_LIBEXEC";
 
-/// An error unless the calling thread is the only one of its process.
-pub fn require_single_thread() -> io::Result<()> {
-    let threads = std::fs::read_dir("/proc/self/task").map_err(|e| context("counting threads in /proc/self/task", e))?.count();
-    match threads {
-        1 => Ok(()),
-        n => Err(io::Error::other(format!("privileges can only be dropped before threads are started; there are {n} threads"))),
+/// Proof that the thread that has it was the only one of its process, and may confine itself without leaving another one behind.
+///
+/// It cannot go to another thread. It is meant for the first lines of a `main`: whoever starts threads and keeps the proof is lying.
+#[derive(Debug)]
+pub struct SingleThread(PhantomData<*const ()>);
+
+impl SingleThread {
+    pub fn prove() -> io::Result<SingleThread> {
+        let tasks = std::fs::read_dir("/proc/self/task").map_err(|e| context("counting threads in /proc/self/task", e))?;
+        match tasks.count() {
+            1 => Ok(SingleThread(PhantomData)),
+            n => Err(io::Error::other(format!(
+                "privileges can only be dropped before threads are started; there are {n} threads"
+            ))),
+        }
     }
 }
 

@@ -121,3 +121,31 @@ fn permission_bits_of_directories_do_not_matter_to_root() {
         assert!(!dir.join("8").exists());
     });
 }
+
+#[test]
+fn privileged_a_mount_that_the_table_did_not_show_is_still_not_entered() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    use rustix::mount::{UnmountFlags, mount_bind, unmount};
+    with_each_opener(|snapshots, dir| {
+        let canary = tempfile::tempdir().expect("temp");
+        fs::write(canary.path().join("keep"), b"me").expect("write");
+        let (point, file) = (dir.join("1/fs/point"), dir.join("1/fs/file"));
+        fs::create_dir_all(&point).expect("mkdir");
+        fs::write(&file, b"").expect("write");
+        fs::create_dir_all(dir.join("1/fs/other/deep")).expect("mkdir");
+        if mount_bind(canary.path(), &point).is_err() {
+            return; // not allowed to mount here
+        }
+        mount_bind(canary.path().join("keep"), &file).expect("bind");
+        let outcome = (snapshots.remove(SnapshotId(1)), snapshots.take_apart(SnapshotId(1)));
+        for mounted in [&point, &file] {
+            unmount(mounted, UnmountFlags::DETACH).expect("unmount");
+        }
+        assert_eq!(outcome, (Err(Errno::BUSY), Err(Errno::BUSY)));
+        assert!(canary.path().join("keep").exists());
+        assert!(!dir.join("1/fs/other").exists());
+        snapshots.remove(SnapshotId(1)).expect("remove");
+    });
+}
