@@ -4,3 +4,4 @@ pub mod holder;
 pub mod layout;
 pub mod oci;
 pub mod sys;
+pub mod telemetry;
