@@ -1,7 +1,7 @@
 //! Where the compressed bytes of a layer come from.
 
 use crate::oci::Digest;
-use crate::registry::{HostId, RangeBody, RegistryError, Repository};
+use crate::registry::{HostId, RangeBody, Repository};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::{ops::Range, time::Duration};
@@ -50,16 +50,6 @@ pub struct RegistrySource {
     pub blob: Digest,
 }
 
-impl From<RegistryError> for SourceError {
-    fn from(error: RegistryError) -> SourceError {
-        let remedy = match error.retry_after() {
-            Some(delay) => Remedy::Retry(delay),
-            None => Remedy::OtherSource,
-        };
-        SourceError { reason: crate::telemetry::chain(&error), remedy }
-    }
-}
-
 impl Source for RegistrySource {
     fn open<'a>(
         &'a self,
@@ -67,8 +57,11 @@ impl Source for RegistrySource {
         avoid: &'a [HostId],
     ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
         Box::pin(async move {
-            let body = self.repository.blob_range(self.blob, range, avoid).await?;
-            Ok(Box::new(body) as Box<dyn Body>)
+            match self.repository.blob_range(self.blob, range, avoid).await {
+                Ok(body) => Ok(Box::new(body) as Box<dyn Body>),
+                // The registry client has tried every host as often as the settings say.
+                Err(error) => Err(SourceError { reason: error.to_string(), remedy: Remedy::OtherSource }),
+            }
         })
     }
 
@@ -79,7 +72,10 @@ impl Source for RegistrySource {
 
 impl Body for RangeBody {
     fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
-        Box::pin(async move { Ok(RangeBody::chunk(self).await?) })
+        Box::pin(async move {
+            // What broke off in the middle may go on in another request.
+            RangeBody::chunk(self).await.map_err(|e| SourceError { reason: e.to_string(), remedy: Remedy::Retry(None) })
+        })
     }
 
     fn host(&self) -> Option<HostId> {
