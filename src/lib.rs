@@ -1,3 +1,6 @@
 //! soci-snapshotter: starts containers before their images have arrived.
+pub mod inflate;
 pub mod layout;
 pub mod oci;
+pub mod tar;
+pub mod ztoc;
