@@ -9,6 +9,7 @@
 //! not care, and tar names are what they are), alignment is not needed, and no view follows anything recursively.
 
 use super::MAX_BYTES;
+use std::ops::Range;
 
 /// The buffer would exceed what FlatBuffers can address.
 #[derive(Debug)]
@@ -195,10 +196,12 @@ fn follow(bytes: &[u8], at: usize) -> Checked<usize> {
     if target < bytes.len() { Ok(target) } else { Err(OutOfBounds) }
 }
 
-fn byte_slice(bytes: &[u8], at: usize) -> Checked<&[u8]> {
+/// Where the bytes of the string or byte vector at `at` are.
+fn place(bytes: &[u8], at: usize) -> Checked<Range<usize>> {
     let len = u32_at(bytes, at)? as usize;
     let start = at + 4; // in bounds, or the length could not have been read
-    start.checked_add(len).and_then(|end| bytes.get(start..end)).ok_or(OutOfBounds)
+    let end = start.checked_add(len).filter(|&end| end <= bytes.len()).ok_or(OutOfBounds)?;
+    Ok(start..end)
 }
 
 /// A table within hostile bytes.
@@ -249,9 +252,14 @@ impl<'a> Table<'a> {
     /// A string or byte vector; empty when absent.
     pub fn bytes(&self, slot: usize) -> Checked<&'a [u8]> {
         match self.field(slot) {
-            Some(at) => byte_slice(self.bytes, follow(self.bytes, at)?),
+            Some(at) => Ok(&self.bytes[place(self.bytes, follow(self.bytes, at)?)?]),
             None => Ok(&[]),
         }
+    }
+
+    /// Where the bytes of a slot are.
+    pub fn place(&self, slot: usize) -> Checked<Option<Range<usize>>> {
+        self.field(slot).map(|at| place(self.bytes, follow(self.bytes, at)?)).transpose()
     }
 
     pub fn table(&self, slot: usize) -> Checked<Option<Table<'a>>> {
@@ -295,7 +303,7 @@ impl<'a> Vector<'a> {
     }
 
     pub fn string(&self, index: usize) -> Checked<&'a [u8]> {
-        byte_slice(self.bytes, self.element(index)?)
+        Ok(&self.bytes[place(self.bytes, self.element(index)?)?])
     }
 }
 

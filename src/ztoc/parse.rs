@@ -183,10 +183,9 @@ impl<'a> Ztoc<'a> {
             digests.push(digest.ok_or(ZtocError::Digest(index))?);
         }
         let digests: Vec<Digest> = digests;
-        let blob = info.bytes(3)?;
-        let blob_at = blob.as_ptr().addr() - bytes.as_ptr().addr();
+        let blob = info.place(3)?.ok_or(ZtocError::Missing("checkpoints"))?;
         let sizes = (compressed_size, uncompressed_size);
-        let spans = SpanTable::parse(compression, blob, blob_at, &digests, sizes).map_err(ZtocError::Spans)?;
+        let spans = SpanTable::parse(compression, bytes, blob, &digests, sizes).map_err(ZtocError::Spans)?;
 
         let files = toc.vector(0)?;
         if files.len() > limits.files {

@@ -65,14 +65,15 @@ impl SpanTable {
         !self.spans.is_empty() && self.spans[..inner].iter().all(|span| !span.uncompressed.is_empty())
     }
 
-    /// Everything but the digests, checked. `blob_at`: where `blob` lies in the zTOC.
+    /// Everything but the digests, checked. `zinfo`: where it lies in the `bytes` of the zTOC.
     pub(super) fn parse(
         compression: Compression,
-        blob: &[u8],
-        blob_at: usize,
+        bytes: &[u8],
+        zinfo: Range<usize>,
         digests: &[Digest],
         sizes: (u64, u64),
     ) -> Result<SpanTable, SpanError> {
+        let (blob_at, blob) = (zinfo.start, &bytes[zinfo]);
         match compression {
             Compression::Gzip => gzip_table(blob, blob_at, digests, sizes),
             Compression::Uncompressed => tar_table(blob, digests, sizes),
