@@ -81,5 +81,9 @@
 //! while it arrives.
 
 pub mod layers;
+//! soci-snapshotter: starts containers before their images have arrived.
+pub mod inflate;
 pub mod layout;
 pub mod oci;
+pub mod tar;
+pub mod ztoc;
