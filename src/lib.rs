@@ -87,3 +87,5 @@ pub mod layout;
 pub mod oci;
 pub mod tar;
 pub mod ztoc;
+pub mod layers;
+pub mod sys;
