@@ -1,3 +1,5 @@
 //! soci-snapshotter: starts containers before their images have arrived.
+pub mod keychain;
 pub mod layout;
 pub mod oci;
+pub mod registry;
