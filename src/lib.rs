@@ -89,3 +89,5 @@ pub mod tar;
 pub mod ztoc;
 pub mod layers;
 pub mod sys;
+pub mod keychain;
+pub mod registry;
