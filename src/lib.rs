@@ -1,3 +1,4 @@
 //! soci-snapshotter: starts containers before their images have arrived.
+pub mod config;
 pub mod layout;
 pub mod oci;
