@@ -83,6 +83,7 @@
 pub mod layers;
 //! soci-snapshotter: starts containers before their images have arrived.
 pub mod inflate;
+pub mod config;
 pub mod layout;
 pub mod oci;
 pub mod tar;

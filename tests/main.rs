@@ -1,3 +1,5 @@
 mod formats;
 mod fuzz;
 
+//! Everything that is tested from outside: one binary, one module per subject.
+mod config;
