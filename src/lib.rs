@@ -92,3 +92,5 @@ pub mod layers;
 pub mod sys;
 pub mod keychain;
 pub mod registry;
+pub mod custodian;
+pub mod holder;
