@@ -80,17 +80,16 @@
 //! that a layer's paths need but the layer does not list. *holder*: `soci-mount` after it has mounted. *lazy*: served through FUSE
 //! while it arrives.
 
-pub mod layers;
-//! soci-snapshotter: starts containers before their images have arrived.
-pub mod inflate;
 pub mod config;
+pub mod custodian;
+pub mod fs;
+pub mod holder;
+pub mod inflate;
+pub mod keychain;
+pub mod layers;
 pub mod layout;
 pub mod oci;
+pub mod registry;
+pub mod sys;
 pub mod tar;
 pub mod ztoc;
-pub mod layers;
-pub mod sys;
-pub mod keychain;
-pub mod registry;
-pub mod custodian;
-pub mod holder;

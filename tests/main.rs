@@ -1,6 +1,6 @@
+//! Everything that is tested from outside: one binary, one module per subject.
+mod architecture;
+mod config;
 mod formats;
 mod fuzz;
-
-//! Everything that is tested from outside: one binary, one module per subject.
-mod config;
 mod privilege;

@@ -28,14 +28,14 @@ const MAX_VERIFYING: usize = 2;
 enum Failure {
     Source(SourceError),
     /// The bytes of this span were not those the zTOC describes.
-    Digest { span: usize, host: Option<HostId> },
+    Digest { span: usize },
 }
 
 impl Failure {
     fn as_read_error(&self) -> ReadError {
         match self {
             Failure::Source(error) => ReadError::Fetch { reason: error.reason.clone() },
-            Failure::Digest { span, .. } => ReadError::Digest { span: *span },
+            Failure::Digest { span } => ReadError::Digest { span: *span },
         }
     }
 }
@@ -184,10 +184,10 @@ impl Attempt {
             wrong = wrong.or(oldest(&mut verifying).await);
         }
         if let Some(span) = wrong {
-            if let Some(host) = &host {
-                self.avoid.push(host.clone());
+            if let Some(host) = host {
+                self.avoid.push(host);
             }
-            return Err(Failure::Digest { span, host });
+            return Err(Failure::Digest { span });
         }
         if span < run.end {
             let reason = format!("the response ended {} bytes early", range.end - start - buffer.len() as u64);

@@ -10,8 +10,7 @@
 //! The last promise is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
 //! digest again ([`LayerFiles::read_span`]), so a torn write or a rotten block is found, and fetched again.
 
-use crate::{inflate, oci::Digest, ztoc::Compression, ztoc::Span, ztoc::SpanTable};
-use memmap2::Mmap;
+use crate::{inflate, oci::Digest, sys::map::Mapping, ztoc::Compression, ztoc::Span, ztoc::SpanTable};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
@@ -24,11 +23,10 @@ const MAGIC: &[u8; 8] = b"SOCISPN1";
 const HEADER: u64 = 8 + 32;
 
 /// The open files of one layer.
-#[derive(Debug)]
 pub struct LayerFiles {
     blob: File,
     presence: File,
-    ztoc: Mmap,
+    ztoc: Mapping,
 }
 
 /// What a span on disk turned out to be.
@@ -79,8 +77,13 @@ impl LayerFiles {
     /// Opens what [`create`] made.
     pub fn open(directory: &Path) -> io::Result<LayerFiles> {
         let options = |name: &str| OpenOptions::new().read(true).write(true).open(directory.join(name));
-        let ztoc = crate::sys::map_read_only(&File::open(ztoc_path(directory))?)?;
+        let ztoc = Mapping::of(&File::open(ztoc_path(directory))?)?;
         Ok(LayerFiles { blob: options("blob")?, presence: options("spans")?, ztoc })
+    }
+
+    /// Lets the zTOC's pages go; the windows of spans that are read come back one by one.
+    pub fn settle(&self) {
+        let _ = self.ztoc.release_pages();
     }
 
     /// The zTOC's bytes.
@@ -151,15 +154,14 @@ pub fn inflate(
     skip: u64,
     out: &mut [u8],
 ) -> Result<(), inflate::InflateError> {
-    const ZEROS: [u8; inflate::WINDOW] = [0; inflate::WINDOW];
     match table.compression {
         Compression::Gzip => {
-            let window = ztoc.get(span.window.clone()).filter(|w| w.len() == inflate::WINDOW).unwrap_or(&ZEROS);
+            let window = ztoc.get(span.window.clone()).unwrap_or_default();
             inflate::inflate_span(span.bits, window, compressed, skip, out)
         }
         Compression::Uncompressed => {
             let end = (skip as usize).saturating_add(out.len());
-            let bytes = compressed.get(skip as usize..end).ok_or(inflate::InflateError::Short)?;
+            let bytes = compressed.get(skip as usize..end).ok_or(inflate::InflateError::Short { missing: out.len() as u64 })?;
             out.copy_from_slice(bytes);
             Ok(())
         }

@@ -135,9 +135,6 @@ impl Layer {
     pub fn table(&self) -> &SpanTable {
         &self.table
     }
-    pub(super) fn number(&self) -> u64 {
-        self.number
-    }
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
@@ -363,7 +360,7 @@ impl Layer {
     }
 
     fn entry(&self, span: usize) -> Result<&Span, ReadError> {
-        self.table.spans.get(span).ok_or(ReadError::OutOfRange)
+        self.table.spans.get(span).ok_or(ReadError::OutOfRange { range: 0..0 })
     }
 
     /// The part of `range` that lies in `span`, relative to the span's start.
@@ -424,7 +421,7 @@ impl LayerData for Layer {
                 return Ok(Bytes::new());
             }
             if range.end > self.table.uncompressed_size {
-                return Err(ReadError::OutOfRange);
+                return Err(ReadError::OutOfRange { range });
             }
             let spans = self.table.spans_of(range.clone());
             let (first, last) = (*spans.start(), *spans.end());

@@ -26,7 +26,7 @@ pub use layer::{Layer, Shared};
 pub use scheduler::{Pace, Scheduler, Settings};
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
 
-use crate::{layout::Layout, layout::SnapshotId, oci::Digest, ztoc::Limits, ztoc::Ztoc};
+use crate::{layout::Layout, layout::SnapshotId, oci::Digest, sys::map::Mapping, ztoc::Limits, ztoc::Ztoc};
 use files::LayerFiles;
 use std::{
     collections::{HashMap, HashSet},
@@ -68,7 +68,9 @@ pub enum OpenError {
     #[error("the zTOC of the layer is not usable")]
     Ztoc(#[source] crate::ztoc::ZtocError),
     #[error("the layer's table of contents cannot be built")]
-    Toc(#[source] toc::TocError),
+    Toc(#[source] toc::BuildError),
+    #[error("the layer's table of contents cannot be read")]
+    TocFile(#[source] toc::OpenError),
     #[error("the daemon is stopping")]
     Stopping,
 }
@@ -151,10 +153,9 @@ impl LayerStore {
         let fresh = existing.is_none();
         if fresh {
             fs::create_dir_all(&directory).map_err(failed(&directory))?;
-            let bytes = crate::sys::map_read_only(&fs::File::open(&wanted.ztoc_path).map_err(failed(&wanted.ztoc_path))?)
+            let bytes = Mapping::of(&fs::File::open(&wanted.ztoc_path).map_err(failed(&wanted.ztoc_path))?)
                 .map_err(failed(&wanted.ztoc_path))?;
             let ztoc = Ztoc::parse(&bytes, &self.limits).map_err(OpenError::Ztoc)?;
-            ztoc.mountable().map_err(OpenError::Ztoc)?;
             let table = ztoc.spans();
             self.build_toc(&ztoc, wanted.layer, &directory)?;
             files::create(&directory, &wanted.ztoc_path, &wanted.ztoc, table.compressed_size, table.spans.len())
@@ -164,14 +165,15 @@ impl LayerStore {
         let ztoc = Ztoc::parse(files.ztoc(), &self.limits).map_err(OpenError::Ztoc)?;
         let table = ztoc.spans().clone();
         let toc_path = files::toc_path(&directory);
-        let toc = match toc::Toc::open(&toc_path) {
+        let toc = match toc::Toc::open(&toc_path, &wanted.layer) {
             Ok(toc) => toc,
             Err(_) => {
                 self.build_toc(&ztoc, wanted.layer, &directory)?;
-                toc::Toc::open(&toc_path).map_err(OpenError::Toc)?
+                toc::Toc::open(&toc_path, &wanted.layer).map_err(OpenError::TocFile)?
             }
         };
         drop(ztoc);
+        files.settle();
         let present = files.present(table.spans.len()).map_err(failed(&directory))?;
         let ranked = rank(&table, &toc);
         // Upper layers hold what the image is for; the base's shells and libraries keep their own, higher class.
@@ -192,7 +194,12 @@ impl LayerStore {
 
     fn build_toc(&self, ztoc: &Ztoc<'_>, layer: Digest, directory: &Path) -> Result<(), OpenError> {
         let started = std::time::Instant::now();
-        toc::build(ztoc, layer, &files::toc_path(directory)).map_err(OpenError::Toc)?;
+        let bytes = toc::build(&layer, ztoc.files().map(|file| toc::Entry::from(&file))).map_err(OpenError::Toc)?;
+        let path = files::toc_path(directory);
+        let temporary = path.with_extension("new");
+        fs::write(&temporary, bytes)
+            .and_then(|()| fs::rename(&temporary, &path))
+            .map_err(|source| OpenError::Io { path, source })?;
         self.shared.observer.toc_built(&layer, started.elapsed());
         Ok(())
     }
@@ -247,6 +254,20 @@ impl LayerStore {
 fn rank(table: &crate::ztoc::SpanTable, toc: &toc::Toc) -> Vec<prior::Ranked> {
     let ends: Vec<u64> = table.spans.iter().map(|s| s.uncompressed.end).collect();
     let mut value = prior::Values::new(&ends);
-    toc.for_each_file(|path, mode, offset, size| value.add(prior::File { path, mode, offset, size }));
+    // Files of a directory are neighbours in the table, so its path is put together once.
+    let (mut directory, mut path) = (None, Vec::new());
+    for file in toc.files() {
+        if directory != Some(file.parent) {
+            directory = Some(file.parent);
+            path = toc.path(file.parent);
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+        }
+        let length = path.len();
+        path.extend_from_slice(file.name);
+        value.add(prior::File { path: &path, mode: file.mode & 0o7777, offset: file.offset, size: file.size });
+        path.truncate(length);
+    }
     value.order()
 }

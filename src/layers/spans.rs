@@ -41,10 +41,6 @@ impl<W> SpanMap<W> {
         map
     }
 
-    pub fn len(&self) -> usize {
-        self.states.len()
-    }
-
     /// Spans that are not here yet, on their way or not.
     pub fn missing(&self) -> usize {
         self.missing

@@ -1,4 +1,3 @@
-pub mod map;
 //! The seam to the kernel: capabilities, seccomp, landlock, sockets that carry descriptors, the FUSE mount.
 //!
 //! Contract: this is the only module of the package that may say `unsafe` (besides the FFI seam of `inflate`), so everything that must be believed
@@ -11,6 +10,7 @@ pub mod capabilities;
 pub mod clock;
 pub mod fuse;
 pub mod landlock;
+pub mod map;
 pub mod mountinfo;
 pub mod process;
 pub mod seccomp;
