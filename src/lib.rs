@@ -93,3 +93,5 @@ pub mod registry;
 pub mod sys;
 pub mod tar;
 pub mod ztoc;
+pub mod grpc;
+pub mod snapshot;

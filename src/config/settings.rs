@@ -320,7 +320,7 @@ settings! {
 }
 
 settings! {
-    /// Snapshots.
+    /// Which layers become lazy snapshots.
     struct SnapshotterTable {
         /// Compressed bytes below which a layer is not loaded lazily. Needs the label soci.size, which only nerdctl sends.
         /// 0 or negative: off.
