@@ -4,3 +4,8 @@ mod config;
 mod formats;
 mod fuzz;
 mod privilege;
+//! The product's tests, as one program.
+
+mod lab;
+mod licences;
+mod support;

@@ -45,7 +45,9 @@ impl Options {
         let target = target.ancestors().nth(2).expect("a binary is in <target>/<profile>/").to_path_buf();
         let mut options = Options {
             sections: Section::ALL.map(|(_, s)| s).to_vec(),
-            images: ["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"].map(String::from).to_vec(),
+            images: ["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"]
+                .map(String::from)
+                .to_vec(),
             engines: vec![Kind::Ctd2, Kind::Ctd16, Kind::Docker, Kind::Ours],
             links: vec![Shape::REGION, Shape::ZONE],
             runs: 2,
@@ -65,7 +67,9 @@ impl Options {
                 "sections" => options.sections = words().map(section).collect::<Result<_, _>>()?,
                 "images" => options.images = words().map(image).collect::<Result<_, _>>()?,
                 "engines" => {
-                    options.engines = words().map(|w| Kind::parse(w).ok_or_else(|| format!("no engine '{w}'"))).collect::<Result<_, _>>()?;
+                    options.engines = words()
+                        .map(|w| Kind::parse(w).ok_or_else(|| format!("no engine '{w}'")))
+                        .collect::<Result<_, _>>()?;
                 }
                 "links" => options.links = words().map(shape).collect::<Result<_, _>>()?,
                 "n" => options.runs = number(value)? as usize,

@@ -74,6 +74,7 @@ pub fn measure(options: &Options, reader: Reader, report: &mut Report) {
             registry.push(&converted, image, "soci");
         }
     }
+    report.note(&format!("TCP congestion control: {}.", link.congestion_control()));
     for &shape in &options.links {
         link.shape(shape);
         let mut rows = Vec::new();
@@ -89,7 +90,9 @@ pub fn measure(options: &Options, reader: Reader, report: &mut Report) {
                         }
                         Err(error) => {
                             eprintln!("{image:10} {:8} FAILED\n{error}", engine.name());
-                            report.record(json!({"section": "pull", "image": image, "engine": engine.name(), "error": error}));
+                            report.record(
+                                json!({"section": "pull", "image": image, "engine": engine.name(), "error": error}),
+                            );
                         }
                     }
                 }
@@ -140,7 +143,8 @@ fn one(
             let run = start.elapsed().as_secs_f64() - pull;
             let mb_ready = mb(link.received());
             // Before the wait: what follows is the background's.
-            let usage = engine.usage().into_iter().map(|(name, u)| (name, u.rss_peak_kb / 1024, u.cpu.as_secs_f64())).collect();
+            let usage =
+                engine.usage().into_iter().map(|(name, u)| (name, u.rss_peak_kb / 1024, u.cpu.as_secs_f64())).collect();
             if kind.is_lazy() {
                 wait_for_quiet(link);
             }
@@ -165,7 +169,8 @@ fn one(
     });
     if let (Some(dir), Some(daemon)) = (&options.keep, &engine.daemon) {
         std::fs::create_dir_all(dir).unwrap();
-        std::fs::write(dir.join(format!("{image}-{}-{}mbit-{turn}.log", kind.name(), shape.mbit)), daemon.log()).unwrap();
+        std::fs::write(dir.join(format!("{image}-{}-{}mbit-{turn}.log", kind.name(), shape.mbit)), daemon.log())
+            .unwrap();
     }
     result
 }
@@ -204,7 +209,9 @@ fn utilisation(timeline: &[(f64, u64)], shape: Shape) -> f64 {
     let total = timeline.last().map_or(0, |s| s.1) as f64;
     let at = |share: f64| timeline.iter().find(|s| s.1 as f64 >= total * share);
     match (at(0.03), at(0.99)) {
-        (Some(from), Some(to)) if to.0 > from.0 && shape.mbit > 0 => (to.1 - from.1) as f64 / (to.0 - from.0) / shape.bytes_per_second(),
+        (Some(from), Some(to)) if to.0 > from.0 && shape.mbit > 0 => {
+            (to.1 - from.1) as f64 / (to.0 - from.0) / shape.bytes_per_second()
+        }
         _ => 0.0,
     }
 }
@@ -240,8 +247,15 @@ fn record(image: &str, engine: Kind, reader: Reader, shape: Shape, turn: usize, 
 }
 
 /// Ready times as ratios to containerd 2.x, as the issue states them for the region link.
-const TARGETS: [(&str, f64); 7] =
-    [("redis", 0.35), ("numpy", 0.45), ("node", 0.33), ("postgres", 0.48), ("rabbitmq", 0.75), ("ffmpeg", 0.50), ("tensorflow", 0.60)];
+const TARGETS: [(&str, f64); 7] = [
+    ("redis", 0.35),
+    ("numpy", 0.45),
+    ("node", 0.33),
+    ("postgres", 0.48),
+    ("rabbitmq", 0.75),
+    ("ffmpeg", 0.50),
+    ("tensorflow", 0.60),
+];
 
 fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec<Vec<Run>>)]) -> String {
     let of = |runs: &[Run], what: fn(&Run) -> f64| median(runs.iter().map(what).collect());
@@ -258,7 +272,13 @@ fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec
         let mut row = vec![image.clone()];
         row.extend(runs.iter().map(|runs| match runs.len() {
             0 => "failed".to_string(),
-            _ => format!("{:.2} + {:.2} = **{:.2}** ({:.0} MB)", of(runs, |r| r.pull), of(runs, |r| r.run), of(runs, Run::ready), of(runs, |r| r.mb_ready)),
+            _ => format!(
+                "{:.2} + {:.2} = **{:.2}** ({:.0} MB)",
+                of(runs, |r| r.pull),
+                of(runs, |r| r.run),
+                of(runs, Run::ready),
+                of(runs, |r| r.mb_ready)
+            ),
         }));
         if let Some((base, ours)) = compared {
             let ratio = of(&runs[ours], Run::ready) / of(&runs[base], Run::ready);
@@ -269,20 +289,30 @@ fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec
             };
             row.push(if ratio.is_finite() { format!("**{ratio:.2}**") } else { "–".into() });
             row.push(target.map_or("–".into(), |t| format!("≤ {t:.2}")));
-            row.push(if runs[ours].is_empty() { "–".into() } else { format!("{:.0} %", of(&runs[ours], |r| r.utilisation) * 100.0) });
+            row.push(if runs[ours].is_empty() {
+                "–".into()
+            } else {
+                format!("{:.0} %", of(&runs[ours], |r| r.utilisation) * 100.0)
+            });
         }
         body.push(row);
     }
     let what = match reader {
         Reader::Workload => "Pull + run = ready, seconds (MB received until ready)",
-        Reader::Everything => "A container that reads every file of its image: pull + run = done, seconds (MB received)",
+        Reader::Everything => {
+            "A container that reads every file of its image: pull + run = done, seconds (MB received)"
+        }
     };
     let mut out = format!("## {what}; {shape}; medians of {}\n\n{}", options.runs, table(&head, &body));
     out += "\nPeak RSS (MB) and CPU (s) until ready:\n\n";
     let mut body = Vec::new();
     for (image, runs) in rows {
         let mut row = vec![image.clone()];
-        row.extend(runs.iter().map(|runs| runs.last().map_or("–".into(), |r| r.usage.iter().map(|(n, m, c)| format!("{n} {m} MB, {c:.1} s")).collect::<Vec<_>>().join("; "))));
+        row.extend(runs.iter().map(|runs| {
+            runs.last().map_or("–".into(), |r| {
+                r.usage.iter().map(|(n, m, c)| format!("{n} {m} MB, {c:.1} s")).collect::<Vec<_>>().join("; ")
+            })
+        }));
         body.push(row);
     }
     out + &table(&head[..=options.engines.len()], &body)

@@ -15,7 +15,9 @@ impl Report {
     pub fn new(options: &Options) -> Report {
         std::fs::create_dir_all(&options.out).unwrap();
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let cpu = read("/proc/cpuinfo").lines().find_map(|l| l.strip_prefix("model name").map(|v| v.trim_start_matches(['\t', ' ', ':']).to_string()));
+        let cpu = read("/proc/cpuinfo")
+            .lines()
+            .find_map(|l| l.strip_prefix("model name").map(|v| v.trim_start_matches(['\t', ' ', ':']).to_string()));
         let head = format!(
             "# Bench\n\n{} cores of {}, Linux {}. Every run on a fresh ext4; the engines take turns; the registry is behind real TCP on a shaped link.\n",
             std::thread::available_parallelism().map_or(0, usize::from),
@@ -23,6 +25,13 @@ impl Report {
             read("/proc/sys/kernel/osrelease").trim(),
         );
         Report { dir: options.out.clone(), head, sections: Vec::new(), records: Vec::new() }
+    }
+
+    /// A line about the circumstances, said once.
+    pub fn note(&mut self, text: &str) {
+        if !self.head.contains(text) {
+            self.head += &format!("{text}\n");
+        }
     }
 
     /// One measurement.
@@ -47,7 +56,8 @@ impl Report {
 
     fn write(&self) {
         std::fs::write(self.path(), self.markdown()).unwrap();
-        std::fs::write(self.dir.join("report.json"), serde_json::to_vec(&json!({"records": self.records})).unwrap()).unwrap();
+        std::fs::write(self.dir.join("report.json"), serde_json::to_vec(&json!({"records": self.records})).unwrap())
+            .unwrap();
     }
 }
 

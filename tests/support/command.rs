@@ -5,7 +5,13 @@ use std::process::{Command, Output, Stdio};
 /// Runs `command` without input; its output, or a panic with everything it said.
 pub fn output(command: &mut Command) -> String {
     let done = attempt(command);
-    assert!(done.status.success(), "{command:?} failed ({}):\n{}{}", done.status, text(&done.stdout), text(&done.stderr));
+    assert!(
+        done.status.success(),
+        "{command:?} failed ({}):\n{}{}",
+        done.status,
+        text(&done.stdout),
+        text(&done.stderr)
+    );
     text(&done.stdout)
 }
 

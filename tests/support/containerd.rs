@@ -5,6 +5,7 @@ use super::grpc::Client;
 use super::process::{Process, kill_all, pids_naming};
 use super::slot::Root;
 use super::undo::Undo;
+use soci::oci::{Digest, ImageConfig, Index, Manifest, Platform};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -48,7 +49,8 @@ impl Containerd {
         for host in &options.plain_http {
             let hosts = dir.join("hosts").join(host);
             std::fs::create_dir_all(&hosts).unwrap();
-            std::fs::write(hosts.join("hosts.toml"), format!("server = \"http://{host}\"\n[host.\"http://{host}\"]\n")).unwrap();
+            std::fs::write(hosts.join("hosts.toml"), format!("server = \"http://{host}\"\n[host.\"http://{host}\"]\n"))
+                .unwrap();
         }
         std::fs::write(dir.join("config.toml"), config(version, options, &dir)).unwrap();
         let undo = Undo::with({
@@ -89,7 +91,14 @@ impl Containerd {
 
     /// As `ctr-remote images rpull --use-containerd-labels` and nerdctl pull: `arguments` as in `tests/lab/rpull/main.go`.
     pub fn rpull(&self, snapshotter: &str, reference: &str, arguments: &[&str]) -> Result<(), String> {
-        succeeded(Command::new(super::tool("rpull")).arg("-a").arg(&self.address).args(["-snapshotter", snapshotter]).args(arguments).arg(reference))
+        succeeded(
+            Command::new(super::tool("rpull"))
+                .arg("-a")
+                .arg(&self.address)
+                .args(["-snapshotter", snapshotter])
+                .args(arguments)
+                .arg(reference),
+        )
     }
 
     /// The command that runs a container in the foreground on the host's network, removing it when it ends.
@@ -103,7 +112,11 @@ impl Containerd {
     pub fn run(&self, snapshotter: &str, reference: &str, arguments: &[&str]) -> Result<String, String> {
         let arguments: Vec<String> = arguments.iter().map(|a| a.to_string()).collect();
         let done = attempt(&mut self.run_command(snapshotter, reference, &container_name(), &arguments));
-        if done.status.success() { Ok(text(&done.stdout)) } else { Err(format!("{}: {}{}", done.status, text(&done.stdout), text(&done.stderr))) }
+        if done.status.success() {
+            Ok(text(&done.stdout))
+        } else {
+            Err(format!("{}: {}{}", done.status, text(&done.stdout), text(&done.stderr)))
+        }
     }
 
     /// SIGKILL to a container's first process.
@@ -129,21 +142,59 @@ impl Containerd {
         output(self.ctr().args(["content", "ls", "-q"])).lines().map(String::from).collect()
     }
 
-    /// Mounts the root filesystem of a pulled image read-only, as a container would see it.
+    /// Mounts the root filesystem of a pulled image read-only, as a container would see it. (`ctr images mount` does the same in 1.6; that
+    /// of 2.2 cannot mount what its own mount manager returns.)
     pub fn mount(&self, snapshotter: &str, reference: &str, target: &Path) -> ImageMount {
         std::fs::create_dir_all(target).unwrap();
-        output(self.ctr().args(["images", "mount", "--snapshotter", snapshotter, reference]).arg(target));
+        let key = container_name();
+        let snapshots = || {
+            let mut ctr = self.ctr();
+            ctr.args(["snapshots", "--snapshotter", snapshotter]);
+            ctr
+        };
+        output(snapshots().args(["view", &key, &self.chain_id(reference)]));
+        let mut remove = snapshots();
+        remove.args(["rm", &key]);
         let undo = Undo::with({
             let target = target.to_path_buf();
-            let mut ctr = self.ctr();
-            ctr.args(["images", "unmount", "--rm", "--snapshotter", snapshotter]).arg(&target);
             move || {
-                if !attempt(&mut ctr).status.success() {
-                    super::slot::unmount_below(&target);
-                }
+                super::slot::unmount_below(&target);
+                let _ = attempt(&mut remove);
             }
         });
+        let mount = output(snapshots().arg("mounts").arg(target).arg(&key));
+        output(Command::new("sh").args(["-c", &mount]));
         ImageMount { path: target.into(), _undo: undo }
+    }
+
+    /// The name of an image's topmost snapshot: of the digests of its layers, folded.
+    pub fn chain_id(&self, reference: &str) -> String {
+        let images = output(self.ctr().args(["images", "ls"]));
+        let line = images.lines().find(|l| l.split_whitespace().next() == Some(reference));
+        let mut digest = line
+            .and_then(|l| l.split_whitespace().find(|w| w.starts_with("sha256:")))
+            .expect("the image was pulled")
+            .to_string();
+        let content = |digest: &str| output(self.ctr().args(["content", "get", digest]));
+        let mut manifest = content(&digest);
+        if let Ok(index) = serde_json::from_str::<Index>(&manifest)
+            && !index.manifests.is_empty()
+        {
+            let host = Platform::host();
+            let runs_here = |p: &Platform| p.architecture == host.architecture && p.os == host.os;
+            let image = index
+                .manifests
+                .iter()
+                .find(|m| m.artifact_type.is_empty() && m.platform.as_ref().is_some_and(runs_here));
+            digest = image.expect("an image for this platform").digest.to_string();
+            manifest = content(&digest);
+        }
+        let manifest: Manifest = serde_json::from_str(&manifest).unwrap();
+        let config: ImageConfig = serde_json::from_str(&content(&manifest.config.digest.to_string())).unwrap();
+        let chain = config.rootfs.diff_ids.iter().map(|d| d.to_string());
+        chain
+            .reduce(|below, layer| Digest::of(format!("{below} {layer}").as_bytes()).to_string())
+            .expect("an image has layers")
     }
 
     pub fn dir(&self) -> &Path {
@@ -207,14 +258,19 @@ fn config(version: Version, options: &Options, dir: &Path) -> String {
     if options.pause.is_none() {
         out += "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n";
     }
-    out += &format!("[grpc]\n  address = \"{at}/sock\"\n[plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{at}/opt\"\n");
+    out += &format!(
+        "[grpc]\n  address = \"{at}/sock\"\n[plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{at}/opt\"\n"
+    );
     if version == Version::V22 {
-        out += "[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n[plugins.\"io.containerd.transfer.v1.local\"]\n";
+        out +=
+            "[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n[plugins.\"io.containerd.transfer.v1.local\"]\n";
         if let Some(unpacks) = options.parallel_unpacks {
             out += &format!("  max_concurrent_unpacks = {unpacks}\n");
         }
         for snapshotter in options.soci.iter().map(|_| "soci").chain(["overlayfs"]) {
-            out += &format!("  [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n    platform = \"linux/amd64\"\n    snapshotter = \"{snapshotter}\"\n");
+            out += &format!(
+                "  [[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n    platform = \"linux/amd64\"\n    snapshotter = \"{snapshotter}\"\n"
+            );
         }
     }
     if let Some(socket) = &options.soci {

@@ -45,7 +45,15 @@ impl Daemon {
         });
         let metrics = format!("127.0.0.1:{}", super::registry::free_port());
         let socket = dir.join("sock");
-        let mut daemon = Daemon { root: dir.join("root"), socket, metrics, settings: settings.clone(), log, process: None, _undo: undo };
+        let mut daemon = Daemon {
+            root: dir.join("root"),
+            socket,
+            metrics,
+            settings: settings.clone(),
+            log,
+            process: None,
+            _undo: undo,
+        };
         daemon.launch();
         daemon
     }
@@ -67,7 +75,14 @@ impl Daemon {
         let level = if self.settings.log_level.is_empty() { "info" } else { &self.settings.log_level };
         let seen = self.log().matches(STARTED).count();
         let mut command = Command::new(env!("CARGO_BIN_EXE_soci-snapshotter-grpc"));
-        command.arg("--root").arg(&self.root).arg("--address").arg(&self.socket).arg("--config").arg(&config).args(["--log-level", level]);
+        command
+            .arg("--root")
+            .arg(&self.root)
+            .arg("--address")
+            .arg(&self.socket)
+            .arg("--config")
+            .arg(&config)
+            .args(["--log-level", level]);
         command.envs(self.settings.env.iter().map(|(k, v)| (k, v)));
         let process = Process::start("soci-snapshotter-grpc", &mut command, &self.log);
         process.wait_until("it has started", || self.log().matches(STARTED).count() > seen);

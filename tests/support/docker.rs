@@ -29,7 +29,13 @@ impl Docker {
             move || kill_all(&pids_naming(&format!("{}/", dir.display())))
         });
         let mut command = Command::new("dockerd");
-        command.arg("--config-file").arg(dir.join("daemon.json")).arg("-H").arg(format!("unix://{}", socket.display())).arg("-p").arg(dir.join("pid"));
+        command
+            .arg("--config-file")
+            .arg(dir.join("daemon.json"))
+            .arg("-H")
+            .arg(format!("unix://{}", socket.display()))
+            .arg("-p")
+            .arg(dir.join("pid"));
         let process = Process::start("dockerd", &mut command, &root.join("dockerd.log"));
         let docker = Docker { socket, process, _undo: undo };
         docker.process.wait_until("it answers", || attempt(docker.client().arg("version")).status.success());

@@ -98,7 +98,9 @@ impl Engine {
     pub fn pull(&self, reference: &str) -> Result<(), String> {
         match &self.runtime {
             Runtime::Docker(docker) => docker.pull(reference),
-            Runtime::Containerd { cri: Some(client), .. } => cri::pull(client, reference).map(drop).map_err(|e| e.to_string()),
+            Runtime::Containerd { cri: Some(client), .. } => {
+                cri::pull(client, reference).map(drop).map_err(|e| e.to_string())
+            }
             Runtime::Containerd { containerd, cri: None } => containerd.pull(self.snapshotter(), reference),
         }
     }
@@ -139,7 +141,10 @@ impl Engine {
             Runtime::Containerd { containerd, .. } => ("containerd", containerd.process.pid()),
         };
         let ours = self.daemon.iter().flat_map(Daemon::pids);
-        std::iter::once((runtime.0.to_string(), runtime.1)).chain(ours).map(|(name, pid)| (name, Usage::of(pid))).collect()
+        std::iter::once((runtime.0.to_string(), runtime.1))
+            .chain(ours)
+            .map(|(name, pid)| (name, Usage::of(pid)))
+            .collect()
     }
 
     /// How many layers were lazy, of an engine that can.

@@ -21,7 +21,11 @@ impl Client {
             async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
         });
         let _guard = runtime().enter();
-        Client(Endpoint::from_static("http://unix.socket").timeout(Duration::from_secs(600)).connect_with_connector_lazy(connector))
+        Client(
+            Endpoint::from_static("http://unix.socket")
+                .timeout(Duration::from_secs(600))
+                .connect_with_connector_lazy(connector),
+        )
     }
 
     /// A unary call in containerd's default namespace.
@@ -36,7 +40,9 @@ impl Client {
             let mut request = tonic::Request::new(request);
             request.metadata_mut().insert("containerd-namespace", "default".parse().expect("ASCII"));
             let codec = tonic_prost::ProstCodec::default();
-            grpc.unary(request, http::uri::PathAndQuery::from_static(method), codec).await.map(tonic::Response::into_inner)
+            grpc.unary(request, http::uri::PathAndQuery::from_static(method), codec)
+                .await
+                .map(tonic::Response::into_inner)
         })
     }
 }
@@ -136,7 +142,12 @@ pub mod snapshots {
         pub inodes: i64,
     }
 
-    pub fn prepare(client: &Client, key: &str, parent: &str, labels: HashMap<String, String>) -> Result<Vec<Mount>, tonic::Status> {
+    pub fn prepare(
+        client: &Client,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, tonic::Status> {
         let request = Prepare { snapshotter: "soci".into(), key: key.into(), parent: parent.into(), labels };
         client.call::<_, Mounts>(PREPARE, request).map(|m| m.mounts)
     }
@@ -157,7 +168,6 @@ pub mod snapshots {
 /// `runtime.v1`: the kubelet's side of CRI.
 pub mod cri {
     use super::*;
-
 
     #[derive(Clone, PartialEq, Message)]
     pub struct PodSandboxMetadata {
@@ -300,7 +310,6 @@ pub mod cri {
 
     const NODE: i32 = 2;
 
-
     /// Pulls an image as the kubelet does.
     pub fn pull(client: &Client, reference: &str) -> Result<String, tonic::Status> {
         client.call::<_, Id>("/runtime.v1.ImageService/PullImage", image(reference)).map(|i| i.id)
@@ -327,7 +336,13 @@ pub mod cri {
     }
 
     impl Pod {
-        pub fn run(client: &Client, name: &str, reference: &str, command: &[&str], logs: &Path) -> Result<Pod, tonic::Status> {
+        pub fn run(
+            client: &Client,
+            name: &str,
+            reference: &str,
+            command: &[&str],
+            logs: &Path,
+        ) -> Result<Pod, tonic::Status> {
             let host = || Some(NamespaceOption { network: NODE });
             let config = PodSandboxConfig {
                 metadata: Some(PodSandboxMetadata { name: name.into(), uid: name.into(), namespace: "lab".into() }),

@@ -60,6 +60,8 @@ impl Link {
         run(link.inside("ip").args(["addr", "add", &format!("10.88.{n}.2/30"), "dev", &far]));
         run(link.inside("ip").args(["link", "set", &far, "up"]));
         run(link.inside("ip").args(["link", "set", "lo", "up"]));
+        // The sender is there. What one run taught the kernel about the path must not help the next one.
+        run(link.inside("sh").args(["-c", "echo 1 > /proc/sys/net/ipv4/tcp_no_metrics_save"]));
         link
     }
 
@@ -79,7 +81,9 @@ impl Link {
         let (_, near, far) = names(self.slot);
         let queue = queue(self.slot).to_string();
         let rule = |action: &str, interface: &str| -> Vec<String> {
-            ["-t", "raw", action, "PREROUTING", "-i", interface, "-j", "NFQUEUE", "--queue-num", &queue].map(String::from).to_vec()
+            ["-t", "raw", action, "PREROUTING", "-i", interface, "-j", "NFQUEUE", "--queue-num", &queue]
+                .map(String::from)
+                .to_vec()
         };
         // Rules first: a queue that nobody reads drops everything.
         while attempt(Command::new(self.iptables).args(rule("-D", &near))).status.success() {}
@@ -91,7 +95,8 @@ impl Link {
         try_run(self.inside("tc").args(["qdisc", "del", "dev", &far, "root"]));
         if shape.mbit > 0 {
             // Bucket and queue as measured to reach the nominal rate with 60 ms of buffer, like a decent router.
-            let tbf = |dev: &str| format!("qdisc add dev {dev} root tbf rate {}mbit burst 256kb latency 60ms", shape.mbit);
+            let tbf =
+                |dev: &str| format!("qdisc add dev {dev} root tbf rate {}mbit burst 256kb latency 60ms", shape.mbit);
             run(&mut command("tc", &tbf(&near)));
             run(self.inside("tc").args(tbf(&far).split(' ')));
         }
@@ -106,6 +111,11 @@ impl Link {
             run(Command::new(self.iptables).args(rule("-A", &near)));
             run(self.inside(self.iptables).args(rule("-A", &far)));
         }
+    }
+
+    /// The congestion control of the far end: the machine's default, and worth a line in a report.
+    pub fn congestion_control(&self) -> String {
+        super::command::output(self.inside("cat").arg("/proc/sys/net/ipv4/tcp_congestion_control")).trim().to_string()
     }
 
     /// Bytes that have come from the far end so far, headers included.

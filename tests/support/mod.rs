@@ -17,10 +17,13 @@ pub mod daemon;
 pub mod docker;
 pub mod engine;
 pub mod grpc;
+pub mod image;
 pub mod link;
 pub mod process;
+pub mod proxy;
 pub mod registry;
 pub mod slot;
+pub mod tree;
 pub mod undo;
 pub mod workload;
 
@@ -46,7 +49,9 @@ pub fn suite_image(name: &str) -> PathBuf {
     let path = cache().join("images").join(name);
     if !path.join("index.json").exists() {
         eprintln!("building the image {name} (once per machine)");
-        command::run(std::process::Command::new(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/lab/images.sh")).arg(name));
+        command::run(
+            std::process::Command::new(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/lab/images.sh")).arg(name),
+        );
     }
     path
 }

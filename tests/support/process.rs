@@ -26,7 +26,8 @@ pub struct Process {
 impl Process {
     /// Starts `command` in a process group of its own, appending what it says to `log`.
     pub fn start(name: &str, command: &mut Command, log: &Path) -> Process {
-        let sink = File::options().create(true).append(true).open(log).unwrap_or_else(|e| panic!("{}: {e}", log.display()));
+        let sink =
+            File::options().create(true).append(true).open(log).unwrap_or_else(|e| panic!("{}: {e}", log.display()));
         let child = command
             .stdin(Stdio::null())
             .stdout(sink.try_clone().unwrap())
@@ -72,8 +73,13 @@ impl Process {
         let start = Instant::now();
         while !condition() {
             let running = self.is_running();
-            assert!(running && start.elapsed() < READY_WITHIN, "waited for {} until {what}; it {}:\n{}", self.name,
-                if running { "is still running" } else { "ended" }, self.tail(40));
+            assert!(
+                running && start.elapsed() < READY_WITHIN,
+                "waited for {} until {what}; it {}:\n{}",
+                self.name,
+                if running { "is still running" } else { "ended" },
+                self.tail(40)
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
         self
@@ -85,7 +91,8 @@ impl Process {
 
     pub fn tail(&self, lines: usize) -> String {
         let log = self.log();
-        let all: Vec<&str> = log.lines().collect();
+        let short = |line: &str| line.chars().take(300).collect::<String>();
+        let all: Vec<String> = log.lines().map(short).collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
@@ -113,7 +120,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- the end of {}'s log ({}):\n{}\n---", self.name, self.log.display(), self.tail(30));
+            eprintln!("--- the end of {}'s log ({}):\n{}\n---", self.name, self.log.display(), self.tail(15));
         }
     }
 }
@@ -159,7 +166,12 @@ impl Usage {
     pub fn of(pid: u32) -> Usage {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let kb = |key: &str| {
-            status.lines().find_map(|l| l.strip_prefix(key)).and_then(|v| v.split_whitespace().next()).and_then(|n| n.parse().ok()).unwrap_or(0)
+            status
+                .lines()
+                .find_map(|l| l.strip_prefix(key))
+                .and_then(|v| v.split_whitespace().next())
+                .and_then(|n| n.parse().ok())
+                .unwrap_or(0)
         };
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         // After the parenthesised name: state is field 3 of proc(5); utime, stime, cutime and cstime are 14 to 17, in ticks of 10 ms.
@@ -174,10 +186,15 @@ const OURS: [&str; 9] = ["containerd", "dockerd", "docker", "soci", "registry", 
 
 /// The lab's processes whose command line contains `text`.
 pub fn pids_naming(text: &str) -> Vec<u32> {
-    let ours = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| OURS.iter().any(|o| c.starts_with(o)));
+    let ours = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| OURS.iter().any(|o| c.starts_with(o)))
+    };
     all_pids()
         .filter(ours)
-        .filter(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| super::command::text(&c).replace('\0', " ").contains(text)))
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|c| super::command::text(&c).replace('\0', " ").contains(text))
+        })
         .collect()
 }
 
@@ -208,5 +225,6 @@ pub fn kill_all(pids: &[u32]) {
 
 /// A zombie is not alive: whoever should have waited for it is not us.
 fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
 }

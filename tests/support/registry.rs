@@ -125,7 +125,10 @@ pub fn image_manifest(layout: &Path) -> (Digest, Manifest) {
         top = inner
             .manifests
             .into_iter()
-            .find(|m| !is_soci_index(m, layout) && m.platform.as_ref().is_none_or(|p| p.architecture == host.architecture && p.os == host.os))
+            .find(|m| {
+                !is_soci_index(m, layout)
+                    && m.platform.as_ref().is_none_or(|p| p.architecture == host.architecture && p.os == host.os)
+            })
             .unwrap_or_else(|| panic!("{}: no image for this platform", layout.display()));
     }
     (top.digest, read_json(&blob_path(layout, &top.digest)))
@@ -146,7 +149,9 @@ pub fn http() -> &'static reqwest::Client {
 /// Gets `url`; status and body.
 pub fn get(url: &str) -> (u16, String) {
     runtime().block_on(async {
-        let response = http().get(url).send().await.unwrap_or_else(|e| panic!("GET {url}: {e}"));
+        let accept = format!("{}, {}, */*", media_type::OCI_MANIFEST, media_type::OCI_INDEX);
+        let response =
+            http().get(url).header("accept", accept).send().await.unwrap_or_else(|e| panic!("GET {url}: {e}"));
         (response.status().as_u16(), response.text().await.unwrap_or_default())
     })
 }
@@ -204,7 +209,11 @@ impl Push {
         }
         let start = format!("{}/blobs/uploads/", self.base);
         let response = http().post(&start).send().await.unwrap_or_else(|e| panic!("POST {start}: {e}"));
-        let location = response.headers().get("location").map(|l| text(l.as_bytes())).unwrap_or_else(|| panic!("POST {start}: {}", response.status()));
+        let location = response
+            .headers()
+            .get("location")
+            .map(|l| text(l.as_bytes()))
+            .unwrap_or_else(|| panic!("POST {start}: {}", response.status()));
         let mut to = response.url().join(&location).unwrap();
         to.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
         let path = blob_path(&self.layout, &blob.digest);
@@ -216,9 +225,21 @@ impl Push {
             std::io::Result::Ok((read > 0).then_some((chunk, file)))
         });
         let body = reqwest::Body::wrap_stream(chunks);
-        let response = http().put(to).header("content-length", blob.size).header("content-type", "application/octet-stream").body(body).send().await;
+        let response = http()
+            .put(to)
+            .header("content-length", blob.size)
+            .header("content-type", "application/octet-stream")
+            .body(body)
+            .send()
+            .await;
         let response = response.unwrap_or_else(|e| panic!("pushing {}: {e}", blob.digest));
-        assert!(response.status().is_success(), "pushing {}: {} {}", blob.digest, response.status(), response.text().await.unwrap_or_default());
+        assert!(
+            response.status().is_success(),
+            "pushing {}: {} {}",
+            blob.digest,
+            response.status(),
+            response.text().await.unwrap_or_default()
+        );
     }
 
     async fn manifest(&self, descriptor: &Descriptor, target: &str) {
@@ -226,6 +247,11 @@ impl Push {
         let url = format!("{}/manifests/{target}", self.base);
         let response = http().put(&url).header("content-type", &descriptor.media_type).body(bytes).send().await;
         let response = response.unwrap_or_else(|e| panic!("PUT {url}: {e}"));
-        assert!(response.status().is_success(), "PUT {url}: {} {}", response.status(), response.text().await.unwrap_or_default());
+        assert!(
+            response.status().is_success(),
+            "PUT {url}: {} {}",
+            response.status(),
+            response.text().await.unwrap_or_default()
+        );
     }
 }

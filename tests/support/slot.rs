@@ -28,7 +28,10 @@ pub struct Slot {
 
 impl Slot {
     pub fn take() -> Slot {
-        assert!(nix::unistd::geteuid().is_root(), "this needs root: it mounts filesystems, makes network namespaces and runs containers");
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "this needs root: it mounts filesystems, makes network namespaces and runs containers"
+        );
         fs::create_dir_all(BASE).unwrap();
         for number in 0..SLOTS {
             let file = File::options().create(true).append(true).open(format!("{BASE}/{number}.lock")).unwrap();
@@ -65,7 +68,17 @@ impl Slot {
         let path = self.next_root();
         let filesystem = nix::sys::statfs::statfs(&path).unwrap().filesystem_type();
         let unfit = [nix::sys::statfs::OVERLAYFS_SUPER_MAGIC, nix::sys::statfs::TMPFS_MAGIC].contains(&filesystem);
-        if unfit { fresh_ext4(path) } else { Root { _undo: Undo::with({ let path = path.clone(); move || remove_tree(&path) }), path } }
+        if unfit {
+            fresh_ext4(path)
+        } else {
+            Root {
+                _undo: Undo::with({
+                    let path = path.clone();
+                    move || remove_tree(&path)
+                }),
+                path,
+            }
+        }
     }
 
     /// A new ext4 of its own. Creating files soon after many were deleted costs ext4 milliseconds per file, so whatever is timed starts here.
@@ -135,7 +148,12 @@ fn detach(image: &Path) {
 /// Where something is mounted at or below `dir`, in the order of mounting.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let inside = |path: &Path| path.starts_with(dir);
-    fs::read_to_string("/proc/self/mounts").unwrap_or_default().lines().filter_map(|l| l.split(' ').nth(1).map(PathBuf::from)).filter(|p| inside(p)).collect()
+    fs::read_to_string("/proc/self/mounts")
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|l| l.split(' ').nth(1).map(PathBuf::from))
+        .filter(|p| inside(p))
+        .collect()
 }
 
 pub fn unmount_below(dir: &Path) {
@@ -147,7 +165,8 @@ pub fn unmount_below(dir: &Path) {
         }
         mounts.reverse();
         for mount in mounts {
-            let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW);
+            let _ =
+                nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW);
         }
     }
 }

@@ -14,8 +14,10 @@ pub struct Workload {
 const NUMPY: &str = "import numpy as np; a=np.arange(1000000).reshape(1000,1000); print('READY',np.__version__,int(a.sum()),flush=True)";
 const TENSORFLOW: &str = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL']='3'; import tensorflow as tf; \
     m=tf.keras.Sequential([tf.keras.layers.Dense(10)]); print('READY',tf.__version__,m(tf.ones((1,4))).shape,flush=True)";
-const TORCH: &str = "import torch; m=torch.nn.Linear(4,2); print('READY',torch.__version__,m(torch.ones(1,4)).shape,flush=True)";
-const NGINX: &str = "nginx && until (exec 3<>/dev/tcp/127.0.0.1/80) 2>/dev/null; do sleep .02; done; echo READY; sleep 60";
+const TORCH: &str =
+    "import torch; m=torch.nn.Linear(4,2); print('READY',torch.__version__,m(torch.ones(1,4)).shape,flush=True)";
+const NGINX: &str =
+    "nginx && until (exec 3<>/dev/tcp/127.0.0.1/80) 2>/dev/null; do sleep .02; done; echo READY; sleep 60";
 const POSTGRES: &str = "mkdir -p /pg && chown postgres /pg && exec su postgres -c \
     '/usr/lib/postgresql/15/bin/initdb -D /pg >/dev/null && exec /usr/lib/postgresql/15/bin/postgres -D /pg -p 7432'";
 const RABBITMQ: &str = "echo NODENAME=rabbit@localhost > /etc/rabbitmq/rabbitmq-env.conf; \
@@ -24,12 +26,20 @@ const FFMPEG: &str = "ffmpeg -loglevel error -f lavfi -i testsrc=duration=0.2 -c
 
 /// In the order of their size.
 pub const SUITE: [Workload; 9] = [
-    Workload { image: "redis", command: &["redis-server", "--save", "", "--port", "7379"], ready: &["Ready to accept connections"] },
+    Workload {
+        image: "redis",
+        command: &["redis-server", "--save", "", "--port", "7379"],
+        ready: &["Ready to accept connections"],
+    },
     Workload { image: "nginx", command: &["bash", "-c", NGINX], ready: &["READY"] },
     Workload { image: "numpy", command: &["python3", "-c", NUMPY], ready: &["READY"] },
     Workload { image: "node", command: &["node", "/app/main.js"], ready: &["READY"] },
     Workload { image: "postgres", command: &["sh", "-c", POSTGRES], ready: &["ready to accept connections"] },
-    Workload { image: "rabbitmq", command: &["sh", "-c", RABBITMQ], ready: &["Server startup complete", "completed with"] },
+    Workload {
+        image: "rabbitmq",
+        command: &["sh", "-c", RABBITMQ],
+        ready: &["Server startup complete", "completed with"],
+    },
     Workload { image: "ffmpeg", command: &["sh", "-c", FFMPEG], ready: &["READY"] },
     Workload { image: "tensorflow", command: &["python3", "-c", TENSORFLOW], ready: &["READY"] },
     Workload { image: "torch", command: &["python3", "-c", TORCH], ready: &["READY"] },
@@ -55,7 +65,12 @@ pub struct Ready {
 pub fn until_ready(command: &mut Command, ready: &[&str], patience: Duration) -> Result<Ready, String> {
     let (reader, writer) = std::io::pipe().unwrap();
     let start = Instant::now();
-    let mut child = command.stdin(Stdio::null()).stdout(writer.try_clone().unwrap()).stderr(writer).spawn().map_err(|e| e.to_string())?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone().unwrap())
+        .stderr(writer)
+        .spawn()
+        .map_err(|e| e.to_string())?;
     // The command still holds the pipe's other end; replacing both closes it here, or the reader would wait for ever.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let (send, lines) = std::sync::mpsc::channel();
@@ -68,7 +83,9 @@ pub fn until_ready(command: &mut Command, ready: &[&str], patience: Duration) ->
     let mut said = Vec::new();
     loop {
         match lines.recv_timeout(patience.saturating_sub(start.elapsed())) {
-            Ok(line) if ready.iter().any(|r| line.contains(r)) => return Ok(Ready { child, after: start.elapsed(), line }),
+            Ok(line) if ready.iter().any(|r| line.contains(r)) => {
+                return Ok(Ready { child, after: start.elapsed(), line });
+            }
             Ok(line) => said.push(line),
             Err(_) => {
                 let _ = child.kill();
