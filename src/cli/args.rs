@@ -406,7 +406,9 @@ mod tests {
 
     #[test]
     fn values_may_begin_with_a_dash_and_bools_may_be_given_one() {
-        let (_, c) = convert("convert --span-size -1 --min-layer-size 0x_10 -force=false --standalone=true --prefetch-file -force a b");
+        let (_, c) = convert(
+            "convert --span-size -1 --min-layer-size 0x_10 -force=false --standalone=true --prefetch-file -force a b",
+        );
         assert_eq!((c.span_size, c.min_layer_size, c.force, c.standalone), (-1, 16, false, true));
         assert_eq!(c.prefetch_file, ["-force"]);
         let (_, c) = convert("convert -f -p linux/amd64 --platform linux/arm64,linux/386 -- -a b");
@@ -417,9 +419,15 @@ mod tests {
 
     #[test]
     fn wrong_flags_are_named_as_the_go_tools_name_them() {
-        assert!(usage("convert --span-size 99999999999999999999 a b").starts_with("invalid value \"99999999999999999999\" for flag -span-size"));
+        assert!(
+            usage("convert --span-size 99999999999999999999 a b")
+                .starts_with("invalid value \"99999999999999999999\" for flag -span-size")
+        );
         assert!(usage("convert --min-layer-size x a b").starts_with("invalid value \"x\" for flag -min-layer-size"));
-        assert!(usage("convert --format zip a b").contains("unsupported output format \"zip\": must be \"oci-archive\" or \"oci-dir\""));
+        assert!(
+            usage("convert --format zip a b")
+                .contains("unsupported output format \"zip\": must be \"oci-archive\" or \"oci-dir\"")
+        );
         assert_eq!(usage("convert --bogus"), "flag provided but not defined: -bogus");
         assert_eq!(usage("ztoc info --force"), "flag provided but not defined: -force");
         assert_eq!(usage("convert --span-size"), "flag needs an argument: -span-size");

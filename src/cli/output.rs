@@ -30,9 +30,8 @@ pub struct Console {
 impl Console {
     /// A console; with bars if stderr is a terminal.
     pub fn new(lines: Lines) -> Console {
-        let bars = io::stderr()
-            .is_terminal()
-            .then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)));
+        let bars =
+            io::stderr().is_terminal().then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)));
         Console { lines, bars, warnings: Mutex::default() }
     }
 

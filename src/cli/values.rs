@@ -120,7 +120,8 @@ pub fn platform(text: &str) -> Result<Platform, BadPlatform> {
     }
     let host = Platform::host();
     let normal = |os: &str, architecture: &str, variant: &str| {
-        let p = Platform { os: os.into(), architecture: architecture.into(), variant: variant.into(), ..platform.clone() };
+        let p =
+            Platform { os: os.into(), architecture: architecture.into(), variant: variant.into(), ..platform.clone() };
         p.normalised()
     };
     match names.as_slice() {
@@ -151,8 +152,24 @@ fn implied_variant(mut p: Platform) -> Platform {
 fn is_os(name: &str) -> bool {
     matches!(
         name.to_ascii_lowercase().as_str(),
-        "aix" | "android" | "darwin" | "macos" | "dragonfly" | "freebsd" | "hurd" | "illumos" | "ios" | "js" | "linux"
-            | "nacl" | "netbsd" | "openbsd" | "plan9" | "solaris" | "windows" | "zos"
+        "aix"
+            | "android"
+            | "darwin"
+            | "macos"
+            | "dragonfly"
+            | "freebsd"
+            | "hurd"
+            | "illumos"
+            | "ios"
+            | "js"
+            | "linux"
+            | "nacl"
+            | "netbsd"
+            | "openbsd"
+            | "plan9"
+            | "solaris"
+            | "windows"
+            | "zos"
     )
 }
 
@@ -160,9 +177,36 @@ fn is_architecture(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     matches!(
         name.as_str(),
-        "386" | "i386" | "amd64" | "x86_64" | "x86-64" | "amd64p32" | "arm" | "armhf" | "armel" | "armbe" | "arm64"
-            | "aarch64" | "arm64be" | "loong64" | "mips" | "mipsle" | "mips64" | "mips64le" | "mips64p32" | "mips64p32le"
-            | "ppc" | "ppc64" | "ppc64le" | "riscv" | "riscv64" | "s390" | "s390x" | "sparc" | "sparc64" | "wasm"
+        "386"
+            | "i386"
+            | "amd64"
+            | "x86_64"
+            | "x86-64"
+            | "amd64p32"
+            | "arm"
+            | "armhf"
+            | "armel"
+            | "armbe"
+            | "arm64"
+            | "aarch64"
+            | "arm64be"
+            | "loong64"
+            | "mips"
+            | "mipsle"
+            | "mips64"
+            | "mips64le"
+            | "mips64p32"
+            | "mips64p32le"
+            | "ppc"
+            | "ppc64"
+            | "ppc64le"
+            | "riscv"
+            | "riscv64"
+            | "s390"
+            | "s390x"
+            | "sparc"
+            | "sparc64"
+            | "wasm"
     )
 }
 

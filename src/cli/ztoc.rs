@@ -159,13 +159,7 @@ pub fn get_file(args: &GetFile, global: &Global) -> Result<(), ZtocCommandError>
 }
 
 /// Writes to a temporary file that becomes `path` when it is complete; what is not a regular file is written to directly.
-fn save(
-    path: &Path,
-    ztoc: &Ztoc<'_>,
-    bytes: &[u8],
-    file: &FileRef<'_>,
-    layer: &Blob,
-) -> Result<(), ZtocCommandError> {
+fn save(path: &Path, ztoc: &Ztoc<'_>, bytes: &[u8], file: &FileRef<'_>, layer: &Blob) -> Result<(), ZtocCommandError> {
     let failed = |source| ZtocCommandError::Write { path: path.to_owned(), source };
     if path.symlink_metadata().is_ok_and(|m| !m.is_file()) {
         let mut out = std::fs::File::create(path).map_err(failed)?;

@@ -61,7 +61,8 @@ fn files_come_out_as_they_are_in_the_layer() {
         get("a").failed(&["links in a circle"]);
 
         let out = image.path.join("saved");
-        soci(["ztoc", "get-file", "-o", out.to_str().unwrap(), "--layout", image.at(), &ztoc.to_string(), "usr/big"]).ok();
+        soci(["ztoc", "get-file", "-o", out.to_str().unwrap(), "--layout", image.at(), &ztoc.to_string(), "usr/big"])
+            .ok();
         assert_eq!(std::fs::read(&out).unwrap(), image.big);
         assert_eq!(std::fs::metadata(&out).unwrap().permissions().mode() & 0o400, 0o400);
 
@@ -84,7 +85,8 @@ fn a_damaged_layer_gives_an_error_and_no_wrong_byte() {
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, &bytes).unwrap();
     let saved = image.path.join("saved");
-    let ran = soci(["ztoc", "get-file", "-o", saved.to_str().unwrap(), "--layout", image.at(), &ztoc.to_string(), "usr/big"]);
+    let ran =
+        soci(["ztoc", "get-file", "-o", saved.to_str().unwrap(), "--layout", image.at(), &ztoc.to_string(), "usr/big"]);
     ran.failed(&["span digests do not match"]);
     assert!(!saved.exists());
     std::fs::write(&path, &bytes[..middle]).unwrap();
@@ -134,7 +136,8 @@ fn the_output_is_that_of_the_go_transcript() {
     ] {
         in_store(args).failed(&[step(args)["stderr"].as_str().unwrap().trim_end()]);
     }
-    in_store(&["index", "info", ztoc]).failed(&["the provided digest is of ztoc not SOCI index. Use \"soci ztoc info\""]);
+    in_store(&["index", "info", ztoc])
+        .failed(&["the provided digest is of ztoc not SOCI index. Use \"soci ztoc info\""]);
     in_store(&["ztoc", "info", index]).failed(&["the provided digest belongs to a SOCI index. Use `soci index info`"]);
 }
 
@@ -142,8 +145,11 @@ fn the_output_is_that_of_the_go_transcript() {
 fn the_store_of_containerd_is_refused_with_what_to_do() {
     let digest = Digest::of(b"x").to_string();
     for store in [&[][..], &["--content-store", "containerd"], &["--content-store="]] {
-        soci(store.iter().copied().chain(["ztoc", "info", &digest]))
-            .failed(&["cannot read containerd's content store yet", "--content-store soci", "--layout PATH"]);
+        soci(store.iter().copied().chain(["ztoc", "info", &digest])).failed(&[
+            "cannot read containerd's content store yet",
+            "--content-store soci",
+            "--layout PATH",
+        ]);
     }
     soci(["--content-store", "bogus", "ztoc", "info", &digest])
         .failed(&["unknown content store type: bogus; must be one of [soci containerd]"]);
@@ -173,7 +179,17 @@ fn what_is_neither_a_ztoc_nor_an_index_is_said_to_be_so() {
 fn an_archive_serves_as_a_layout_too() {
     let image = image();
     let archive = image.path.join("../image.tar");
-    soci(["convert", "--standalone", "--min-layer-size", "0", "--span-size", "65536", image.at(), archive.to_str().unwrap()]).ok();
+    soci([
+        "convert",
+        "--standalone",
+        "--min-layer-size",
+        "0",
+        "--span-size",
+        "65536",
+        image.at(),
+        archive.to_str().unwrap(),
+    ])
+    .ok();
     let get = ["ztoc", "get-file", "--layout", archive.to_str().unwrap(), &image.ztocs[0].to_string(), "usr/big"];
     assert_eq!(soci(get).ok().stdout, image.big);
 }

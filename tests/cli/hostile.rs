@@ -192,7 +192,13 @@ fn an_interrupted_conversion_leaves_nothing_behind() {
             std::thread::sleep(Duration::from_millis(20));
         }
         std::thread::sleep(Duration::from_millis(100));
-        assert!(std::process::Command::new("kill").args([format!("-{signal}"), child.id().to_string()]).status().unwrap().success());
+        assert!(
+            std::process::Command::new("kill")
+                .args([format!("-{signal}"), child.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
         let status = child.wait().unwrap();
         assert_eq!(status.signal(), Some(signal), "{status}");
         assert_eq!(names(&place), Vec::<String>::new());

@@ -34,7 +34,11 @@ fn platforms_that_no_descriptor_names_come_from_the_image_configurations() {
     // The Go CLI refuses both: "manifest should have proper platform".
     for nested in [true, false] {
         let manifests = vec![amd.clone(), arm.clone()];
-        if nested { image.list(manifests) } else { image.top(manifests) }
+        if nested {
+            image.list(manifests)
+        } else {
+            image.top(manifests)
+        }
         let out = Layout(dir.path().join(format!("out-{nested}")));
         convert(&image.0, &out.0, &["--all-platforms"]).ok();
         assert_eq!(platforms(&out), ["linux/amd64", "linux/arm64", "linux/amd64", "linux/arm64"]);
@@ -138,7 +142,8 @@ fn layers_that_cannot_be_indexed_are_left_alone_with_a_warning() {
 
     let none = image.image("linux/amd64", layers[..odd.len()].to_vec());
     image.top(vec![none]);
-    convert(&image.0, &dir.path().join("none"), &[]).failed(&["no ztocs created, all layers either skipped or produced errors"]);
+    convert(&image.0, &dir.path().join("none"), &[])
+        .failed(&["no ztocs created, all layers either skipped or produced errors"]);
     assert!(!dir.path().join("none").exists());
 }
 
@@ -187,7 +192,8 @@ fn prefetch_files_can_come_from_a_file() {
     assert!(ran.text().contains("Created prefetch artifact for layer "), "{}", ran.text());
     assert!(ran.stderr.contains("prefetch file nope not found in any layer"), "{}", ran.stderr);
     std::fs::write(&list, r#"{"not":"an array"}"#).unwrap();
-    convert(&image.0, &out, &["--prefetch-files-json", list.to_str().unwrap()]).failed(&["failed to parse prefetch files: "]);
+    convert(&image.0, &out, &["--prefetch-files-json", list.to_str().unwrap()])
+        .failed(&["failed to parse prefetch files: "]);
 }
 
 #[test]
@@ -311,7 +317,8 @@ fn blobs_are_not_copied_where_a_second_name_is_as_good() {
     let (image, [amd, _]) = two_platforms(&dir.path().join("in"));
     image.top(vec![amd.clone()]);
     let shared = image.read::<Manifest>(amd.digest).layers[0].digest;
-    let mode = |mode| std::fs::set_permissions(image.blob_path(shared), std::os::unix::fs::PermissionsExt::from_mode(mode));
+    let mode =
+        |mode| std::fs::set_permissions(image.blob_path(shared), std::os::unix::fs::PermissionsExt::from_mode(mode));
     let out = Layout(dir.path().join("out"));
     let same = || {
         convert(&image.0, &out.0, &[]).ok();

@@ -27,7 +27,9 @@ fn no_command_is_help_and_an_unknown_one_is_exit_status_three() {
         }
         assert!(ran.ok().text().contains("Usage: soci"), "{line}");
     }
-    for (line, name) in [("bogus", "bogus"), ("image rpull", "image"), ("create x", "create"), ("--debug push x", "push")] {
+    for (line, name) in
+        [("bogus", "bogus"), ("image rpull", "image"), ("create x", "create"), ("--debug push x", "push")]
+    {
         let ran = soci(words(line));
         assert_eq!((ran.code, ran.stderr.as_str()), (3, format!("No help topic for '{name}'\n").as_str()), "{line}");
         assert!(ran.stdout.is_empty());
@@ -42,7 +44,10 @@ fn wrong_values_are_told_in_the_words_that_scripts_look_for() {
         ("convert --standalone --optimizations bogus a b", "optimization bogus is not a valid optimization [xattr]"),
         ("convert --standalone --span-size -5 a b", "span size must be >= 0"),
         ("convert --standalone --min-layer-size -1 a b", "min layer size must be >= 0"),
-        ("convert --standalone --min-layer-size 9223372036854775808 a b", "invalid value \"9223372036854775808\" for flag -min-layer-size"),
+        (
+            "convert --standalone --min-layer-size 9223372036854775808 a b",
+            "invalid value \"9223372036854775808\" for flag -min-layer-size",
+        ),
         ("convert --standalone --span-size 1x a b", "invalid value \"1x\" for flag -span-size"),
         ("convert --format bogus a b", "unsupported output format \"bogus\": must be \"oci-archive\" or \"oci-dir\""),
         ("convert --standalone --platform bogus/ a b", "could not parse platform bogus/: \"\" is an invalid component"),

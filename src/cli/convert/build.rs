@@ -8,7 +8,10 @@ use super::{ConvertError, prefetch};
 use crate::{
     cli::{
         interrupt,
-        layout::{LayoutError, OciLayout, write::{Staging, digest_of}},
+        layout::{
+            LayoutError, OciLayout,
+            write::{Staging, digest_of},
+        },
         output::{Console, chain},
     },
     oci::{BUILD_TOOL, Descriptor, Digest},
@@ -52,7 +55,10 @@ pub struct Built {
 /// What became of a layer.
 #[derive(Debug, Clone)]
 pub enum Outcome {
-    Indexed { built: Arc<Built>, reused: bool },
+    Indexed {
+        built: Arc<Built>,
+        reused: bool,
+    },
     TooSmall,
     Unsupported(String),
     NotIndexable(String),
@@ -95,7 +101,8 @@ impl Outcome {
                 Ok(())
             }
             Outcome::NotALayer => {
-                console.warn(format!("layer {digest} is left without a ztoc: {media_type:?} is not a layer media type"));
+                console
+                    .warn(format!("layer {digest} is left without a ztoc: {media_type:?} is not a layer media type"));
                 Ok(())
             }
             Outcome::Foreign => {

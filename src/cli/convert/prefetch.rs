@@ -101,7 +101,8 @@ pub fn assign<'a>(
     let mut ranges: HashMap<Digest, Vec<Range>> = HashMap::new();
     let mut nowhere = Vec::new();
     for (at, path) in paths.iter().enumerate() {
-        let hit = layers.iter().rev().find_map(|(digest, found)| found.get(at).copied().flatten().map(|r| (*digest, r)));
+        let hit =
+            layers.iter().rev().find_map(|(digest, found)| found.get(at).copied().flatten().map(|r| (*digest, r)));
         match hit {
             Some((digest, range)) => ranges.entry(digest).or_default().push(range),
             None => nowhere.push(path.as_str()),

@@ -82,13 +82,19 @@ pub fn document(
         manifest: result.entries[c.place],
         original_manifest: image.base.manifests[c.place].digest,
         soci_index: c.index.as_ref().map(|index| index.digest),
-        layers: c.manifest.layers.iter().zip(&c.outcomes).map(|(layer, outcome)| Layer {
-            digest: layer.digest,
-            media_type: &layer.media_type,
-            size: layer.size,
-            status: status(outcome),
-            prefetch: c.prefetch.get(&layer.digest).copied(),
-        }).collect(),
+        layers: c
+            .manifest
+            .layers
+            .iter()
+            .zip(&c.outcomes)
+            .map(|(layer, outcome)| Layer {
+                digest: layer.digest,
+                media_type: &layer.media_type,
+                size: layer.size,
+                status: status(outcome),
+                prefetch: c.prefetch.get(&layer.digest).copied(),
+            })
+            .collect(),
     });
     let document = Document {
         image: Target { digest: result.target.digest, media_type: &result.target.media_type, size: result.target.size },

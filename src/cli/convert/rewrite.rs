@@ -6,7 +6,10 @@
 //! images, and lose their `vnd.docker.reference.*` there). SOCI indexes, artifacts and nested indexes it mangles are left as
 //! they are here.
 
-use super::{Converted, ConvertError, source::{Image, Kind, list_of}};
+use super::{
+    ConvertError, Converted,
+    source::{Image, Kind, list_of},
+};
 use crate::{
     cli::{
         layout::{LayoutError, OciLayout, json, write::Staging},

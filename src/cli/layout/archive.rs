@@ -153,7 +153,8 @@ fn clean(mut name: &[u8]) -> &[u8] {
 
 fn header(block: &[u8; BLOCK as usize]) -> Result<Header, &'static str> {
     let stored = number(&block[148..156]).ok_or("a header has no checksum")?;
-    let sum: u64 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u64::from(*b) }).sum();
+    let sum: u64 =
+        block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u64::from(*b) }).sum();
     if stored != sum {
         return Err("a header has a wrong checksum");
     }

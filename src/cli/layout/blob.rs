@@ -38,13 +38,11 @@ impl Blob {
         };
         let (file, trust) = match open(OFlags::NOFOLLOW) {
             Ok(file) => (file, Trust::Inside),
-            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
-                match open(OFlags::empty()) {
-                    Ok(file) => (file, Trust::Linked),
-                    Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-                    Err(e) => return Err(e),
-                }
-            }
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => match open(OFlags::empty()) {
+                Ok(file) => (file, Trust::Linked),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(e) => return Err(e),
+            },
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e),
         };
@@ -74,7 +72,11 @@ impl Blob {
     pub(super) fn may_be_linked(&self) -> bool {
         let Ok(metadata) = self.file.metadata() else { return false };
         let ours = metadata.uid() == 0 || metadata.uid() == rustix::process::geteuid().as_raw();
-        self.start == 0 && metadata.len() == self.len && self.trust == Trust::Inside && ours && metadata.mode() & 0o022 == 0
+        self.start == 0
+            && metadata.len() == self.len
+            && self.trust == Trust::Inside
+            && ours
+            && metadata.mode() & 0o022 == 0
     }
 
     /// Its bytes, from the first one.

@@ -63,7 +63,9 @@ impl fmt::Display for Identity {
                 f,
                 "it is containerd's content store, not an OCI layout; write one image with `ctr images export layout.tar REF`"
             ),
-            Identity::BlobsOnly => write!(f, "the directory has blobs, but no index.json that says which of them is the image"),
+            Identity::BlobsOnly => {
+                write!(f, "the directory has blobs, but no index.json that says which of them is the image")
+            }
             Identity::EmptyDirectory => write!(f, "the directory is empty"),
             Identity::OtherDirectory => {
                 write!(f, "no such file: the directory is not an OCI layout (index.json, oci-layout and blobs/)")

@@ -104,7 +104,9 @@ impl Destination {
                     _ if names.is_empty() => Ok(Destination::NewDirectory(real)),
                     Some(name) => Err(WriteError::Refused {
                         path: path.to_owned(),
-                        why: format!("is a directory that is not (only) an OCI layout, it has {name:?}; it is not replaced"),
+                        why: format!(
+                            "is a directory that is not (only) an OCI layout, it has {name:?}; it is not replaced"
+                        ),
                     }),
                     None if names.iter().any(|name| name == INDEX || name == MARKER) => {
                         Ok(Destination::ReplacedLayout(real))
@@ -167,9 +169,7 @@ impl Staging {
             // The same bytes, put before.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(digest),
             Err(e) => Err(e),
-            Ok(mut file) => {
-                file.write_all(bytes).and_then(|()| file.set_permissions(Permissions::from_mode(0o444)))
-            }
+            Ok(mut file) => file.write_all(bytes).and_then(|()| file.set_permissions(Permissions::from_mode(0o444))),
         };
         written.map(|()| digest).map_err(|source| WriteError::Write { path, source })
     }
