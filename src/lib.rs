@@ -84,6 +84,8 @@ pub mod config;
 pub mod custodian;
 pub mod fs;
 pub mod holder;
+//! soci-snapshotter: starts containers before their images have arrived.
+pub mod cli;
 pub mod inflate;
 pub mod keychain;
 pub mod layers;

@@ -1,6 +1,7 @@
 //! Everything that is tested from outside: one binary, one module per subject.
 mod architecture;
 mod config;
+mod cli;
 mod formats;
 mod fuzz;
 mod privilege;
