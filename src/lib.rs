@@ -80,20 +80,21 @@
 //! that a layer's paths need but the layer does not list. *holder*: `soci-mount` after it has mounted. *lazy*: served through FUSE
 //! while it arrives.
 
+pub mod cli;
 pub mod config;
 pub mod custodian;
+pub mod daemon;
 pub mod fs;
+pub mod grpc;
 pub mod holder;
-//! soci-snapshotter: starts containers before their images have arrived.
-pub mod cli;
+pub mod index;
 pub mod inflate;
 pub mod keychain;
 pub mod layers;
 pub mod layout;
 pub mod oci;
 pub mod registry;
+pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod ztoc;
-pub mod grpc;
-pub mod snapshot;

@@ -5,7 +5,7 @@
 //! or `/tmp` loses its sticky bit for every container above it. What a layer has nowhere below is 0755, root.
 
 use crate::{
-    fs::{ImpliedAttrs, LazyLayer},
+    fs::ImpliedAttrs,
     layers::toc::{Kind, ROOT, Toc},
 };
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
@@ -19,9 +19,16 @@ use std::{
 /// As many symlinks as the kernel follows in one path.
 const MAX_LINKS: usize = 40;
 
+/// A lazily loaded layer, as far as those above care.
+pub struct Shown {
+    pub toc: Arc<Toc>,
+    /// What it took itself from the layers below.
+    pub implied: HashMap<u32, ImpliedAttrs>,
+}
+
 /// One layer below, nearest first in a slice of them.
 pub enum Below {
-    Lazy(Arc<LazyLayer>),
+    Lazy(Arc<Shown>),
     /// A layer that is unpacked on disk: an open descriptor of its root.
     Unpacked(OwnedFd),
 }
@@ -59,7 +66,7 @@ impl Below {
     }
 }
 
-fn find_lazy(layer: &LazyLayer, path: &[u8]) -> Found {
+fn find_lazy(layer: &Shown, path: &[u8]) -> Found {
     let toc = &layer.toc;
     let Some(index) = follow(toc, path) else { return Found::Nothing };
     let Some(node) = toc.node(index) else { return Found::Nothing };

@@ -8,13 +8,13 @@
 //! Invariant: a layer is in the tree only after its record is on disk, so whatever containerd was told survives a crash.
 
 use super::{
-    implied::{self, Below},
+    implied::{self, Below, Shown},
     observe::Observers,
     record::LazyRecord,
 };
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
-    grpc::ContainerdContent,
+    grpc::content::ContainerdContent,
     index::{ImageTarget, Indexes, NoIndex},
     layers::{Layer, LayerStore, RegistrySource, Source, Wanted},
     layout::{Layout, SnapshotId},
@@ -34,7 +34,7 @@ use std::{
 /// A mounted layer, for status, usage and removal.
 struct Mounted {
     layer: Arc<Layer>,
-    shown: Arc<LazyLayer>,
+    shown: Arc<Shown>,
     manifest: Digest,
 }
 
@@ -95,8 +95,7 @@ impl LazyMounts {
     pub async fn recover(&self, id: SnapshotId) -> Result<(), String> {
         let (record, implied) = LazyRecord::read(&self.layout, id).map_err(|e| e.to_string())?;
         let layer = self.open(id, &record, false).await?;
-        self.show(id, &record, implied, layer);
-        Ok(())
+        self.show(id, &record, implied, layer).map_err(|e| e.to_string())
     }
 
     async fn open(&self, id: SnapshotId, record: &LazyRecord, local: bool) -> Result<Arc<Layer>, String> {
@@ -109,7 +108,7 @@ impl LazyMounts {
             depth: record.depth,
             source: registry,
         };
-        let layer = self.store.open(wanted, id).await.map_err(|e| chain(&e))?;
+        let layer = self.store.open(wanted, id).await.map_err(|e| crate::snapshot::chain(&e))?;
         if local {
             let source: Arc<dyn Source> = Arc::new(self.containerd.blob(record.namespace.clone(), record.layer));
             layer.add_source(source);
@@ -117,8 +116,15 @@ impl LazyMounts {
         Ok(layer)
     }
 
-    fn show(&self, id: SnapshotId, record: &LazyRecord, implied: HashMap<u32, fs::ImpliedAttrs>, layer: Arc<Layer>) {
-        let shown = LazyLayer {
+    fn show(
+        &self,
+        id: SnapshotId,
+        record: &LazyRecord,
+        implied: HashMap<u32, fs::ImpliedAttrs>,
+        layer: Arc<Layer>,
+    ) -> Result<(), fs::AddError> {
+        let shown = Arc::new(Shown { toc: layer.toc().clone(), implied: implied.clone() });
+        let in_tree = LazyLayer {
             id,
             toc: layer.toc().clone(),
             implied,
@@ -126,11 +132,11 @@ impl LazyMounts {
             headers: self.settings.headers,
             xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
         };
-        let shown = Arc::new(shown);
-        self.observers.mounted(id, record.manifest, &layer, &self.layout.snapshot_fs(id));
-        self.tree.add(shown.clone());
+        self.tree.add(in_tree)?;
+        self.observers.mounted(id, record.manifest, &layer, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
         self.mounted().insert(id, Mounted { layer, shown, manifest: record.manifest });
+        Ok(())
     }
 
     async fn prepare(&self, id: SnapshotId, target: &Target, parents: &[SnapshotId]) -> Result<(), NotLazyReason> {
@@ -144,7 +150,7 @@ impl LazyMounts {
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
         let local = self.containerd.has(&target.namespace, &target.layer);
         let (index, local) = tokio::join!(self.indexes.get(&wanted), local);
-        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: why.to_string() })?;
+        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         let record = LazyRecord::new(
             target.layer,
@@ -156,15 +162,11 @@ impl LazyMounts {
             parents.len(),
         );
         let layer = self.open(id, &record, local).await.map_err(unresolved)?;
-        let kept = self.keep(id, &record, parents, &layer).await;
-        let implied = match kept {
-            Ok(implied) => implied,
-            Err(error) => {
-                let _ = self.store.release(target.layer, id).await;
-                return Err(NotLazyReason::Unserved { layer: target.layer, why: error.to_string() });
-            }
-        };
-        self.show(id, &record, implied, layer);
+        let kept = self.keep(id, &record, parents, &layer).await.map_err(|e| e.to_string());
+        if let Err(why) = kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string())) {
+            let _ = self.store.release(target.layer, id).await;
+            return Err(NotLazyReason::Unserved { layer: target.layer, why });
+        }
         Ok(())
     }
 
@@ -176,7 +178,7 @@ impl LazyMounts {
         parents: &[SnapshotId],
         layer: &Arc<Layer>,
     ) -> io::Result<HashMap<u32, fs::ImpliedAttrs>> {
-        let below: Vec<Option<Arc<LazyLayer>>> = {
+        let below: Vec<Option<Arc<Shown>>> = {
             let mounted = self.mounted();
             parents.iter().map(|p| mounted.get(p).map(|m| m.shown.clone())).collect()
         };
@@ -251,16 +253,4 @@ impl LazyLayers for LazyMounts {
     fn not_lazy(&self, _id: SnapshotId, reason: &NotLazyReason) {
         self.observers.not_lazy(reason);
     }
-}
-
-/// An error and its causes, outermost first.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
