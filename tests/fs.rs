@@ -19,11 +19,11 @@ fn sample() -> Tar {
     let long = format!("usr/share/{}/{}", "d".repeat(120), "f".repeat(200));
     Tar::new([
         Member { mtime: (1_500_000_000, 123_456_789), ..Member::dir("./", 0o755) },
-        Member::dir("./usr/", 0o755),
+        Member::dir("usr/", 0o755),
         Member::dir("usr/share/", 0o711),
         Member::dir(&format!("usr/share/{}", "d".repeat(120)), 0o700),
         Member::file(&long, "long names"),
-        Member { owner: (1000, 4_000_00), ..Member::dir("home", 0o2775) },
+        Member { owner: (1000, 400_000), ..Member::dir("home", 0o2775) },
         Member { mode: 0o4755, owner: (0, 5), ..Member::file("usr/suid", pattern(1, 10_000)) },
         Member::dir("tmp", 0o1777),
         Member::file("empty", ""),
@@ -37,7 +37,7 @@ fn sample() -> Tar {
         Member::new("pipe", EntryKind::Fifo),
         Member {
             xattrs: vec![
-                (b"user.one".to_vec(), b"1".to_vec()),
+                (b"user.long".to_vec(), pattern(9, 300)),
                 (b"user.empty".to_vec(), Vec::new()),
                 (b"security.capability".to_vec(), [&[1, 0, 0, 2, 0, 4][..], &[0; 14]].concat()),
             ],
@@ -199,13 +199,14 @@ fn privileged_xattr_buffers_that_are_too_small_and_names_that_are_not_there_are_
     let path = mount.at(7).join("usr/attributed");
     let get = |name: &str, len: usize| rustix::fs::getxattr(&path, name, &mut vec![0; len][..]);
     assert_eq!(get("security.capability", 20), Ok(20));
-    assert_eq!(get("security.capability", 0), Ok(20));
-    assert_eq!(get("security.capability", 19), Err(Errno::RANGE));
+    assert_eq!(get("user.long", 300), Ok(300));
+    assert_eq!(get("user.long", 0), Ok(300));
+    assert_eq!(get("user.long", 299), Err(Errno::RANGE));
     assert_eq!(get("user.empty", 10), Ok(0));
     assert_eq!(get("user.none", 10), Err(Errno::NODATA));
     assert_eq!(get("trusted.overlay.opaque", 10), Err(Errno::NODATA));
     let list = |path: &Path, len: usize| rustix::fs::listxattr(path, &mut vec![0; len][..]);
-    assert_eq!(list(&path, 0), Ok("security.capability\0user.empty\0user.one\0".len()));
+    assert_eq!(list(&path, 0), Ok("security.capability\0user.empty\0user.long\0".len()));
     assert_eq!(list(&path, 5), Err(Errno::RANGE));
     assert_eq!(list(&mount.at(7).join("empty"), 5), Ok(0));
 }

@@ -171,7 +171,7 @@ impl Tar {
             devminor: member.device.1,
             xattrs: member.xattrs.iter().map(|(name, value)| (&name[..], &value[..])).collect(),
         });
-        Toc::from_bytes(toc::build(layer, entries).unwrap(), layer).unwrap()
+        Toc::from_bytes(toc::build_entries(layer, 0, entries).unwrap(), layer).unwrap()
     }
 
     /// What `tar` makes of it.
