@@ -90,6 +90,7 @@ pub mod holder;
 pub mod index;
 pub mod inflate;
 pub mod keychain;
+//! soci-snapshotter: starts containers before their images have arrived.
 pub mod layers;
 pub mod layout;
 pub mod oci;

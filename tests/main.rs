@@ -3,6 +3,7 @@ mod architecture;
 mod config;
 mod cli;
 mod formats;
+mod fs;
 mod fuzz;
 mod privilege;
 //! The product's tests, as one program.

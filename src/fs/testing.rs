@@ -70,7 +70,7 @@ pub fn file(name: &str, offset: u64, size: u64) -> Entry<'_> {
 
 pub fn lazy<'a>(id: u32, data: Arc<dyn LayerData>, entries: impl IntoIterator<Item = Entry<'a>>) -> LazyLayer {
     let layer = data.digest();
-    let toc = Toc::from_bytes(toc::build(&layer, entries).unwrap(), &layer).unwrap();
+    let toc = Toc::from_bytes(toc::build_entries(&layer, 0, entries).unwrap(), &layer).unwrap();
     LazyLayer {
         id: SnapshotId(id),
         toc: Arc::new(toc),

@@ -6,6 +6,8 @@
 use super::format::{self, Dirent, HEADER_LEN, Header, MAGIC, RawNode, VERSION};
 use super::{Kind, ROOT};
 use crate::oci::Digest;
+pub use crate::tar::Kind as EntryKind;
+use crate::ztoc::{FileRef, Ztoc};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 use zerocopy::IntoBytes;
@@ -22,18 +24,6 @@ const MAX_XATTR: usize = 65536;
 const MAX_NODES: usize = 16_000_000;
 /// Longest header region that is worth verifying: one PAX and two GNU helpers of at most 1 MiB each, and their headers.
 const MAX_HEADER: u64 = 4 << 20;
-
-/// What a tar member is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EntryKind {
-    Regular,
-    Directory,
-    Symlink,
-    Hardlink,
-    Char,
-    Block,
-    Fifo,
-}
 
 /// One tar member, in archive order. Names are raw: as the tar has them.
 #[derive(Debug, Clone)]
@@ -54,6 +44,26 @@ pub struct Entry<'a> {
     pub devmajor: u32,
     pub devminor: u32,
     pub xattrs: Vec<(&'a [u8], &'a [u8])>,
+}
+
+impl<'a> From<FileRef<'a>> for Entry<'a> {
+    fn from(file: FileRef<'a>) -> Entry<'a> {
+        Entry {
+            name: file.name,
+            kind: file.kind,
+            offset: file.offset,
+            header: file.header,
+            size: file.size,
+            link: file.link,
+            mode: file.mode,
+            uid: file.uid,
+            gid: file.gid,
+            mtime: file.mtime,
+            devmajor: file.devmajor,
+            devminor: file.devminor,
+            xattrs: file.xattrs().collect(),
+        }
+    }
 }
 
 /// Why a layer cannot be served file by file.
@@ -147,10 +157,18 @@ struct Builder<'a> {
     components: Vec<&'a [u8]>,
 }
 
-/// Builds the flat TOC of `layer` from the members of its tar.
-pub fn build<'a>(layer: &Digest, entries: impl IntoIterator<Item = Entry<'a>>) -> Result<Vec<u8>, BuildError> {
-    let entries = entries.into_iter();
-    let expected = entries.size_hint().0.min(MAX_NODES);
+/// Builds the flat TOC of `layer` from its zTOC.
+pub fn build(layer: &Digest, ztoc: &Ztoc<'_>) -> Result<Vec<u8>, BuildError> {
+    build_entries(layer, ztoc.file_count(), ztoc.files().map(Entry::from))
+}
+
+/// Builds the flat TOC of `layer` from the members of its tar, of which there are about `expected`.
+pub fn build_entries<'a>(
+    layer: &Digest,
+    expected: usize,
+    entries: impl IntoIterator<Item = Entry<'a>>,
+) -> Result<Vec<u8>, BuildError> {
+    let expected = expected.min(MAX_NODES);
     let mut builder = Builder {
         drafts: Vec::with_capacity(expected + 1),
         children: HashMap::with_capacity(expected),
@@ -165,6 +183,20 @@ pub fn build<'a>(layer: &Digest, entries: impl IntoIterator<Item = Entry<'a>>) -
         builder.add(entry)?;
     }
     builder.finish(layer)
+}
+
+/// The components of a tar name, as Go's `path.Clean("/" + name)` would leave them.
+pub fn clean<'a>(name: &'a [u8], components: &mut Vec<&'a [u8]>) {
+    components.clear();
+    for component in name.split(|byte| *byte == b'/') {
+        match component {
+            b"" | b"." => {}
+            b".." => {
+                components.pop();
+            }
+            _ => components.push(component),
+        }
+    }
 }
 
 fn display(name: &[u8]) -> String {
@@ -185,23 +217,16 @@ impl<'a> Builder<'a> {
         self.drafts[id as usize].is_dir()
     }
 
-    /// Splits a raw name as Go's `path.Clean("/" + name)` would, into `self.components`.
+    /// Cleans a raw name into `self.components`, and checks them.
     fn clean(&mut self, name: &'a [u8]) -> Result<(), BuildError> {
-        self.components.clear();
-        for component in name.split(|byte| *byte == b'/') {
-            match component {
-                b"" | b"." => {}
-                b".." => {
-                    self.components.pop();
-                }
-                _ if component.len() > MAX_NAME || component.contains(&0) => {
-                    return Err(BuildError::Name(display(name)));
-                }
-                _ if self.components.len() >= MAX_DEPTH => return Err(BuildError::TooDeep(display(name))),
-                _ => self.components.push(component),
-            }
+        clean(name, &mut self.components);
+        if self.components.len() > MAX_DEPTH {
+            return Err(BuildError::TooDeep(display(name)));
         }
-        Ok(())
+        match self.components.iter().any(|component| component.len() > MAX_NAME || component.contains(&0)) {
+            true => Err(BuildError::Name(display(name))),
+            false => Ok(()),
+        }
     }
 
     /// Finds the directory of a raw name, creating what is missing on the way.
@@ -497,7 +522,7 @@ impl<'a> Builder<'a> {
 }
 
 /// Whether unpacking would set this xattr: containerd never sets `trusted.*`, where overlayfs keeps its own state.
-fn is_served(name: &[u8]) -> bool {
+pub fn is_served(name: &[u8]) -> bool {
     !name.starts_with(b"trusted.")
 }
 

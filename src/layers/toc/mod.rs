@@ -1,6 +1,6 @@
 //! The flat TOC of one layer: every file's attributes, found by name or number without a heap object per file.
 //!
-//! A zTOC lists a tar's members in archive order; a filesystem needs a tree. [`build`](build::build) turns the one into the
+//! A zTOC lists a tar's members in archive order; a filesystem needs a tree. [`build`] turns the one into the
 //! other once, applying what unpacking the tar would (names cleaned, parents implied, duplicates, hard links, whiteouts),
 //! refuses whatever it cannot represent, and writes a file that is used as it lies on disk from then on:
 //!
@@ -25,7 +25,7 @@ mod open;
 #[cfg(test)]
 mod tests;
 
-pub use build::{BuildError, Entry, EntryKind, build};
+pub use build::{BuildError, Entry, EntryKind, build, build_entries, clean, is_served};
 pub use open::{File, OpenError, Toc};
 
 /// Number of the root directory.

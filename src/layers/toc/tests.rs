@@ -36,11 +36,11 @@ fn layer() -> Digest {
 }
 
 fn toc<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Toc {
-    Toc::from_bytes(build(&layer(), entries).unwrap(), &layer()).unwrap()
+    Toc::from_bytes(build_entries(&layer(), 0, entries).unwrap(), &layer()).unwrap()
 }
 
 fn refusal<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> BuildError {
-    build(&layer(), entries).unwrap_err()
+    build_entries(&layer(), 0, entries).unwrap_err()
 }
 
 fn at(toc: &Toc, path: &str) -> Node {
@@ -226,7 +226,7 @@ fn what_unpacking_could_not_do_is_refused() {
 fn the_file_is_a_pure_function_of_the_members() {
     let entries = || (0..500).map(|n| format!("d{}/f{}", n % 7, n)).collect::<Vec<_>>();
     let (one, two) = (entries(), entries());
-    let build_of = |names: &[String]| build(&layer(), names.iter().map(|name| file(name))).unwrap();
+    let build_of = |names: &[String]| build_entries(&layer(), 0, names.iter().map(|name| file(name))).unwrap();
     assert_eq!(build_of(&one), build_of(&two));
 }
 
@@ -246,7 +246,7 @@ fn a_directorys_children_are_sorted_neighbours() {
 
 #[test]
 fn a_changed_byte_anywhere_is_noticed() {
-    let bytes = build(&layer(), [file("a/b"), link("l", EntryKind::Symlink, "t")]).unwrap();
+    let bytes = build_entries(&layer(), 0, [file("a/b"), link("l", EntryKind::Symlink, "t")]).unwrap();
     for at in 0..bytes.len() {
         let mut changed = bytes.clone();
         changed[at] ^= 1;
@@ -263,7 +263,7 @@ fn a_changed_byte_anywhere_is_noticed() {
 fn records_that_lie_under_a_right_checksum_cause_no_panic() {
     use super::format::{HEADER_LEN, Header};
     use zerocopy::{FromBytes, IntoBytes};
-    let clean = build(&layer(), [file("a/b"), link("l", EntryKind::Symlink, "t")]).unwrap();
+    let clean = build_entries(&layer(), 0, [file("a/b"), link("l", EntryKind::Symlink, "t")]).unwrap();
     let mut seed = 1u64;
     for _ in 0..20_000 {
         let mut bytes = clean.clone();
@@ -289,7 +289,7 @@ fn a_million_files_are_built_within_seconds_and_opened_within_milliseconds() {
     let names: Vec<String> =
         (0..1_000_000).map(|n| format!("./usr/lib/package-{}/directory-{}/file-{n}", n / 1000, n / 50)).collect();
     let started = std::time::Instant::now();
-    let bytes = build(&layer(), names.iter().map(|name| file(name))).unwrap();
+    let bytes = build_entries(&layer(), 0, names.iter().map(|name| file(name))).unwrap();
     let built = started.elapsed();
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("toc");
