@@ -1,4 +1,5 @@
 //! soci-snapshotter: starts containers before their images have arrived.
+pub mod index;
 pub mod keychain;
 pub mod layout;
 pub mod oci;

@@ -235,23 +235,11 @@ async fn post(
     scope: &str,
     credential: &Credential,
 ) -> Result<Posted, Failure> {
-    let mut form = ::url::form_urlencoded::Serializer::new(String::new());
-    form.append_pair("client_id", CLIENT_ID).append_pair("service", service).append_pair("scope", scope);
-    let has_user = match credential {
-        Credential::Password { user, password } => {
-            form.append_pair("grant_type", "password").append_pair("username", user);
-            form.append_pair("password", password.expose());
-            !user.is_empty()
-        }
-        Credential::Identity(identity) => {
-            form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", identity.expose());
-            false
-        }
-    };
+    let (form, has_user) = login_form(service, scope, credential);
     let mut http = reqwest::Request::new(Method::POST, realm.clone());
     http.headers_mut()
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded; charset=utf-8"));
-    *http.body_mut() = Some(form.finish().into());
+    *http.body_mut() = Some(form.into());
     let request = login_request(realm);
     match visitor.transport.send(Kind::Login, &request, http, visitor.timeout).await? {
         Reply::Content(response) => {
@@ -265,6 +253,23 @@ async fn post(
         },
         Reply::Redirect(_) => Ok(Posted::UseGet),
     }
+}
+
+fn login_form(service: &str, scope: &str, credential: &Credential) -> (String, bool) {
+    let mut form = ::url::form_urlencoded::Serializer::new(String::new());
+    form.append_pair("client_id", CLIENT_ID).append_pair("service", service).append_pair("scope", scope);
+    let has_user = match credential {
+        Credential::Password { user, password } => {
+            form.append_pair("grant_type", "password").append_pair("username", user);
+            form.append_pair("password", password.expose());
+            !user.is_empty()
+        }
+        Credential::Identity(identity) => {
+            form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", identity.expose());
+            false
+        }
+    };
+    (form.finish(), has_user)
 }
 
 async fn get(

@@ -42,7 +42,7 @@ use crate::{
 };
 use body::{Excess, content_range};
 use bytes::Bytes;
-use client::{Ask, Client, Places, Site};
+use client::{Ask, Client, Site};
 use error::Failure;
 use hosts::{Endpoint, Hosts};
 use http::{StatusCode, header};
