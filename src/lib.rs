@@ -89,6 +89,7 @@ pub mod grpc;
 pub mod holder;
 pub mod index;
 pub mod inflate;
+//! soci-snapshotter: starts containers before their images have arrived.
 pub mod keychain;
 //! soci-snapshotter: starts containers before their images have arrived.
 pub mod layers;

@@ -5,7 +5,7 @@
 //!   nothing ───────────────▶ Running ───────▶ Done
 //!                  ▲            │ failed
 //!     time is over │            ▼
-//!                  └───────── Failed (1 s, doubling to 60 s)
+//!                  └───────── Failed (believed ever longer)
 //! ```
 //!
 //! A search is a task of its own: that whoever started it leaves does not end it. The state is changed before the
@@ -20,10 +20,14 @@ use std::{
 };
 use tokio::{sync::watch, time::Instant};
 
-/// How long the first failure is believed.
-const FAILURE_MIN: Duration = Duration::from_secs(1);
-/// How long any failure is believed: how late a new index may be seen.
-const FAILURE_MAX: Duration = Duration::from_secs(60);
+/// How long failures are believed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Belief {
+    /// The first; each later one twice as long as the one before.
+    pub first: Duration,
+    /// Any: how late it may be noticed that what failed would work now.
+    pub longest: Duration,
+}
 
 enum State<T, E> {
     Running { result: watch::Receiver<Option<Result<T, E>>>, last_wait: Option<Duration> },
@@ -34,6 +38,7 @@ enum State<T, E> {
 /// The states of all keys.
 pub(super) struct Flights<K, T, E> {
     states: Arc<Mutex<Bounded<K, State<T, E>>>>,
+    belief: Belief,
     aborted: fn() -> E,
 }
 
@@ -44,8 +49,8 @@ where
     E: Clone + Send + Sync + 'static,
 {
     /// `aborted` makes the error for a search that ended without a result.
-    pub fn new(capacity: usize, aborted: fn() -> E) -> Flights<K, T, E> {
-        Flights { states: Arc::new(Mutex::new(Bounded::new(capacity))), aborted }
+    pub fn new(capacity: usize, belief: Belief, aborted: fn() -> E) -> Flights<K, T, E> {
+        Flights { states: Arc::new(Mutex::new(Bounded::new(capacity))), belief, aborted }
     }
 
     /// The result for `key`: remembered, of a search under way, or of the search that `start` makes.
@@ -58,14 +63,14 @@ where
             Joined::Known(result) => return result,
             Joined::Running(receiver) => receiver,
             Joined::Start { sender, receiver, last_wait } => {
-                let states = self.states.clone();
+                let (states, belief) = (self.states.clone(), self.belief);
                 let search = start();
                 tokio::spawn(async move {
                     let result = search.await;
                     let state = match &result {
                         Ok(found) => State::Done(found.clone()),
                         Err(error) => {
-                            let wait = last_wait.map_or(FAILURE_MIN, |last| (last * 2).min(FAILURE_MAX));
+                            let wait = last_wait.map_or(belief.first, |last| (last * 2).min(belief.longest));
                             State::Failed { error: error.clone(), until: Instant::now() + wait, wait }
                         }
                     };
@@ -121,46 +126,54 @@ mod tests {
 
     type Numbers = Flights<&'static str, u32, &'static str>;
 
+    const MS: Duration = Duration::from_millis(1);
+
     fn flights() -> Numbers {
-        Flights::new(8, || "aborted")
+        Flights::new(8, Belief { first: 40 * MS, longest: 100 * MS }, || "aborted")
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn all_who_ask_share_one_search_and_it_survives_its_starter() {
         let flights = flights();
         let runs = Arc::new(AtomicU32::new(0));
         let search = || {
             let runs = runs.clone();
             move || async move {
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(50 * MS).await;
                 Ok(runs.fetch_add(1, Ordering::SeqCst) + 1)
             }
         };
-        let starter = tokio::time::timeout(Duration::from_millis(10), flights.get("k", search())).await;
+        let starter = tokio::time::timeout(10 * MS, flights.get("k", search())).await;
         assert!(starter.is_err(), "the starter leaves");
         let (a, b) = tokio::join!(flights.get("k", search()), flights.get("k", search()));
         assert_eq!((a, b, flights.get("k", search()).await), (Ok(1), Ok(1), Ok(1)));
         assert_eq!(runs.load(Ordering::SeqCst), 1);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn failures_are_believed_ever_longer_and_then_not() {
         let flights = flights();
         let fail = || async { Err("no") };
         let works = || async { Ok(7) };
-        assert_eq!(flights.get("k", fail).await, Err("no"));
-        assert_eq!(flights.get("k", works).await, Err("no"));
-        tokio::time::advance(FAILURE_MIN).await;
-        assert_eq!(flights.get("k", fail).await, Err("no"));
-        tokio::time::advance(FAILURE_MIN).await;
-        assert_eq!(flights.get("k", works).await, Err("no"), "the second failure is believed for longer");
-        tokio::time::advance(FAILURE_MIN).await;
-        assert_eq!(flights.get("k", works).await, Ok(7));
-        for _ in 0..20 {
-            let _ = flights.get("other", fail).await;
-            tokio::time::advance(FAILURE_MAX).await;
+        let mut believed = Vec::new();
+        for _ in 0..3 {
+            assert_eq!(flights.get("k", fail).await, Err("no"));
+            let wait = flights.wait("k");
+            believed.push(wait);
+            assert_eq!(flights.get("k", works).await, Err("no"), "believed without asking");
+            tokio::time::sleep(wait).await;
         }
-        assert_eq!(flights.get("other", works).await, Ok(7), "never longer than a minute");
+        assert_eq!(believed, [40 * MS, 80 * MS, 100 * MS]);
+        assert_eq!(flights.get("k", works).await, Ok(7));
+    }
+
+    impl Numbers {
+        fn wait(&self, key: &'static str) -> Duration {
+            match self.states.lock().unwrap().get(key) {
+                Some(State::Failed { wait, .. }) => *wait,
+                _ => panic!("not failed"),
+            }
+        }
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ use crate::{
     oci::{Digest, Manifest, Reference},
     registry::{Registry, RegistryError},
 };
-use flights::Flights;
+use flights::{Belief, Flights};
 use prefetch::Prefetch;
 use std::{
     collections::HashMap,
@@ -34,6 +34,8 @@ use std::{
 
 /// Images remembered. An index of a large image takes some ten kB.
 const CAPACITY: usize = 1024;
+/// How long it is believed that an image has no index.
+const BELIEF: Belief = Belief { first: Duration::from_secs(1), longest: Duration::from_secs(60) };
 /// A search that takes longer has failed, whatever it waits for. Time enough for 180 MB of zTOCs at 3 Mbit/s.
 const TIME_LIMIT: Duration = Duration::from_secs(600);
 
@@ -171,7 +173,7 @@ impl Indexes {
         settings: DiscoverySettings,
         observer: Arc<dyn Observer>,
     ) -> Indexes {
-        let flights = Flights::new(CAPACITY, || NoIndex::Aborted);
+        let flights = Flights::new(CAPACITY, BELIEF, || NoIndex::Aborted);
         Indexes { inner: Arc::new(Inner { registry, store, settings, observer, flights }) }
     }
 

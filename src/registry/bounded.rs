@@ -59,6 +59,8 @@ mod tests {
         map.insert("b", 2);
         assert_eq!(map.get("a"), Some(&1));
         map.insert("c", 3);
-        assert_eq!((map.get("a"), map.get("b").is_none(), map.remove("c")), (Some(&1), true, Some(3)));
+        assert_eq!(map.get("a"), Some(&1));
+        assert_eq!(map.get("b"), None);
+        assert_eq!(map.remove("c"), Some(3));
     }
 }

@@ -213,7 +213,7 @@ fn mirror_base(mirror: &Mirror) -> Result<Url, InvalidHost> {
         Some(at) => rest.split_at(at),
         None => (rest, ""),
     };
-    if host.contains('@') || path.contains(['?', '#']) {
+    if host.is_empty() || host.contains('@') || path.contains(['?', '#']) {
         return Err(invalid());
     }
     let path = match path.trim_end_matches('/') {
