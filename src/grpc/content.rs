@@ -73,7 +73,10 @@ impl ContainerdContent {
     }
 
     /// Waits for `call`, but not long, and not at all while containerd counts as absent.
-    async fn within<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<Result<T, Status>, ContentError> {
+    async fn within<T>(
+        &self,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Result<T, Status>, ContentError> {
         let lock = || self.absent.lock().unwrap_or_else(PoisonError::into_inner);
         if lock().is_some_and(|until| Instant::now() < until) {
             return Err(ContentError::Absent);

@@ -38,7 +38,7 @@ mod store;
 mod tests;
 
 pub use disk::{Disk, InProcessDisk};
-pub use error::{SnapshotError, StoreError};
+pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};
 pub use snapshotter::{Options, Snapshotter};
