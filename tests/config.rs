@@ -107,7 +107,10 @@ fn the_defaults_are_those_of_the_go_daemon() {
     assert_eq!(c.blob.valid_interval, Duration::from_secs(60));
     assert!(c.directory_cache.direct && !c.blob.check_always && !c.background_fetch.disable);
     assert_eq!((c.background_fetch.pace, c.background_fetch.silence), (Pace::LineRate, Silence::None));
-    assert_eq!((c.background_fetch.max_queue_size, c.background_fetch.drop_policy), (Limit::At(300), DropPolicy::Newest));
+    assert_eq!(
+        (c.background_fetch.max_queue_size, c.background_fetch.drop_policy),
+        (Limit::At(300), DropPolicy::Newest)
+    );
     assert_eq!(c.background_fetch.max_bytes_per_sec, Limit::Unlimited);
     assert_eq!(c.content_store.kind, ContentStoreType::Soci);
     assert_eq!(c.content_store.containerd_address, "/run/containerd/containerd.sock");
@@ -167,12 +170,18 @@ fn keys_match_in_any_case_but_the_exact_name_wins() {
 fn unknown_keys_are_named_with_their_place_and_the_nearest_known_key() {
     let expect = [
         ("metrics_adress = 'x'", "t.toml:1:1: metrics_adress: unknown key, ignored; did you mean metrics_address?"),
-        ("\n[http]\n  max_retries = 1", "t.toml:3:3: http.max_retries: unknown key, ignored; did you mean http.MaxRetries?"),
+        (
+            "\n[http]\n  max_retries = 1",
+            "t.toml:3:3: http.max_retries: unknown key, ignored; did you mean http.MaxRetries?",
+        ),
         (
             "[pull_modes.soci_v2]\nenabled = false",
             "t.toml:2:1: pull_modes.soci_v2.enabled: unknown key, ignored; did you mean pull_modes.soci_v2.enable?",
         ),
-        ("fetch_period_msec = 1", "t.toml:1:1: fetch_period_msec: unknown key, ignored; did you mean background_fetch.fetch_period_msec?"),
+        (
+            "fetch_period_msec = 1",
+            "t.toml:1:1: fetch_period_msec: unknown key, ignored; did you mean background_fetch.fetch_period_msec?",
+        ),
         ("[snapshoter]\nx = 1", "t.toml:1:2: snapshoter: unknown key, ignored; did you mean snapshotter?"),
         ("qqq = 1", "t.toml:1:1: qqq: unknown key, ignored"),
         (
@@ -217,7 +226,10 @@ fn values_a_setting_cannot_have_are_parse_errors() {
             "[pull_modes.parallel_pull_unpack]\nenable = true\nconcurrent_download_chunk_size = 'badstring'",
             "t.toml:3:34: pull_modes.parallel_pull_unpack.concurrent_download_chunk_size: invalid size format: badstring",
         ),
-        ("[background_fetch]\ndrop_policy = 'random'", r#"background_fetch.drop_policy must be "oldest" or "newest", got "random""#),
+        (
+            "[background_fetch]\ndrop_policy = 'random'",
+            r#"background_fetch.drop_policy must be "oldest" or "newest", got "random""#,
+        ),
         ("metadata_store = 'x'", "unknown metadata store type: x; must be db or db-multi"),
         ("[content_store]\ntype = 'x'", "unknown content store type: x; must be one of [soci containerd]"),
         ("[[resolver.host.h.mirrors]]\nhost = 'mirror.example'", "mirror host must be a URL with its scheme"),

@@ -11,3 +11,4 @@ mod privilege;
 mod lab;
 mod licences;
 mod support;
+mod grpc;

@@ -21,7 +21,10 @@ pub enum Invocation {
     /// Print the effective settings.
     ConfigDump(Options),
     /// Say what is wrong with the settings.
-    ConfigCheck { options: Options, strictness: Strictness },
+    ConfigCheck {
+        options: Options,
+        strictness: Strictness,
+    },
     /// Print this and exit 0: help or version.
     Print(String),
 }
@@ -169,7 +172,10 @@ pub fn parse(
         return Ok(Invocation::Run(options(&[&matches], env)?));
     };
     let Some((name, sub)) = config.subcommand() else {
-        return Err(ArgsError::Usage { message: "config needs a subcommand".into(), help: command.render_help().to_string() });
+        return Err(ArgsError::Usage {
+            message: "config needs a subcommand".into(),
+            help: command.render_help().to_string(),
+        });
     };
     let options = options(&[sub, config, &matches], env)?;
     Ok(match name {

@@ -1,7 +1,7 @@
 //! How a value is written in the file: its type there, its default, and what zero and negative numbers mean.
 
 use super::values::{
-    ChunkSize, Choice, DecompressStream, Limit, MinLayerSize, Mirror, Pace, RequestTimeout, Silence, Timeout,
+    Choice, ChunkSize, DecompressStream, Limit, MinLayerSize, Mirror, Pace, RequestTimeout, Silence, Timeout,
 };
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -142,7 +142,11 @@ impl<T: Choice> Codec for OneOf<T> {
         if text.is_empty() {
             return Ok(self.0);
         }
-        T::WORDS.iter().find(|(word, _)| *word == text).map(|(_, value)| *value).ok_or_else(|| Fault::Value(T::refuse(text)))
+        T::WORDS
+            .iter()
+            .find(|(word, _)| *word == text)
+            .map(|(_, value)| *value)
+            .ok_or_else(|| Fault::Value(T::refuse(text)))
     }
     fn encode(&self, value: &T) -> Text {
         let word = T::WORDS.iter().find(|(_, known)| known == value).map_or("", |(word, _)| word);
@@ -488,7 +492,9 @@ impl Codec for Streams {
                 Some(list) => {
                     let list = list.as_array().ok_or_else(|| mismatch("an array of strings", list))?;
                     let words = list.iter().map(|arg| arg.as_str().map(str::to_owned));
-                    words.collect::<Option<Vec<_>>>().ok_or_else(|| Fault::Type("expected an array of strings".into()))?
+                    words
+                        .collect::<Option<Vec<_>>>()
+                        .ok_or_else(|| Fault::Type("expected an array of strings".into()))?
                 }
             };
             out.insert(name.to_owned(), DecompressStream { path, args });

@@ -84,8 +84,11 @@ impl fmt::Display for Warning {
             WarningKind::UnknownKey { key, nearest: None } => write!(f, "{key}: unknown key, ignored"),
             WarningKind::Deprecated { key, now } => write!(f, "{key}: deprecated; the key is now {now}"),
             WarningKind::UnknownDecompressor { name } => {
-                write!(f, "pull_modes.parallel_pull_unpack.decompress_streams.{name}: Unsupported compression algorithm; \
-                    known are gzip and zstd")
+                write!(
+                    f,
+                    "pull_modes.parallel_pull_unpack.decompress_streams.{name}: Unsupported compression algorithm; \
+                    known are gzip and zstd"
+                )
             }
         }
     }

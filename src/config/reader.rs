@@ -106,13 +106,7 @@ impl TableReader<'_, '_> {
     }
 
     /// Reads the setting `key`, or one of the names it had before, into `field`.
-    pub fn setting<C: Codec>(
-        &mut self,
-        key: &'static str,
-        aliases: &[&'static str],
-        codec: &C,
-        field: &mut C::Value,
-    ) {
+    pub fn setting<C: Codec>(&mut self, key: &'static str, aliases: &[&'static str], codec: &C, field: &mut C::Value) {
         let current = self.take(key);
         let current = current.map(|(name, at)| (self.decode(&name, key, at, codec), at));
         if let Some((Some(value), _)) = &current {

@@ -327,8 +327,23 @@ mod tests {
     #[test]
     fn what_is_not_a_filter_is_refused_with_its_place() {
         let bad = [
-            ",", "==", "name==", "name=x", "name=~x", "name==x y", "name==x,", "labels.", r#"labels."x"#, "name==|x|",
-            r#"name=="\q""#, r#"name=="\xff""#, r#"name=="\777""#, "name~=[", "name~=(a{1000}){1000}", "=", "é",
+            ",",
+            "==",
+            "name==",
+            "name=x",
+            "name=~x",
+            "name==x y",
+            "name==x,",
+            "labels.",
+            r#"labels."x"#,
+            "name==|x|",
+            r#"name=="\q""#,
+            r#"name=="\xff""#,
+            r#"name=="\777""#,
+            "name~=[",
+            "name~=(a{1000}){1000}",
+            "=",
+            "é",
         ];
         for filter in bad {
             assert!(Filters::parse(&[filter]).is_err(), "{filter}");

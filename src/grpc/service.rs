@@ -6,7 +6,7 @@ use super::proto::snapshots::snapshots_server::Snapshots;
 use super::proto::snapshots::{self as wire};
 use super::proto::types;
 use super::status::status;
-use crate::snapshot::{Info, Kind, Labels, Mount, SnapshotError, Snapshotter, Timestamp};
+use crate::snapshot::{Info, Kind, Mount, SnapshotError, Snapshotter, Timestamp};
 use futures::stream::BoxStream;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -171,6 +171,3 @@ impl Snapshots for Service {
         answer(self.snapshotter.cleanup().await, |()| ())
     }
 }
-
-/// Labels on the wire are labels in the records.
-const _: fn(wire::PrepareSnapshotRequest) -> Labels = |request| request.labels;

@@ -1,7 +1,7 @@
 //! Every error, and the gRPC code that containerd turns back into its own error of the same name.
 
 use super::filter::FilterError;
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{SnapshotError, chain};
 use tonic::{Code, Status};
 
 /// The status of an operation that did not happen: what the caller can act on, and the whole chain as its message.
@@ -31,15 +31,4 @@ impl From<FilterError> for Status {
     fn from(error: FilterError) -> Status {
         Status::invalid_argument(format!("{}: invalid argument", chain(&error)))
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -55,6 +55,9 @@ pub enum NotLazyReason {
     Unresolved { layer: Digest, image: String, why: String },
     #[error("timeout waiting for layer {0} to resolve")]
     Timeout(Digest),
+    /// A snapshot that is not this layer is already committed under its chain id.
+    #[error("snapshot {0:?} exists and is not this layer")]
+    NameTaken(String),
     /// The lazy filesystem cannot show it.
     #[error("cannot serve layer {layer}: {why}")]
     Unserved { layer: Digest, why: String },
@@ -72,6 +75,7 @@ impl NotLazyReason {
             | NotLazyReason::LabelInvalid { .. }
             | NotLazyReason::Unresolved { .. }
             | NotLazyReason::Timeout(_)
+            | NotLazyReason::NameTaken(_)
             | NotLazyReason::Unserved { .. } => true,
         }
     }
@@ -86,6 +90,7 @@ impl NotLazyReason {
             | NotLazyReason::NoZtoc(_)
             | NotLazyReason::Unresolved { .. }
             | NotLazyReason::Timeout(_)
+            | NotLazyReason::NameTaken(_)
             | NotLazyReason::Unserved { .. } => true,
         }
     }

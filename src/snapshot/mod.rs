@@ -38,7 +38,6 @@ mod store;
 mod tests;
 
 pub use disk::{Disk, InProcessDisk};
-pub use directories::make_parents;
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};

@@ -35,8 +35,8 @@ pub fn encode(info: &Info) -> Result<Vec<u8>, StoreError> {
 
 /// The snapshot `name` whose record is `bytes`.
 pub fn decode(name: &str, bytes: &[u8]) -> Result<Info, StoreError> {
-    let record: Record<'_> = serde_json::from_slice(bytes)
-        .map_err(|source| StoreError::DamagedRecord { name: name.to_owned(), source })?;
+    let record: Record<'_> =
+        serde_json::from_slice(bytes).map_err(|source| StoreError::DamagedRecord { name: name.to_owned(), source })?;
     Ok(Info {
         id: SnapshotId(record.id),
         name: name.to_owned(),

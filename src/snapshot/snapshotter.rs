@@ -21,8 +21,6 @@ use tokio::sync::{Notify, Semaphore};
 
 /// Longest name. containerd keeps names as bbolt keys, which end there.
 const MAX_NAME: usize = 32_768;
-/// From a Remove to the sweep, so that containerd's own Cleanup usually comes first and finds everything to do.
-const SWEEP_DELAY: Duration = Duration::from_secs(5);
 /// Directories removed at the same time.
 const SWEEP_WIDTH: usize = 4;
 
@@ -31,6 +29,15 @@ const SWEEP_WIDTH: usize = 4;
 pub struct Options {
     pub layout: Layout,
     pub pull: Pull,
+    /// From a Remove to the sweep.
+    pub sweep_after: Duration,
+}
+
+impl Options {
+    /// With a sweep so late that containerd's own Cleanup usually comes first and finds everything to do.
+    pub fn new(layout: Layout, pull: Pull) -> Options {
+        Options { layout, pull, sweep_after: Duration::from_secs(5) }
+    }
 }
 
 /// All operations of the snapshots service. Cheap to clone.
@@ -96,7 +103,7 @@ impl Snapshotter {
         lazy: Arc<dyn LazyLayers>,
         disk: Arc<dyn Disk>,
     ) -> Result<Snapshotter, StoreError> {
-        let Options { layout, pull } = options;
+        let Options { layout, pull, sweep_after } = options;
         let slots = usize::try_from(pull.max_concurrency.max()).unwrap_or(usize::MAX).clamp(1, Semaphore::MAX_PERMITS);
         let path = layout.snapshots();
         let file = |source| StoreError::File { path: path.clone(), source };
@@ -138,7 +145,7 @@ impl Snapshotter {
         snapshotter.0.relink().await?;
         // Whatever a crash left behind.
         snapshotter.0.removed.notify_one();
-        tokio::spawn(sweeper(Arc::downgrade(&snapshotter.0), snapshotter.0.removed.clone()));
+        tokio::spawn(sweeper(Arc::downgrade(&snapshotter.0), snapshotter.0.removed.clone(), sweep_after));
         Ok(snapshotter)
     }
 
@@ -276,13 +283,13 @@ fn label_of<'a>(field: &'a str, name: &str) -> Result<&'a str, SnapshotError> {
 }
 
 /// Sweeps a while after something was removed, as long as there is a snapshotter.
-async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>) {
+async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>, delay: Duration) {
     loop {
         removed.notified().await;
         if inner.strong_count() == 0 {
             return;
         }
-        tokio::time::sleep(SWEEP_DELAY).await;
+        tokio::time::sleep(delay).await;
         let Some(inner) = inner.upgrade() else { return };
         if let Err(error) = inner.sweep().await {
             tracing::warn!(error = chain(&error), "cannot look for directories of removed snapshots");
@@ -381,8 +388,9 @@ impl Inner {
         labels: Labels,
         extraction: Extraction,
     ) -> Result<Mount, SnapshotError> {
-        if let Some(there) = self.store.find(&extraction.chain_id)?
-            && is_target(&there, &extraction, parent.as_deref())
+        let there = self.store.find(&extraction.chain_id)?;
+        if let Some(there) = &there
+            && is_target(there, &extraction, parent.as_deref())
         {
             log_prepared(&key, &extraction, there.is_lazy());
             return Err(SnapshotError::TargetExists(extraction.chain_id));
@@ -402,6 +410,7 @@ impl Inner {
 
         let reason = match state::plan(&extraction, &self.pull) {
             Plan::Defer(reason) => reason,
+            Plan::Lazy(_) if there.is_some() => NotLazyReason::NameTaken(extraction.chain_id.clone()),
             Plan::Lazy(target) => match self.make_lazy(id, target, &parents).await {
                 Err(reason) => reason,
                 Ok(()) => return self.commit_lazy(&key, parent.as_deref(), labels, &extraction).await,
@@ -488,9 +497,7 @@ impl Inner {
         let found = listed.map_err(|source| StoreError::File { path: self.layout.snapshots(), source })?;
         let making = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let recorded = self.store.ids()?;
-        let orphan = |id: &SnapshotId| {
-            self.store.is_ours(*id) && !making.contains(&id.0) && !recorded.contains(&id.0)
-        };
+        let orphan = |id: &SnapshotId| self.store.is_ours(*id) && !making.contains(&id.0) && !recorded.contains(&id.0);
         let orphans: Vec<SnapshotId> = found.into_iter().filter(orphan).collect();
         if orphans.is_empty() {
             return Ok(());
@@ -536,25 +543,20 @@ impl Inner {
                 "failed to prepare remote snapshot"
             );
         }
-        match reason {
-            NotLazyReason::ParallelPull if !self.said_parallel.swap(true, Ordering::Relaxed) => {
-                tracing::warn!("parallel pulls are configured, and not implemented yet: every layer is left to containerd");
-            }
+        let parallel = match reason {
+            NotLazyReason::ParallelPull => Some("parallel_pull_unpack.enable is set, and not implemented yet"),
             NotLazyReason::NoIndex { .. } if self.pull.parallel_fallback => {
-                if !self.said_parallel.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(
-                        "parallel_pull_as_fallback is configured, and not implemented yet: images without SOCI index are left \
-                         to containerd"
-                    );
-                }
+                Some("parallel_pull_as_fallback is set, and not implemented yet")
             }
-            NotLazyReason::TooSmall { .. } => {
-                tracing::info!(
-                    key,
-                    "layer size less than runtime min_layer_size, skipping remote snapshot preparation"
-                );
-            }
-            _ => {}
+            _ => None,
+        };
+        if let Some(what) = parallel
+            && !self.said_parallel.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("{what}: such layers are left to containerd");
+        }
+        if matches!(reason, NotLazyReason::TooSmall { .. }) {
+            tracing::info!(key, "layer size less than runtime min_layer_size, skipping remote snapshot preparation");
         }
         if matches!(reason, NotLazyReason::NoIndex { .. }) {
             tracing::warn!(

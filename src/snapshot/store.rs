@@ -429,11 +429,9 @@ fn open_existing(path: &Path) -> Result<(Database, u64, u32), StoreError> {
     }
     let first = u32::try_from(fact(FIRST_ID)?).map_err(|_| damaged("its first number is too large".into()))?;
     let next = fact(NEXT_ID)?;
-    for table in [txn.open_table(RECORDS).err(), txn.open_table(NAMES).err(), txn.open_table(CHILDREN).err()] {
-        if let Some(e) = table {
-            return Err(damaged(e.to_string()));
-        }
-    }
+    txn.open_table(RECORDS).map_err(|e| damaged(e.to_string()))?;
+    txn.open_table(NAMES).map_err(|e| damaged(e.to_string()))?;
+    txn.open_table(CHILDREN).map_err(|e| damaged(e.to_string()))?;
     drop((facts, txn));
     Ok((db, next, first))
 }
