@@ -100,3 +100,4 @@ pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod ztoc;
+pub mod telemetry;

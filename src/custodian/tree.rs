@@ -314,7 +314,7 @@ fn measure(opener: Opener, content: OwnedFd) -> Result<Usage> {
                     Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => continue,
                     opened => descend = Some((opened?, entry.next_entry_cookie())),
                 }
-            } else if !first_sight(&mut names_left, stat.st_ino, u64::from(stat.st_nlink)) {
+            } else if !first_sight(&mut names_left, stat.st_ino, links(&stat)) {
                 continue;
             }
             usage.size = usage.size.saturating_add(bytes_on_disk(&stat));
@@ -366,6 +366,11 @@ fn first_sight(names_left: &mut HashMap<u64, u64>, inode: u64, links: u64) -> bo
             false
         }
     }
+}
+
+#[allow(clippy::useless_conversion, reason = "the field has 32 bits on aarch64")]
+fn links(stat: &rustix::fs::Stat) -> u64 {
+    u64::from(stat.st_nlink)
 }
 
 fn bytes_on_disk(stat: &rustix::fs::Stat) -> u64 {

@@ -131,7 +131,9 @@ fn try_obtain(layout: &Layout) -> io::Result<Held> {
         Reply::First => true,
         Reply::Resumed => false,
         // Not an error of the protocol: it is about to end.
-        Reply::Is(Status::Empty) => return Err(io::Error::new(io::ErrorKind::NotFound, "the holder has no descriptor")),
+        Reply::Is(Status::Empty) => {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the holder has no descriptor"));
+        }
         other => return Err(unexpected(other)),
     };
     let init = serde_json::from_slice(&body).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;

@@ -55,7 +55,9 @@ impl Server {
                 Ok(Next::Serve) => {}
                 Ok(Next::Stop) => return Ok(()),
                 Ok(Next::Lost) => {
-                    return Err(io::Error::other("the daemon was restarted while no holder had the descriptor: the mount is lost"));
+                    return Err(io::Error::other(
+                        "the daemon was restarted while no holder had the descriptor: the mount is lost",
+                    ));
                 }
                 Err(error) => eprintln!("soci-mount: {error}"),
             }

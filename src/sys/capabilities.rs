@@ -109,8 +109,9 @@ impl Rows {
     pub fn read() -> io::Result<Rows> {
         let status = std::fs::read_to_string("/proc/thread-self/status")
             .map_err(|e| context("reading /proc/thread-self/status", e))?;
-        Rows::parse(&status)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/thread-self/status has no capability rows"))
+        Rows::parse(&status).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "/proc/thread-self/status has no capability rows")
+        })
     }
 
     /// From the text of a `status` file; `None` if a row is missing or is not a number.

@@ -27,7 +27,8 @@ pub const MAX_READ: u32 = 1 << 20;
 
 /// Opens a new, not yet mounted connection. Needs access to the device, which a unit with `PrivateDevices=` does not have.
 pub fn open_device() -> io::Result<OwnedFd> {
-    openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| context(format_args!("opening {DEVICE}"), e))
+    openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| context(format_args!("opening {DEVICE}"), e))
 }
 
 /// Whether a descriptor somebody sent is one of the FUSE device.

@@ -22,7 +22,8 @@ pub struct SingleThread(PhantomData<*const ()>);
 
 impl SingleThread {
     pub fn prove() -> io::Result<SingleThread> {
-        let tasks = std::fs::read_dir("/proc/self/task").map_err(|e| context("counting threads in /proc/self/task", e))?;
+        let tasks =
+            std::fs::read_dir("/proc/self/task").map_err(|e| context("counting threads in /proc/self/task", e))?;
         match tasks.count() {
             1 => Ok(SingleThread(PhantomData)),
             n => Err(io::Error::other(format!(

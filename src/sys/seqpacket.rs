@@ -104,7 +104,8 @@ pub fn send_with_fds(socket: BorrowedFd<'_>, message: &[u8], fds: &[BorrowedFd<'
         Send::Wait => SendFlags::NOSIGNAL,
         Send::OrFail => SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
     };
-    let sent = rustix::io::retry_on_intr(|| rustix::net::sendmsg(socket, &[IoSlice::new(message)], &mut control, flags))?;
+    let sent =
+        rustix::io::retry_on_intr(|| rustix::net::sendmsg(socket, &[IoSlice::new(message)], &mut control, flags))?;
     match sent == message.len() {
         true => Ok(()),
         false => Err(io::Error::new(io::ErrorKind::WriteZero, "a message was cut short")),

@@ -71,7 +71,9 @@ impl Daemon {
         let thread = thread::spawn(move || {
             let mut request = vec![0; 2 << 20];
             while !stopped.load(Ordering::Relaxed) {
-                let Ok(length) = fuse::read_request(device.as_fd(), &mut request, Duration::from_millis(50)) else { continue };
+                let Ok(length) = fuse::read_request(device.as_fd(), &mut request, Duration::from_millis(50)) else {
+                    continue;
+                };
                 let request = &request[..length];
                 let opcode = u32::from_le_bytes(request[4..8].try_into().expect("a header"));
                 let (error, body): (i32, &[u8]) = match opcode {
@@ -135,7 +137,8 @@ fn privileged_the_descriptor_is_given_twice_and_works_both_times() {
 
     // The daemon dies with the request of a reader in its hands or not yet read; the reader waits for the next daemon.
     drop(daemon.pause());
-    let mut reader = Killed(Command::new("stat").arg("-f").arg(lab.layout.lazy()).stdout(Stdio::null()).spawn().expect("spawn"));
+    let mut reader =
+        Killed(Command::new("stat").arg("-f").arg(lab.layout.lazy()).stdout(Stdio::null()).spawn().expect("spawn"));
     thread::sleep(Duration::from_millis(100));
     assert!(reader.0.try_wait().expect("wait").is_none(), "it waits");
     let second = lab.obtain();

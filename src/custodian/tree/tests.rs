@@ -116,7 +116,7 @@ fn permission_bits_of_directories_do_not_matter_to_root() {
     with_each_opener(|snapshots, dir| {
         fs::create_dir_all(dir.join("8/work/work")).expect("mkdir");
         fs::write(dir.join("8/work/work/x"), b"").expect("write");
-        fs::set_permissions(dir.join("8/work/work"), fs::Permissions::from_mode(0)).expect("chmod");
+        fs::set_permissions(dir.join("8/work/work"), fs::Permissions::from_mode(0o000)).expect("chmod");
         snapshots.remove(SnapshotId(8)).expect("remove");
         assert!(!dir.join("8").exists());
     });
