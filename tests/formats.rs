@@ -119,7 +119,10 @@ fn check_agreement(layer: &[u8], built: &Built, tar: &[u8], ranges: &[(u64, u64)
         assert_eq!(Digest::of(compressed), span.digest);
     }
     let expected = members(tar);
-    assert_eq!((ztoc.file_count(), ztoc.files().count(), built.files), (expected.len(), expected.len(), expected.len()));
+    assert_eq!(
+        (ztoc.file_count(), ztoc.files().count(), built.files),
+        (expected.len(), expected.len(), expected.len())
+    );
     for (file, (entry, data)) in ztoc.files().zip(&expected) {
         assert_eq!((file.name, file.link, file.kind), (&entry.name[..], &entry.link[..], entry.kind));
         let in_calendar = (-62_167_219_200..253_402_300_800).contains(&entry.mtime.0);
@@ -353,7 +356,8 @@ fn tars_end_where_gos_reader_lets_them_end() {
     assert_eq!(size(&body[..515]), 515, "no padding");
     assert_eq!(size(&[&body[..], &[0; 512]].concat()), 1536, "one zero block");
     assert_eq!(size(&[&body[..], &[0; 1024], &[7; 99]].concat()), 2048, "whatever follows the marker is not the tar");
-    for bad in [&body[..100], &body[..514], &[&body[..], &[0; 512], &body[..]].concat(), &[&body[..], &[0; 3]].concat()] {
+    for bad in [&body[..100], &body[..514], &[&body[..], &[0; 512], &body[..]].concat(), &[&body[..], &[0; 3]].concat()]
+    {
         assert!(matches!(refusal(bad, Compression::Uncompressed), NotIndexable::Tar(_)), "{}", bad.len());
     }
     // Padding beyond the marker may hold whole spans.
@@ -416,7 +420,11 @@ fn helper_members_apply_as_gos_reader_applies_them() {
     let both = one(&[helper(b'L', b"long\0junk".to_vec()), x("path", "pax"), file.clone()]);
     assert_eq!(both.name, b"long", "GNU wins");
     let empty = one(&[x("path", ""), file.clone()]);
-    assert_eq!((&empty.name[..], empty.records.len()), (&b"name"[..], 1), "an empty value changes nothing but is listed");
+    assert_eq!(
+        (&empty.name[..], empty.records.len()),
+        (&b"name"[..], 1),
+        "an empty value changes nothing but is listed"
+    );
     let global = one(&[helper(b'g', pax_record(b"path", b"global")), file.clone()]);
     assert_eq!((&global.name[..], global.records.len()), (&b"name"[..], 0), "global records apply to nothing");
     let v7_dir = one(&[x("path", "dir/"), Member { flag: 0, ..file.clone() }]);
@@ -480,7 +488,8 @@ fn layers_are_told_apart_by_their_first_bytes() {
 
 #[test]
 fn entries_that_do_not_fit_the_archive_are_refused() {
-    let tar = TarWriter::of(Dialect::Pax, &[Member::file("first", noise(1, 700)), Member::file("second", noise(2, 237))]);
+    let tar =
+        TarWriter::of(Dialect::Pax, &[Member::file("first", noise(1, 700)), Member::file("second", noise(2, 237))]);
     let built = try_build(&tar, Compression::Uncompressed, 512).unwrap();
     let patched = |old: i64, new: i64| {
         let mut bytes = built.bytes.clone();
@@ -506,6 +515,8 @@ fn entries_that_do_not_fit_the_archive_are_refused() {
     let small = |limits: Limits| matches!(Ztoc::parse(&built.bytes, &limits), Err(ZtocError::Limit(_)));
     assert!(small(Limits { bytes: 100, ..Limits::default() }));
     assert!(small(Limits { files: 1, ..Limits::default() }));
+    assert!(small(Limits { spans: 6, ..Limits::default() }));
+    assert!(small(Limits { span: 511, ..Limits::default() }));
     assert!(small(Limits { header: 511, ..Limits::default() }));
     assert!(small(Limits { text: 3, ..Limits::default() }));
 }

@@ -47,15 +47,9 @@ pub enum InflateError {
 /// Inflates part of one span, or of several consecutive ones, from the checkpoint of the first.
 ///
 /// `compressed` are the bytes `[start_comp, end_comp)` of the layer, the first of them shared with the span before when
-/// `bits != 0`. `window` is what the checkpoint stores, or any shorter tail of it; empty stands for all zeros. Fills
-/// `out` with the uncompressed bytes `[skip, skip + out.len())` counted from the checkpoint.
-pub fn inflate_span(
-    bits: u8,
-    window: &[u8],
-    compressed: &[u8],
-    skip: u64,
-    out: &mut [u8],
-) -> Result<(), InflateError> {
+/// `bits != 0`. `window` is what the checkpoint stores, or as much of its end as there is data before the checkpoint: what
+/// refers back further is refused. Fills `out` with the uncompressed bytes `[skip, skip + out.len())` counted from the checkpoint.
+pub fn inflate_span(bits: u8, window: &[u8], compressed: &[u8], skip: u64, out: &mut [u8]) -> Result<(), InflateError> {
     if bits > 7 || window.len() > WINDOW {
         return Err(InflateError::Checkpoint);
     }

@@ -38,7 +38,10 @@ pub fn parse(mut data: &[u8]) -> Result<Records, &'static str> {
     Ok(records)
 }
 
-fn record(data: &[u8]) -> Result<(&[u8], &[u8], &[u8]), &'static str> {
+/// Key, value, and the data after them.
+type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
+
+fn record(data: &[u8]) -> Result<Record<'_>, &'static str> {
     const BAD: &str = "malformed PAX record";
     let space = data.iter().position(|&c| c == b' ').ok_or(BAD)?;
     let (digits, rest) = (&data[..space], &data[space + 1..]);
@@ -120,8 +123,18 @@ mod tests {
         assert_eq!(parse(b"6 a=b\n").unwrap().get(&b"a"[..]), Some(&b"b".to_vec()));
         assert_eq!(parse(b"8 a=b\0c\n").unwrap().len(), 1, "NUL in an ordinary value is legal");
         for bad in [
-            &b"6 a=b"[..], b"7 a=b\n", b"6 ab\n\n", b"5 =b\n", b"x a=b\n", b"6a=b\n", b"4 a\n", b"-6 a=b\n", b"2 ",
-            b"11 path=a\0\n", b"11 a\0b=cdef\n", b"99999999999999999999 a=b\n",
+            &b"6 a=b"[..],
+            b"7 a=b\n",
+            b"6 ab\n\n",
+            b"5 =b\n",
+            b"x a=b\n",
+            b"6a=b\n",
+            b"4 a\n",
+            b"-6 a=b\n",
+            b"2 ",
+            b"11 path=a\0\n",
+            b"11 a\0b=cdef\n",
+            b"99999999999999999999 a=b\n",
         ] {
             assert!(parse(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));
         }

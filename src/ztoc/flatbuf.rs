@@ -39,13 +39,7 @@ pub struct Builder {
 
 impl Builder {
     pub fn new() -> Builder {
-        Builder {
-            reversed: Vec::new(),
-            alignment: 1,
-            vtables: Vec::new(),
-            start: 0,
-            slots: [0; MAX_SLOTS],
-        }
+        Builder { reversed: Vec::new(), alignment: 1, vtables: Vec::new(), start: 0, slots: [0; MAX_SLOTS] }
     }
 
     /// Fails as soon as the buffer has outgrown its format; everything built later is meaningless.

@@ -151,12 +151,6 @@ impl Listing {
         if self.reader.global_headers() > 0 {
             warnings.push("PAX global headers have no effect".to_owned());
         }
-        Ok(Listed {
-            rows: self.rows,
-            archive_size,
-            has_xattrs: self.has_xattrs,
-            has_opaque: self.has_opaque,
-            warnings,
-        })
+        Ok(Listed { rows: self.rows, archive_size, has_xattrs: self.has_xattrs, has_opaque: self.has_opaque, warnings })
     }
 }

@@ -17,10 +17,10 @@
 #![forbid(unsafe_code)]
 
 mod build;
-mod scan;
 mod flatbuf;
 mod listing;
 mod parse;
+mod scan;
 mod spans;
 mod time;
 mod write;

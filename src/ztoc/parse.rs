@@ -10,7 +10,7 @@ use crate::{
     oci::Digest,
     tar::{self, BLOCK, XATTR_PREFIX},
 };
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::Range};
 
 /// How large a zTOC may be. Nothing in the format limits it below 2 GiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +19,11 @@ pub struct Limits {
     pub bytes: usize,
     /// Entries, directories and links included.
     pub files: usize,
+    /// Spans: gzip cannot have more than 65,500, so this is for plain tars cut very finely.
+    pub spans: usize,
+    /// One span, compressed or not, as it has to be in memory to be verified and inflated. Deflaters end a block after a
+    /// few MiB of output, so a span is larger than the span size by that much at most.
+    pub span: u64,
     /// Headers of one entry, helper members included: what is inflated to verify a file. Go's reader takes 1 MiB of
     /// each of three kinds of helper, global headers may repeat.
     pub header: u64,
@@ -27,9 +32,16 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// 1 GiB, 16 million files; both ten times what the largest known images need.
+    /// Ten times what the largest known images need, and more.
     fn default() -> Limits {
-        Limits { bytes: 1 << 30, files: 1 << 24, header: 8 << 20, text: tar::MAX_HELPER as usize }
+        Limits {
+            bytes: 1 << 30,
+            files: 1 << 24,
+            spans: 1 << 20,
+            span: 256 << 20,
+            header: 8 << 20,
+            text: tar::MAX_HELPER as usize,
+        }
     }
 }
 
@@ -142,7 +154,7 @@ impl<'a> FileRef<'a> {
     }
 
     /// The bytes of its content in the uncompressed tar; empty for anything but regular files.
-    pub fn content(&self) -> std::ops::Range<u64> {
+    pub fn content(&self) -> Range<u64> {
         let size = if self.kind.has_content() { self.size } else { 0 };
         self.offset..self.offset + size
     }
@@ -177,6 +189,9 @@ impl<'a> Ztoc<'a> {
         if i64::from(max_span_id) + 1 != digest_strings.len() as i64 {
             return Err(ZtocError::MaxSpanId { max_span_id, digests: digest_strings.len() });
         }
+        if digest_strings.len() > limits.spans {
+            return Err(ZtocError::Limit("spans"));
+        }
         let mut digests = Vec::with_capacity(digest_strings.len());
         for index in 0..digest_strings.len() {
             let digest = std::str::from_utf8(digest_strings.string(index)?).ok().and_then(|text| text.parse().ok());
@@ -186,6 +201,10 @@ impl<'a> Ztoc<'a> {
         let blob = info.place(3)?.ok_or(ZtocError::Missing("checkpoints"))?;
         let sizes = (compressed_size, uncompressed_size);
         let spans = SpanTable::parse(compression, bytes, blob, &digests, sizes).map_err(ZtocError::Spans)?;
+        let len = |range: &Range<u64>| range.end - range.start;
+        if spans.spans.iter().any(|span| len(&span.compressed).max(len(&span.uncompressed)) > limits.span) {
+            return Err(ZtocError::Limit("size of a span"));
+        }
 
         let files = toc.vector(0)?;
         if files.len() > limits.files {

@@ -112,9 +112,8 @@ impl Output {
 impl Scan<'_> {
     fn member_header(&mut self) -> Result<(), NotIndexable> {
         let offset = self.source.position();
-        let parse = |bytes: &[u8]| {
-            gzip::header_len(bytes).map_err(|source| NotIndexable::GzipHeader { offset, source })
-        };
+        let parse =
+            |bytes: &[u8]| gzip::header_len(bytes).map_err(|source| NotIndexable::GzipHeader { offset, source });
         if let Some(len) = parse(self.source.available())? {
             self.source.advance(len);
             return Ok(());

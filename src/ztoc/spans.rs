@@ -156,13 +156,7 @@ fn tar_table(blob: &[u8], digests: &[Digest], sizes: (u64, u64)) -> Result<SpanT
         let end = start.saturating_add(span_size);
         let (compressed_end, uncompressed_end) =
             if end >= size { (size, uncompressed_size.max(start)) } else { (end, end) };
-        Span {
-            compressed: start..compressed_end,
-            uncompressed: start..uncompressed_end,
-            bits: 0,
-            digest,
-            window: 0..0,
-        }
+        Span { compressed: start..compressed_end, uncompressed: start..uncompressed_end, bits: 0, digest, window: 0..0 }
     };
     let spans = digests.iter().enumerate().map(span).collect();
     Ok(SpanTable { compression: Compression::Uncompressed, spans, span_size, compressed_size, uncompressed_size })
