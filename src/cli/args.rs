@@ -22,6 +22,8 @@ const REVISION: &str = match option_env!("SOCI_REVISION") {
     None => "<unknown>",
 };
 
+const GLOBAL: &str = "Global options";
+
 /// Index container images for lazy loading.
 #[derive(Debug, Parser)]
 #[command(name = "soci", disable_help_subcommand = true, disable_help_flag = true, disable_version_flag = true)]
@@ -40,25 +42,25 @@ pub struct Args {
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Global {
     /// Socket of containerd
-    #[arg(short, long, global = true, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
+    #[arg(short, long, global = true, help_heading = GLOBAL, env = "CONTAINERD_ADDRESS", default_value = "/run/containerd/containerd.sock")]
     pub address: String,
     /// Namespace to use in containerd
-    #[arg(short, long, global = true, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    #[arg(short, long, global = true, help_heading = GLOBAL, env = "CONTAINERD_NAMESPACE", default_value = "default")]
     pub namespace: String,
     /// Give up after this time, for example 30s or 5m; 0 is never
-    #[arg(long, global = true, default_value = "0", value_parser = values::duration)]
+    #[arg(long, global = true, help_heading = GLOBAL, default_value = "0", value_parser = values::duration)]
     pub timeout: Duration,
     /// Print HTTP requests while pushing
-    #[arg(long, global = true, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = values::boolean)]
+    #[arg(long, global = true, help_heading = GLOBAL, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub debug: bool,
     /// Where blobs are kept: containerd or soci
-    #[arg(long, global = true, default_value = "containerd")]
+    #[arg(long, global = true, help_heading = GLOBAL, default_value = "containerd")]
     pub content_store: String,
     /// Root directory of the snapshotter; the soci content store is in content/ below it
-    #[arg(long, global = true, default_value = "/var/lib/soci-snapshotter-grpc/")]
+    #[arg(long, global = true, help_heading = GLOBAL, default_value = "/var/lib/soci-snapshotter-grpc/")]
     pub root: PathBuf,
     /// Print help
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = GLOBAL)]
     pub help: bool,
 }
 
@@ -101,7 +103,7 @@ pub struct Convert {
     #[command(flatten)]
     pub platforms: Platforms,
     /// Work on OCI layouts, without containerd: SOURCE and DESTINATION are paths
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = values::boolean)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub standalone: bool,
     /// What to write with --standalone: oci-archive (a tar file) or oci-dir (a directory)
     #[arg(long, default_value = "oci-archive", value_parser = Format::parse)]
@@ -116,7 +118,7 @@ pub struct Convert {
     #[arg(long, value_delimiter = ',')]
     pub optimizations: Vec<String>,
     /// Never reuse an existing zTOC
-    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = values::boolean)]
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub force: bool,
     /// A file of the image that should be fetched when a container starts (may be repeated)
     #[arg(long, value_delimiter = ',')]
@@ -125,7 +127,7 @@ pub struct Convert {
     #[arg(long)]
     pub prefetch_files_json: Option<PathBuf>,
     /// Print one JSON document on stdout instead of a line for each layer
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = values::boolean)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub json: bool,
     /// SOURCE and DESTINATION
     #[arg(value_name = "SOURCE DESTINATION")]
@@ -135,7 +137,7 @@ pub struct Convert {
 #[derive(Debug, ClapArgs)]
 pub struct Platforms {
     /// Every platform of the image
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = values::boolean)]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub all_platforms: bool,
     /// os/architecture[/variant] (may be repeated)
     #[arg(short, long, value_delimiter = ',')]
@@ -341,7 +343,8 @@ fn find<'a>(tree: &'a clap::Command, topic: &[String]) -> Result<&'a clap::Comma
 }
 
 fn render(command: &clap::Command) -> String {
-    command.clone().render_help().to_string()
+    let help = command.clone().render_help().to_string();
+    help.trim_end().to_owned() + "\n"
 }
 
 #[cfg(test)]

@@ -27,6 +27,9 @@ use std::{
 /// Links that are followed to a file; the kernel's own limit.
 const MAX_LINKS: usize = 40;
 
+/// Largest span that is held in memory: 256 times the usual one.
+const MAX_SPAN: u64 = 1 << 30;
+
 /// Why there was nothing to print.
 #[derive(Debug, thiserror::Error)]
 pub enum ZtocCommandError {
@@ -218,7 +221,8 @@ fn extract(
         interrupt::check()?;
         let span = &table.spans[number];
         let length = |range: &std::ops::Range<u64>| {
-            usize::try_from(range.end - range.start).map_err(|_| ZtocCommandError::SpanSize { span: number })
+            let length = range.end.checked_sub(range.start).filter(|length| *length <= MAX_SPAN);
+            length.and_then(|n| usize::try_from(n).ok()).ok_or(ZtocCommandError::SpanSize { span: number })
         };
         let mut compressed = vec![0; length(&span.compressed)?];
         layer.read_at(&mut compressed, span.compressed.start).map_err(ZtocCommandError::Read)?;
@@ -226,7 +230,7 @@ fn extract(
             return Err(ZtocCommandError::SpanDigest { span: number });
         }
         let wanted = content.start.max(span.uncompressed.start)..content.end.min(span.uncompressed.end);
-        let skip = wanted.start - span.uncompressed.start;
+        let skip = wanted.start.saturating_sub(span.uncompressed.start);
         let size = length(&wanted)?;
         match table.compression {
             Compression::Uncompressed => {

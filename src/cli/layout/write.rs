@@ -147,14 +147,16 @@ pub struct Staging {
 impl Staging {
     /// An empty layout beside its destination.
     pub fn new(destination: Destination) -> Result<Staging, WriteError> {
-        let place = match &destination {
-            Destination::Stream { .. } => std::env::temp_dir(),
-            other => parent(other.path()).to_owned(),
+        let (place, mode) = match &destination {
+            Destination::Stream { .. } => (std::env::temp_dir(), 0o700),
+            Destination::Archive(path) => (parent(path).to_owned(), 0o700),
+            // This one stays, so the umask decides.
+            Destination::NewDirectory(path) | Destination::ReplacedLayout(path) => (parent(path).to_owned(), 0o777),
         };
         let failed = |source| WriteError::Write { path: place.clone(), source };
         let directory = tempfile::Builder::new()
             .prefix(".soci-")
-            .permissions(Permissions::from_mode(0o777))
+            .permissions(Permissions::from_mode(mode))
             .tempdir_in(&place)
             .map_err(failed)?;
         std::fs::create_dir_all(directory.path().join(BLOBS)).map_err(failed)?;
