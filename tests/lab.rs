@@ -45,7 +45,7 @@ fn privileged_both_containerds_unpack_every_kind_of_entry_alike() {
         let containerd = Containerd::start(&root, version, &Options::default());
         containerd.pull("overlayfs", &reference).unwrap();
         assert_eq!(containerd.run("overlayfs", &reference, &["cat", "/stack/replaced"]).unwrap(), "from above\n");
-        let mount = containerd.mount("overlayfs", &reference, &root.join("mnt"));
+        let mount = containerd.mount("overlayfs", "default", &reference, &root.join("mnt"));
         trees.push(tree::read(&mount.path));
     }
     let free = tree::implied_directories(&tree::names_in_layers(&root.join("lab/everything")));
