@@ -138,7 +138,12 @@ fn play(choice: &Choice, slot: &Slot) -> bool {
     let bytes: u64 = theirs.tree.values().map(|n| n.size).sum();
     let verdict = |good: bool| if good { "yes" } else { "NO" };
     if choice.ours.is_lazy() {
-        println!("layers that were lazy:     {} of {} ({} left to containerd)", layers.lazy, manifest.layers.len(), layers.deferred);
+        println!(
+            "layers that were lazy:     {} of {} ({} left to containerd)",
+            layers.lazy,
+            manifest.layers.len(),
+            layers.deferred
+        );
     }
     println!("both printed the same:     {}: {}", verdict(same_line), ours.line);
     let what = format!("{} paths, {:.0} MB, compared file by file", theirs.tree.len(), bytes as f64 / 1e6);
