@@ -45,7 +45,7 @@ fn privileged_both_containerds_unpack_every_kind_of_entry_alike() {
         let containerd = Containerd::start(&root, version, &Options::default());
         containerd.pull("overlayfs", &reference).unwrap();
         assert_eq!(containerd.run("overlayfs", &reference, &["cat", "/stack/replaced"]).unwrap(), "from above\n");
-        let mount = containerd.mount("overlayfs", &reference, &root.join("mnt"));
+        let mount = containerd.mount("overlayfs", "default", &reference, &root.join("mnt"));
         trees.push(tree::read(&mount.path));
     }
     let free = tree::implied_directories(&tree::names_in_layers(&root.join("lab/everything")));
@@ -104,9 +104,7 @@ fn privileged_the_link_is_as_slow_as_it_says() {
     let before = link.received();
     let start = Instant::now();
     let url = format!("http://{}/v2/lab/noise/blobs/{}", registry.host, blob.digest);
-    // A connection from before the link was slow would believe it to be fast (BBR) for seconds.
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
-    let bytes = runtime().block_on(async { client.get(url).send().await.unwrap().bytes().await.unwrap() });
+    let bytes = runtime().block_on(async { http().get(url).send().await.unwrap().bytes().await.unwrap() });
     let took = start.elapsed().as_secs_f64();
     assert_eq!(bytes.len() as u64, blob.size);
     // 8.4 MB at 10 MB/s, after two round trips.

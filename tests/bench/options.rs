@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 pub const USAGE: &str = "\
 bench [key=value]…
-  sections=pull,full        what to measure
+  sections=pull,full,…      what to measure: pull full ztoc reads mount
   images=redis,numpy,…      of: redis nginx numpy node postgres rabbitmq ffmpeg tensorflow torch
   engines=ctd2,ours,…       of: ctd16 ctd2 ctd2par docker ours ours16
   links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; or MBIT:MICROSECONDS
@@ -21,17 +21,26 @@ bench [key=value]…
 pub enum Section {
     Pull,
     Full,
+    Ztoc,
+    Reads,
+    Mount,
 }
 
 impl Section {
-    const ALL: [(&str, Section); 2] = [("pull", Section::Pull), ("full", Section::Full)];
+    const ALL: [(&str, Section); 5] = [
+        ("pull", Section::Pull),
+        ("full", Section::Full),
+        ("ztoc", Section::Ztoc),
+        ("reads", Section::Reads),
+        ("mount", Section::Mount),
+    ];
 }
 
 pub struct Options {
     pub sections: Vec<Section>,
-    pub images: Vec<String>,
-    pub engines: Vec<Kind>,
-    pub links: Vec<Shape>,
+    images: Option<Vec<String>>,
+    engines: Option<Vec<Kind>>,
+    links: Option<Vec<Shape>>,
     pub runs: usize,
     pub min_layer: Option<u64>,
     pub config: String,
@@ -45,11 +54,9 @@ impl Options {
         let target = target.ancestors().nth(2).expect("a binary is in <target>/<profile>/").to_path_buf();
         let mut options = Options {
             sections: Section::ALL.map(|(_, s)| s).to_vec(),
-            images: ["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"]
-                .map(String::from)
-                .to_vec(),
-            engines: vec![Kind::Ctd2, Kind::Ctd16, Kind::Docker, Kind::Ours],
-            links: vec![Shape::REGION, Shape::ZONE],
+            images: None,
+            engines: None,
+            links: None,
             runs: 2,
             min_layer: None,
             config: String::new(),
@@ -65,13 +72,12 @@ impl Options {
             let words = || value.split(',').filter(|w| !w.is_empty());
             match key {
                 "sections" => options.sections = words().map(section).collect::<Result<_, _>>()?,
-                "images" => options.images = words().map(image).collect::<Result<_, _>>()?,
+                "images" => options.images = Some(words().map(image).collect::<Result<_, _>>()?),
                 "engines" => {
-                    options.engines = words()
-                        .map(|w| Kind::parse(w).ok_or_else(|| format!("no engine '{w}'")))
-                        .collect::<Result<_, _>>()?;
+                    let kind = |word: &str| Kind::parse(word).ok_or_else(|| format!("no engine '{word}'"));
+                    options.engines = Some(words().map(kind).collect::<Result<_, _>>()?);
                 }
-                "links" => options.links = words().map(shape).collect::<Result<_, _>>()?,
+                "links" => options.links = Some(words().map(shape).collect::<Result<_, _>>()?),
                 "n" => options.runs = number(value)? as usize,
                 "min_layer" => options.min_layer = Some(number(value)?),
                 "config" => options.config = std::fs::read_to_string(value).map_err(|e| format!("{value}: {e}"))?,
@@ -81,6 +87,34 @@ impl Options {
             }
         }
         Ok(options)
+    }
+
+    /// What `section` runs on which link: what was asked for, or else all of the suite where the targets are stated and a few elsewhere,
+    /// so that the whole report takes half an hour.
+    pub fn plan(&self, section: Section) -> Vec<(Shape, Vec<String>)> {
+        let links = self.links.clone().unwrap_or_else(|| match section {
+            Section::Pull => vec![Shape::REGION, Shape::ZONE],
+            _ => vec![Shape::REGION],
+        });
+        let images = |shape: Shape| {
+            let default: &[&str] = match section {
+                Section::Pull if shape == Shape::REGION => {
+                    &["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"]
+                }
+                Section::Pull => &["redis", "ffmpeg", "tensorflow"],
+                Section::Ztoc => &["ffmpeg", "tensorflow"],
+                _ => &["numpy", "ffmpeg"],
+            };
+            self.images.clone().unwrap_or_else(|| default.iter().map(|i| i.to_string()).collect())
+        };
+        links.into_iter().map(|shape| (shape, images(shape))).collect()
+    }
+
+    pub fn engines(&self, section: Section) -> Vec<Kind> {
+        self.engines.clone().unwrap_or_else(|| match section {
+            Section::Pull => vec![Kind::Ctd2, Kind::Ctd16, Kind::Docker, Kind::Ours],
+            _ => vec![Kind::Ctd2, Kind::Ours],
+        })
     }
 }
 

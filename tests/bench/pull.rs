@@ -1,16 +1,17 @@
 //! Pull, run, ready: every engine on every image over a slow link, each run on a fresh filesystem, the engines taking turns.
 
-use crate::options::Options;
+use crate::options::{Options, Section};
 use crate::report::{Report, median, table};
 use crate::support::containerd::container_name;
 use crate::support::daemon::{Layers, Settings, convert};
 use crate::support::engine::{Engine, Kind};
 use crate::support::link::{Link, Shape};
 use crate::support::registry::{self, Registry};
-use crate::support::slot::Slot;
+use crate::support::slot::{Root, Slot};
 use crate::support::workload::{READ_ALL, of, until_ready};
 use crate::support::{cache, suite_image};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -57,35 +58,32 @@ impl Run {
 }
 
 pub fn measure(options: &Options, reader: Reader, report: &mut Report) {
+    let section = match reader {
+        Reader::Workload => Section::Pull,
+        Reader::Everything => Section::Full,
+    };
+    let (plan, engines) = (options.plan(section), options.engines(section));
     let slot = Slot::take();
     let root = slot.root();
     let mut link = Link::up(&slot);
-    let storage = cache().join("registry");
-    let registry = Registry::start_behind(&link, registry::Kind::Distribution3, &root, &storage);
-    for image in &options.images {
-        eprintln!("# pushing {image}");
-        let layout = suite_image(image);
-        registry.push(&layout, image, "latest");
-        if options.engines.iter().any(|e| e.is_lazy()) {
-            let converted = root.join(&format!("soci-{image}"));
-            let size = options.min_layer.map(|n| n.to_string());
-            let flags: Vec<&str> = size.iter().flat_map(|n| ["--min-layer-size", n]).collect();
-            convert(&layout, &converted, &flags);
-            registry.push(&converted, image, "soci");
-        }
-    }
     report.note(&format!("TCP congestion control: {}.", link.congestion_control()));
-    for &shape in &options.links {
-        link.shape(shape);
+    let registry = Registry::start_behind(&link, registry::Kind::Distribution3, &root, &cache().join("registry"));
+    let images: BTreeSet<&String> = plan.iter().flat_map(|(_, images)| images).collect();
+    for image in images {
+        publish(image, &root, &registry, options, engines.iter().any(|e| e.is_lazy()));
+    }
+    for (shape, images) in &plan {
+        link.shape(*shape);
+        let case = Case { reader, slot: &slot, link: &link, shape: *shape, registry: &registry, options };
         let mut rows = Vec::new();
-        for image in &options.images {
-            let mut runs: Vec<Vec<Run>> = options.engines.iter().map(|_| Vec::new()).collect();
+        for image in images {
+            let mut runs: Vec<Vec<Run>> = engines.iter().map(|_| Vec::new()).collect();
             for turn in 0..options.runs {
-                for (engine, runs) in options.engines.iter().zip(&mut runs) {
-                    match one(*engine, image, reader, &slot, &link, shape, &registry, options, turn) {
+                for (engine, runs) in engines.iter().zip(&mut runs) {
+                    match case.run(*engine, image, turn) {
                         Ok(run) => {
                             eprintln!("{}", progress(image, *engine, &run));
-                            report.record(record(image, *engine, reader, shape, turn, &run));
+                            report.record(record(image, *engine, reader, *shape, turn, &run));
                             runs.push(run);
                         }
                         Err(error) => {
@@ -99,80 +97,102 @@ pub fn measure(options: &Options, reader: Reader, report: &mut Report) {
             }
             rows.push((image.clone(), runs));
         }
-        report.section(&summary(options, reader, shape, &rows));
+        report.section(&summary(options.runs, &engines, reader, *shape, &rows));
     }
 }
 
-#[allow(clippy::too_many_arguments)] // all of them are what a run is made of, and it is called once
-fn one(
-    kind: Kind,
-    image: &str,
-    reader: Reader,
-    slot: &Slot,
-    link: &Link,
-    shape: Shape,
-    registry: &Registry,
-    options: &Options,
-    turn: usize,
-) -> Result<Run, String> {
-    let root = slot.fresh_root();
-    let settings = Settings { more: options.config.clone(), ..Default::default() };
-    let engine = Engine::start(kind, &root, &registry.host, &settings);
-    let reference = registry.reference(image, if kind.is_lazy() { "soci" } else { "latest" });
-    let name = container_name();
-    let (command, marks) = match reader {
-        Reader::Workload => (of(image).command, of(image).ready),
-        Reader::Everything => (READ_ALL, of("numpy").ready),
-    };
-    let arguments: Vec<String> = command.iter().map(|a| a.to_string()).collect();
-
-    let received = link.received();
-    let mb = |bytes: u64| (bytes - received) as f64 / 1e6;
-    let result = std::thread::scope(|scope| {
-        let done = Arc::new(AtomicBool::new(false));
-        let start = Instant::now();
-        let sampler = scope.spawn({
-            let done = done.clone();
-            move || sample(link, start, received, &done)
-        });
-        let outcome = (|| {
-            engine.pull(&reference)?;
-            let pull = start.elapsed().as_secs_f64();
-            let mb_pull = mb(link.received());
-            let mut ready = until_ready(&mut engine.run_command(&reference, &name, &arguments), marks, PATIENCE)?;
-            let run = start.elapsed().as_secs_f64() - pull;
-            let mb_ready = mb(link.received());
-            // Before the wait: what follows is the background's.
-            let usage =
-                engine.usage().into_iter().map(|(name, u)| (name, u.rss_peak_kb / 1024, u.cpu.as_secs_f64())).collect();
-            if kind.is_lazy() {
-                wait_for_quiet(link);
-            }
-            engine.kill(&name);
-            let _ = ready.child.wait();
-            Ok((pull, run, mb_pull, mb_ready, usage))
-        })();
-        done.store(true, Ordering::Relaxed);
-        let timeline = sampler.join().unwrap();
-        outcome.map(|(pull, run, mb_pull, mb_ready, usage)| Run {
-            pull,
-            run,
-            mb_pull,
-            mb_ready,
-            mb_complete: timeline.last().map_or(0.0, |s| s.1 as f64 / 1e6),
-            complete: last_byte(&timeline),
-            utilisation: utilisation(&timeline, shape),
-            layers: engine.layers(),
-            usage,
-            timeline,
-        })
-    });
-    if let (Some(dir), Some(daemon)) = (&options.keep, &engine.daemon) {
-        std::fs::create_dir_all(dir).unwrap();
-        std::fs::write(dir.join(format!("{image}-{}-{}mbit-{turn}.log", kind.name(), shape.mbit)), daemon.log())
-            .unwrap();
+/// Pushes an image, and with an index under another tag.
+fn publish(image: &str, root: &Root, registry: &Registry, options: &Options, indexed: bool) {
+    eprintln!("# pushing {image}");
+    let layout = suite_image(image);
+    registry.push(&layout, image, "latest");
+    if indexed {
+        let converted = root.join(&format!("soci-{image}"));
+        let size = options.min_layer.map(|n| n.to_string());
+        let flags: Vec<&str> = size.iter().flat_map(|n| ["--min-layer-size", n]).collect();
+        convert(&layout, &converted, &flags);
+        registry.push(&converted, image, "soci");
     }
-    result
+}
+
+/// What all runs of one table share.
+struct Case<'a> {
+    reader: Reader,
+    slot: &'a Slot,
+    link: &'a Link,
+    shape: Shape,
+    registry: &'a Registry,
+    options: &'a Options,
+}
+
+impl Case<'_> {
+    fn run(&self, kind: Kind, image: &str, turn: usize) -> Result<Run, String> {
+        let link = self.link;
+        let root = self.slot.fresh_root();
+        let settings = Settings { more: self.options.config.clone(), ..Default::default() };
+        let engine = Engine::start(kind, &root, &self.registry.host, &settings);
+        let reference = self.registry.reference(image, if kind.is_lazy() { "soci" } else { "latest" });
+        let name = container_name();
+        let (command, marks) = match self.reader {
+            Reader::Workload => (of(image).command, of(image).ready),
+            Reader::Everything => (READ_ALL, of("numpy").ready),
+        };
+        let arguments: Vec<String> = command.iter().map(|a| a.to_string()).collect();
+
+        let received = link.received();
+        let mb = |bytes: u64| (bytes - received) as f64 / 1e6;
+        let result = std::thread::scope(|scope| {
+            let done = Arc::new(AtomicBool::new(false));
+            let start = Instant::now();
+            let sampler = scope.spawn({
+                let done = done.clone();
+                move || sample(link, start, received, &done)
+            });
+            let outcome = (|| {
+                engine.pull(&reference)?;
+                let pull = start.elapsed().as_secs_f64();
+                let mb_pull = mb(link.received());
+                let mut ready = until_ready(&mut engine.run_command(&reference, &name, &arguments), marks, PATIENCE)?;
+                let run = start.elapsed().as_secs_f64() - pull;
+                let mb_ready = mb(link.received());
+                // Before the wait: what follows is the background's.
+                let usage = engine
+                    .usage()
+                    .into_iter()
+                    .map(|(name, u)| (name, u.rss_peak_kb / 1024, u.cpu.as_secs_f64()))
+                    .collect();
+                if kind.is_lazy() {
+                    wait_for_quiet(link);
+                }
+                engine.kill(&name);
+                let _ = ready.child.wait();
+                Ok((pull, run, mb_pull, mb_ready, usage))
+            })();
+            done.store(true, Ordering::Relaxed);
+            let timeline = sampler.join().unwrap();
+            outcome.map(|(pull, run, mb_pull, mb_ready, usage)| Run {
+                pull,
+                run,
+                mb_pull,
+                mb_ready,
+                mb_complete: timeline.last().map_or(0.0, |s| s.1 as f64 / 1e6),
+                complete: last_byte(&timeline),
+                utilisation: utilisation(&timeline, self.shape),
+                layers: engine.layers(),
+                usage,
+                timeline,
+            })
+        });
+        if let (Some(dir), Some(daemon)) = (&self.options.keep, &engine.daemon) {
+            std::fs::create_dir_all(dir).unwrap();
+            std::fs::write(
+                dir.join(format!("{image}-{}-{}mbit-{turn}.log", kind.name(), self.shape.mbit)),
+                daemon.log(),
+            )
+            .unwrap();
+        }
+        result
+    }
 }
 
 /// Seconds since the start and bytes since the start.
@@ -257,12 +277,18 @@ const TARGETS: [(&str, f64); 7] = [
     ("tensorflow", 0.60),
 ];
 
-fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec<Vec<Run>>)]) -> String {
+fn summary(
+    runs_each: usize,
+    engines: &[Kind],
+    reader: Reader,
+    shape: Shape,
+    rows: &[(String, Vec<Vec<Run>>)],
+) -> String {
     let of = |runs: &[Run], what: fn(&Run) -> f64| median(runs.iter().map(what).collect());
     let mut head = vec!["image".to_string()];
-    head.extend(options.engines.iter().map(|e| e.name().to_string()));
-    let base = options.engines.iter().position(|e| *e == Kind::Ctd2);
-    let ours = options.engines.iter().position(|e| *e == Kind::Ours);
+    head.extend(engines.iter().map(|e| e.name().to_string()));
+    let base = engines.iter().position(|e| *e == Kind::Ctd2);
+    let ours = engines.iter().position(|e| *e == Kind::Ours);
     let compared = base.zip(ours);
     if compared.is_some() {
         head.extend(["ours ÷ ctd2".to_string(), "target".to_string(), "link in use".to_string()]);
@@ -303,7 +329,7 @@ fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec
             "A container that reads every file of its image: pull + run = done, seconds (MB received)"
         }
     };
-    let mut out = format!("## {what}; {shape}; medians of {}\n\n{}", options.runs, table(&head, &body));
+    let mut out = format!("## {what}; {shape}; medians of {}\n\n{}", runs_each, table(&head, &body));
     out += "\nPeak RSS (MB) and CPU (s) until ready:\n\n";
     let mut body = Vec::new();
     for (image, runs) in rows {
@@ -315,5 +341,5 @@ fn summary(options: &Options, reader: Reader, shape: Shape, rows: &[(String, Vec
         }));
         body.push(row);
     }
-    out + &table(&head[..=options.engines.len()], &body)
+    out + &table(&head[..=engines.len()], &body)
 }

@@ -144,15 +144,15 @@ impl Containerd {
 
     /// Mounts the root filesystem of a pulled image read-only, as a container would see it. (`ctr images mount` does the same in 1.6; that
     /// of 2.2 cannot mount what its own mount manager returns.)
-    pub fn mount(&self, snapshotter: &str, reference: &str, target: &Path) -> ImageMount {
+    pub fn mount(&self, snapshotter: &str, namespace: &str, reference: &str, target: &Path) -> ImageMount {
         std::fs::create_dir_all(target).unwrap();
         let key = container_name();
         let snapshots = || {
             let mut ctr = self.ctr();
-            ctr.args(["snapshots", "--snapshotter", snapshotter]);
+            ctr.args(["-n", namespace, "snapshots", "--snapshotter", snapshotter]);
             ctr
         };
-        output(snapshots().args(["view", &key, &self.chain_id(reference)]));
+        output(snapshots().args(["view", &key, &self.chain_id(namespace, reference)]));
         let mut remove = snapshots();
         remove.args(["rm", &key]);
         let undo = Undo::with({
@@ -168,14 +168,14 @@ impl Containerd {
     }
 
     /// The name of an image's topmost snapshot: of the digests of its layers, folded.
-    pub fn chain_id(&self, reference: &str) -> String {
-        let images = output(self.ctr().args(["images", "ls"]));
+    pub fn chain_id(&self, namespace: &str, reference: &str) -> String {
+        let images = output(self.ctr().args(["-n", namespace, "images", "ls"]));
         let line = images.lines().find(|l| l.split_whitespace().next() == Some(reference));
         let mut digest = line
             .and_then(|l| l.split_whitespace().find(|w| w.starts_with("sha256:")))
             .expect("the image was pulled")
             .to_string();
-        let content = |digest: &str| output(self.ctr().args(["content", "get", digest]));
+        let content = |digest: &str| output(self.ctr().args(["-n", namespace, "content", "get", digest]));
         let mut manifest = content(&digest);
         if let Ok(index) = serde_json::from_str::<Index>(&manifest)
             && !index.manifests.is_empty()

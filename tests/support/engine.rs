@@ -95,6 +95,11 @@ impl Engine {
         if self.kind.is_lazy() { "soci" } else { "overlayfs" }
     }
 
+    /// The containerd namespace its images and containers are in.
+    pub fn namespace(&self) -> &'static str {
+        if matches!(self.runtime, Runtime::Containerd { cri: Some(_), .. }) { "k8s.io" } else { "default" }
+    }
+
     pub fn pull(&self, reference: &str) -> Result<(), String> {
         match &self.runtime {
             Runtime::Docker(docker) => docker.pull(reference),
@@ -109,11 +114,9 @@ impl Engine {
     pub fn run_command(&self, reference: &str, name: &str, arguments: &[String]) -> Command {
         match &self.runtime {
             Runtime::Docker(docker) => docker.run_command(reference, name, arguments),
-            Runtime::Containerd { containerd, cri } => {
+            Runtime::Containerd { containerd, .. } => {
                 let mut command = containerd.run_command(self.snapshotter(), reference, name, arguments);
-                if cri.is_some() {
-                    command.env("CONTAINERD_NAMESPACE", "k8s.io");
-                }
+                command.env("CONTAINERD_NAMESPACE", self.namespace());
                 command
             }
         }

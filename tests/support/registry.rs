@@ -140,10 +140,11 @@ pub fn runtime() -> &'static tokio::runtime::Runtime {
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap())
 }
 
-/// An HTTP client that goes where it is told, whatever proxies the environment names.
+/// An HTTP client that goes where it is told, whatever proxies the environment names. It keeps no connections: the next registry may have
+/// the address of the last one, and a connection from before a link was shaped believes it to be fast.
 pub fn http() -> &'static reqwest::Client {
     static CLIENT: OnceLock<reqwest::Client> = OnceLock::new();
-    CLIENT.get_or_init(|| reqwest::Client::builder().no_proxy().build().unwrap())
+    CLIENT.get_or_init(|| reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap())
 }
 
 /// Gets `url`; status and body.
