@@ -89,9 +89,7 @@ pub mod grpc;
 pub mod holder;
 pub mod index;
 pub mod inflate;
-//! soci-snapshotter: starts containers before their images have arrived.
 pub mod keychain;
-//! soci-snapshotter: starts containers before their images have arrived.
 pub mod layers;
 pub mod layout;
 pub mod oci;
@@ -99,5 +97,5 @@ pub mod registry;
 pub mod snapshot;
 pub mod sys;
 pub mod tar;
-pub mod ztoc;
 pub mod telemetry;
+pub mod ztoc;

@@ -1,14 +1,12 @@
-//! Everything that is tested from outside: one binary, one module per subject.
+//! The product's tests, as one program: one module per subject.
 mod architecture;
-mod config;
 mod cli;
+mod config;
 mod formats;
 mod fs;
 mod fuzz;
-mod privilege;
-//! The product's tests, as one program.
-
+mod grpc;
 mod lab;
 mod licences;
+mod privilege;
 mod support;
-mod grpc;

@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
-    grpc::content::ContainerdContent,
+    grpc::{ContainerdBlob, content::ContainerdContent},
     index::{ImageTarget, Indexes, NoIndex},
-    layers::{Layer, LayerStore, RegistrySource, Source, Wanted},
+    layers::{Layer, LayerStore, RegistrySource, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
     registry::Registry,
@@ -35,7 +35,6 @@ use std::{
 struct Mounted {
     layer: Arc<Layer>,
     shown: Arc<Shown>,
-    manifest: Digest,
 }
 
 /// Settings of the lazy side.
@@ -94,11 +93,15 @@ impl LazyMounts {
     /// Shows the layer of `id` again, from what is on disk.
     pub async fn recover(&self, id: SnapshotId) -> Result<(), String> {
         let (record, implied) = LazyRecord::read(&self.layout, id).map_err(|e| e.to_string())?;
-        let layer = self.open(id, &record, false).await?;
+        let layer = self.open(id, &record).await?;
         self.show(id, &record, implied, layer).map_err(|e| e.to_string())
     }
 
-    async fn open(&self, id: SnapshotId, record: &LazyRecord, local: bool) -> Result<Arc<Layer>, String> {
+    fn local(&self, namespace: &str, blob: Digest) -> ContainerdBlob {
+        ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
+    }
+
+    async fn open(&self, id: SnapshotId, record: &LazyRecord) -> Result<Arc<Layer>, String> {
         let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
         let registry = Arc::new(RegistrySource { repository, blob: record.layer });
         let wanted = Wanted {
@@ -108,12 +111,7 @@ impl LazyMounts {
             depth: record.depth,
             source: registry,
         };
-        let layer = self.store.open(wanted, id).await.map_err(|e| crate::snapshot::chain(&e))?;
-        if local {
-            let source: Arc<dyn Source> = Arc::new(self.containerd.blob(record.namespace.clone(), record.layer));
-            layer.add_source(source);
-        }
-        Ok(layer)
+        self.store.open(wanted, id).await.map_err(|e| crate::snapshot::chain(&e))
     }
 
     fn show(
@@ -135,7 +133,7 @@ impl LazyMounts {
         self.tree.add(in_tree)?;
         self.observers.mounted(id, record.manifest, &layer, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
-        self.mounted().insert(id, Mounted { layer, shown, manifest: record.manifest });
+        self.mounted().insert(id, Mounted { layer, shown });
         Ok(())
     }
 
@@ -148,8 +146,8 @@ impl LazyMounts {
             explicit: target.index.clone(),
         };
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
-        let local = self.containerd.has(&target.namespace, &target.layer);
-        let (index, local) = tokio::join!(self.indexes.get(&wanted), local);
+        let local = self.local(&target.namespace, target.layer);
+        let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
         let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         let record = LazyRecord::new(
@@ -161,7 +159,10 @@ impl LazyMounts {
             ztoc.disable_xattrs,
             parents.len(),
         );
-        let layer = self.open(id, &record, local).await.map_err(unresolved)?;
+        let layer = self.open(id, &record).await.map_err(unresolved)?;
+        if is_local {
+            layer.add_source(Arc::new(local));
+        }
         let kept = self.keep(id, &record, parents, &layer).await.map_err(|e| e.to_string());
         if let Err(why) = kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string())) {
             let _ = self.store.release(target.layer, id).await;
@@ -234,7 +235,7 @@ impl LazyLayers for LazyMounts {
     fn remove(&self, id: SnapshotId) {
         let Some(mounted) = self.mounted().remove(&id) else { return };
         self.tree.remove(id);
-        self.observers.unmounted(id, mounted.manifest);
+        self.observers.unmounted(id);
         let (store, digest) = (self.store.clone(), mounted.layer.digest());
         let runtime = store.shared().runtime.clone();
         drop(mounted);

@@ -3,7 +3,7 @@
 use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
-    observe::Observers,
+    observe::{Observers, OperationLog},
 };
 use crate::{
     config::{
@@ -20,6 +20,11 @@ use crate::{
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
     sys,
+    telemetry::{
+        http,
+        logs::{self, Level, Output},
+        metrics::Metrics,
+    },
     ztoc::Limits,
 };
 use std::{
@@ -61,6 +66,8 @@ enum StartError {
     Fuse(#[source] io::Error),
     #[error("cannot serve {address}")]
     Serve { address: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot serve metrics on {0:?}")]
+    Metrics(String, #[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
 }
@@ -114,12 +121,18 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
 }
 
 fn start(options: Options) -> ExitCode {
-    init_logs(options.log_level);
+    if let Err(error) = logs::init(level(options.log_level), Output::Automatic) {
+        eprintln!("{}: failed to prepare logger: {error}", config::args::PROGRAM);
+        return ExitCode::FAILURE;
+    }
     let (version, revision) = config::args::version();
     tracing::info!(version, revision, "starting soci-snapshotter-grpc");
     let loaded = match config::load(&options.config) {
         Ok(loaded) => loaded,
-        Err(error) => return fatal(&snapshot::chain(&error), ""),
+        Err(error) => {
+            logs::fatal(&snapshot::chain(&error), &error);
+            return ExitCode::FAILURE;
+        }
     };
     for warning in loaded.warning_lines() {
         tracing::warn!("{warning}");
@@ -129,7 +142,10 @@ fn start(options: Options) -> ExitCode {
             tracing::info!("Exiting");
             ExitCode::SUCCESS
         }
-        Err(error) => fatal("failed to serve snapshotter", &snapshot::chain(&error)),
+        Err(error) => {
+            logs::fatal("failed to serve snapshotter", &error);
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -169,11 +185,13 @@ async fn serve(
 ) -> Result<(), StartError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
-    let observers = Arc::new(Observers::default());
+    let metrics = Metrics::new();
+    let operations = if config.fuse.log_fuse_operations || config.debug { OperationLog::On } else { OperationLog::Off };
+    let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
-    let options = snapshot::Options { layout: layout.clone(), pull: config.into() };
+    let options = snapshot::Options::new(layout.clone(), config.into());
     let snapshotter = Snapshotter::open(options, lazy.clone(), disk).await?;
     recover(&snapshotter, &lazy).await?;
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
@@ -182,7 +200,13 @@ async fn serve(
     let session =
         lazyfs::Session::start(device, held.init.clone(), tree, tokio::runtime::Handle::current(), session_options)
             .map_err(StartError::Fuse)?;
-    tokio::spawn(lazy.store.shared().scheduler.clone().run());
+    let scheduler = lazy.store.shared().scheduler.clone();
+    tokio::spawn(scheduler.clone().run());
+    if !config.background_fetch.disable {
+        metrics.background_fetch_enabled();
+        tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
+    }
+    serve_telemetry(config, metrics).await?;
     tokio::spawn(keep_held(layout.clone(), held));
     let Listening { listener, address } = listening;
     let failed = |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
@@ -274,7 +298,7 @@ fn lazy_side(
     observers: Arc<Observers>,
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http(config), hosts(config), keychain, observers.clone())?;
+    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
     let discovery = DiscoverySettings {
         v1: config.pull_modes.soci_v1.enable,
         v2: config.pull_modes.soci_v2.enable,
@@ -300,7 +324,7 @@ fn lazy_side(
         layout: layout.clone(),
         registry,
         indexes,
-        containerd: ContainerdContent::new(config.content_store.containerd_address.clone().into()),
+        containerd: ContainerdContent::new(config.content_store.containerd_address.clone()),
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
@@ -312,7 +336,7 @@ fn limit(timeout: config::Timeout) -> registry::Limit {
     timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
 }
 
-fn http(config: &Config) -> HttpSettings {
+fn http_settings(config: &Config) -> HttpSettings {
     let (http, blob) = (&config.http, &config.blob);
     HttpSettings {
         // A connection that takes longer than an hour is not going to be one.
@@ -367,13 +391,47 @@ fn scheduling(config: &Config) -> Settings {
     }
 }
 
-fn init_logs(_level: LogLevel) {
-    tracing_subscriber::fmt().json().with_writer(io::stderr).init();
+fn level(level: LogLevel) -> Level {
+    match level {
+        LogLevel::Panic => Level::Panic,
+        LogLevel::Fatal => Level::Fatal,
+        LogLevel::Error => Level::Error,
+        LogLevel::Warn => Level::Warning,
+        LogLevel::Info => Level::Info,
+        LogLevel::Debug => Level::Debug,
+        LogLevel::Trace => Level::Trace,
+    }
 }
 
-fn fatal(message: &str, error: &str) -> ExitCode {
-    eprintln!("{{\"level\":\"fatal\",\"msg\":{message:?},\"error\":{error:?}}}");
-    ExitCode::FAILURE
+/// Metrics and the debug endpoint, where they are asked for.
+async fn serve_telemetry(config: &Config, metrics: Metrics) -> Result<(), StartError> {
+    let network = match config.metrics_network {
+        config::Network::Tcp => "tcp",
+        config::Network::Tcp4 => "tcp4",
+        config::Network::Tcp6 => "tcp6",
+        config::Network::Unix => "unix",
+    };
+    let mut endpoints = Vec::new();
+    if !config.metrics_address.is_empty() && !config.no_prometheus {
+        endpoints.push((network, &config.metrics_address, http::Content::Metrics(metrics)));
+    }
+    if !config.debug_address.is_empty() {
+        endpoints.push(("tcp", &config.debug_address, http::Content::Debug));
+    }
+    for (network, address, content) in endpoints {
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| StartError::Metrics(address.clone(), e);
+        let endpoint = http::Endpoint::new(network, address).map_err(|e| failed(e.into()))?;
+        let listener = endpoint.bind().await.map_err(|e| failed(e.into()))?;
+        tokio::spawn(http::serve(listener, content));
+    }
+    Ok(())
+}
+
+async fn report_queue(metrics: Metrics, scheduler: Scheduler, period: Duration) {
+    loop {
+        metrics.set_background_queue(scheduler.queue_length() as u64);
+        tokio::time::sleep(period.max(Duration::from_millis(100))).await;
+    }
 }
 
 fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {

@@ -1,152 +1,134 @@
-//! Layers that containerd's content store already has are read from there and never fetched.
+//! Reading from containerd's content store: a layer that is there need not be fetched.
 //!
-//! containerd may be down, or hang while it waits for us: asking it is bounded by [`PATIENCE`], and after a silence it is not asked
-//! again for [`SULK`], so that it never delays a Prepare twice.
+//! containerd may not run yet, may not answer, or may lose the blob between two calls. None of that delays anybody: the
+//! connection is made on first use, each call has a deadline, and after a failure nothing is tried for a while.
 
-use super::proto::content::{
-    InfoRequest, ReadContentRequest, ReadContentResponse, content_client::ContentClient,
-};
-use crate::{
-    layers::{Body, Remedy, Source, SourceError},
-    oci::Digest,
-    registry::HostId,
-};
+use super::labels::NAMESPACE;
+use super::proto::content::content_client::ContentClient;
+use super::proto::content::{InfoRequest, ReadContentRequest};
+use crate::oci::Digest;
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use std::{
-    ops::Range,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
-use tonic::{
-    Request,
-    transport::{Channel, Endpoint, Uri},
-};
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
 
-/// A healthy containerd answers in a millisecond.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// How long a containerd that did not answer is left alone.
-const SULK: Duration = Duration::from_secs(10);
-/// A piece of content on its way: containerd sends 64 KiB or so at a time, and none of it over a network.
-const PIECE_PATIENCE: Duration = Duration::from_secs(10);
+/// For connecting and for each message: a local socket answers in a millisecond or is not going to.
+const DEADLINE: Duration = Duration::from_secs(1);
+/// After a failure, how long containerd counts as absent.
+const ABSENT: Duration = Duration::from_secs(10);
+/// One message of a read. containerd sends 1 MiB or less.
+const MAX_MESSAGE: usize = 16 << 20;
 
-/// containerd's content store, as a client sees it. Cheap to clone; connects when first asked.
+/// Why containerd's content store did not help.
+#[derive(Debug, thiserror::Error)]
+pub enum ContentError {
+    #[error("containerd did not answer a moment ago")]
+    Absent,
+    #[error("containerd does not answer")]
+    Timeout,
+    #[error("containerd refused: {0}")]
+    Refused(String),
+    #[error("containerd sent bytes {got:?} where {wanted:?} were asked for")]
+    WrongRange { wanted: Range<u64>, got: Range<u64> },
+    #[error("namespace {0:?} cannot be sent")]
+    Namespace(String),
+}
+
+/// containerd's content store. Cheap to clone.
 #[derive(Clone)]
 pub struct ContainerdContent {
-    channel: Channel,
-    silent_until: Arc<Mutex<Option<Instant>>>,
+    client: ContentClient<Channel>,
+    /// Until when containerd counts as absent.
+    absent: Arc<Mutex<Option<Instant>>>,
 }
 
 impl ContainerdContent {
-    /// The store behind the containerd socket `path`. Must be called within a runtime.
-    pub fn new(path: PathBuf) -> ContainerdContent {
-        let connector = tower::service_fn(move |_: Uri| {
+    /// A client of the socket at `path`, which need not exist yet. Call within a tokio runtime.
+    pub fn new(path: impl Into<PathBuf>) -> ContainerdContent {
+        let path = path.into();
+        // The connector below decides where to go; the address only fills the authority header.
+        let channel = Endpoint::from_static("http://containerd.local").connect_timeout(DEADLINE);
+        let connector = tower::service_fn(move |_: http::Uri| {
             let path = path.clone();
-            async move { Ok::<_, std::io::Error>(TokioIo::new(tokio::net::UnixStream::connect(path).await?)) }
+            async move { io::Result::Ok(TokioIo::new(UnixStream::connect(path).await?)) }
         });
-        // The address is only a name: the connector knows where to go.
-        let channel = Endpoint::from_static("http://containerd").connect_with_connector_lazy(connector);
-        ContainerdContent { channel, silent_until: Arc::default() }
+        let channel = channel.connect_with_connector_lazy(connector);
+        let client = ContentClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        ContainerdContent { client, absent: Arc::default() }
     }
 
-    fn client(&self) -> ContentClient<Channel> {
-        ContentClient::new(self.channel.clone())
+    fn request<T>(namespace: &str, message: T) -> Result<Request<T>, ContentError> {
+        let value = AsciiMetadataValue::try_from(namespace);
+        let value = value.map_err(|_| ContentError::Namespace(namespace.chars().take(100).collect()))?;
+        let mut request = Request::new(message);
+        request.metadata_mut().insert(NAMESPACE, value);
+        Ok(request)
     }
 
-    /// Whether `blob` is there, as far as can be learnt quickly.
-    pub async fn has(&self, namespace: &str, blob: &Digest) -> bool {
-        let silent = || self.silent_until.lock().unwrap_or_else(PoisonError::into_inner);
-        if silent().is_some_and(|until| until > Instant::now()) {
-            return false;
+    /// Waits for `call`, but not long, and not at all while containerd counts as absent.
+    async fn within<T>(
+        &self,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<Result<T, Status>, ContentError> {
+        let lock = || self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock().is_some_and(|until| Instant::now() < until) {
+            return Err(ContentError::Absent);
         }
-        let Some(request) = in_namespace(namespace, InfoRequest { digest: blob.to_string() }) else { return false };
-        match tokio::time::timeout(PATIENCE, self.client().info(request)).await {
-            Ok(Ok(_)) => true,
-            Ok(Err(status)) if status.code() == tonic::Code::NotFound => false,
-            Ok(Err(_)) | Err(_) => {
-                *silent() = Some(Instant::now() + SULK);
-                false
-            }
+        let answer = tokio::time::timeout(DEADLINE, call).await;
+        let gone = match &answer {
+            Err(_) => true,
+            Ok(Err(status)) => matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded),
+            Ok(Ok(_)) => false,
+        };
+        *lock() = gone.then(|| Instant::now() + ABSENT);
+        answer.map_err(|_| ContentError::Timeout)
+    }
+
+    /// Size of the blob in `namespace`; `None` where it is not there.
+    pub async fn size(&self, namespace: &str, digest: &Digest) -> Result<Option<u64>, ContentError> {
+        let request = Self::request(namespace, InfoRequest { digest: digest.to_string() })?;
+        match self.within(self.client.clone().info(request)).await? {
+            Ok(response) => Ok(response.into_inner().info.and_then(|info| u64::try_from(info.size).ok())),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(ContentError::Refused(status.message().to_owned())),
         }
     }
 
-    /// `blob`, as a source of layers.
-    pub fn blob(&self, namespace: String, blob: Digest) -> ContainerdBlob {
-        ContainerdBlob { content: self.clone(), namespace, blob }
-    }
-}
-
-fn in_namespace<T>(namespace: &str, message: T) -> Option<Request<T>> {
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", namespace.parse().ok()?);
-    Some(request)
-}
-
-/// A blob in containerd's content store.
-pub struct ContainerdBlob {
-    content: ContainerdContent,
-    namespace: String,
-    blob: Digest,
-}
-
-/// What does not come from containerd may come from the registry.
-fn elsewhere(reason: String) -> SourceError {
-    SourceError { reason, remedy: Remedy::OtherSource }
-}
-
-impl Source for ContainerdBlob {
-    fn open<'a>(&'a self, range: Range<u64>, _: &'a [HostId]) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
-        Box::pin(async move {
-            let left = range.end - range.start;
-            let message = ReadContentRequest {
-                digest: self.blob.to_string(),
-                offset: range.start as i64,
-                size: left as i64,
-            };
-            let request = in_namespace(&self.namespace, message).ok_or_else(|| elsewhere("namespace".into()))?;
-            let mut client = self.content.client();
-            let answer = tokio::time::timeout(PIECE_PATIENCE, client.read(request)).await;
-            let stream = match answer {
-                Ok(Ok(answer)) => answer.into_inner(),
-                Ok(Err(status)) => return Err(elsewhere(format!("containerd's content store: {}", status.message()))),
-                Err(_) => return Err(elsewhere("containerd's content store does not answer".into())),
-            };
-            Ok(Box::new(ContentBody { stream, left }) as Box<dyn Body>)
-        })
-    }
-
-    fn is_remote(&self) -> bool {
-        false
-    }
-}
-
-struct ContentBody {
-    stream: tonic::Streaming<ReadContentResponse>,
-    left: u64,
-}
-
-impl Body for ContentBody {
-    fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
-        Box::pin(async move {
-            if self.left == 0 {
-                return Ok(None);
+    /// The bytes `range` of the blob, exactly. Nothing is verified here: the caller knows the digests.
+    pub async fn read(&self, namespace: &str, digest: &Digest, range: Range<u64>) -> Result<Bytes, ContentError> {
+        let wrong = |got: Range<u64>| ContentError::WrongRange { wanted: range.clone(), got };
+        let wanted = range.end.saturating_sub(range.start);
+        if wanted == 0 {
+            // The wire's zero means "to the end".
+            return Ok(Bytes::new());
+        }
+        let (Ok(offset), Ok(size)) = (i64::try_from(range.start), i64::try_from(wanted)) else {
+            return Err(wrong(0..0));
+        };
+        let message = ReadContentRequest { digest: digest.to_string(), offset, size };
+        let request = Self::request(namespace, message)?;
+        let refused = |status: Status| ContentError::Refused(status.message().to_owned());
+        let mut stream = self.within(self.client.clone().read(request)).await?.map_err(refused)?.into_inner();
+        let mut out = Vec::new();
+        while let Some(chunk) = self.within(stream.message()).await?.map_err(refused)? {
+            let at = range.start + out.len() as u64;
+            let got = u64::try_from(chunk.offset).unwrap_or(0);
+            let got = got..got.saturating_add(chunk.data.len() as u64);
+            if got.start != at || got.end > range.end {
+                return Err(wrong(got));
             }
-            match tokio::time::timeout(PIECE_PATIENCE, self.stream.message()).await {
-                Ok(Ok(Some(piece))) => {
-                    let take = (piece.data.len() as u64).min(self.left);
-                    self.left -= take;
-                    Ok(Some(piece.data.slice(..take as usize)))
-                }
-                Ok(Ok(None)) => Err(elsewhere("containerd's content store sent too little".into())),
-                Ok(Err(status)) => Err(elsewhere(format!("containerd's content store: {}", status.message()))),
-                Err(_) => Err(elsewhere("containerd's content store does not answer".into())),
-            }
-        })
-    }
-
-    fn host(&self) -> Option<HostId> {
-        None
+            out.extend_from_slice(&chunk.data);
+        }
+        match out.len() as u64 == wanted {
+            true => Ok(out.into()),
+            false => Err(wrong(range.start..range.start + out.len() as u64)),
+        }
     }
 }

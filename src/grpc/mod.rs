@@ -12,10 +12,12 @@ pub mod filter;
 pub mod labels;
 mod server;
 mod service;
+mod source;
 mod status;
 
 pub use server::{Limits, serve};
 pub use service::Service;
+pub use source::ContainerdBlob;
 pub use status::status;
 
 /// What the wire carries, compiled from `src/grpc/proto`.

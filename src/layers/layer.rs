@@ -30,6 +30,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 use tokio::sync::oneshot;
 
@@ -64,6 +65,7 @@ pub struct Layer {
     fetched: AtomicU64,
     last_span: AtomicU64,
     streak: AtomicU64,
+    opened: Instant,
     shared: Arc<Shared>,
     me: Weak<Layer>,
 }
@@ -118,6 +120,7 @@ impl Layer {
             last_span: AtomicU64::new(u64::MAX),
             streak: AtomicU64::new(0),
             table: parts.table,
+            opened: Instant::now(),
             shared,
             me: me.clone(),
         })
@@ -261,7 +264,7 @@ impl Layer {
                 ),
                 Err(error) => tracing::warn!(layer = %layer.digest, error = %error, "cannot read the completed layer back"),
             }
-            layer.shared.observer.layer_complete(&layer);
+            layer.shared.observer.layer_complete(&layer, layer.opened.elapsed());
         });
     }
 

@@ -47,7 +47,8 @@ pub trait Observer: Send + Sync {
     fn range_request(&self, _layer: &Digest, _took: Duration) {}
     fn background_fetched(&self, _layer: &Digest, _spans: usize) {}
     fn background_failed(&self, _layer: &Digest) {}
-    fn layer_complete(&self, _layer: &Layer) {}
+    /// Every span is here, `_took` after the layer was opened.
+    fn layer_complete(&self, _layer: &Layer, _took: Duration) {}
     /// The flat table of contents was built.
     fn toc_built(&self, _layer: &Digest, _took: Duration) {}
 }
@@ -194,7 +195,7 @@ impl LayerStore {
 
     fn build_toc(&self, ztoc: &Ztoc<'_>, layer: Digest, directory: &Path) -> Result<(), OpenError> {
         let started = std::time::Instant::now();
-        let bytes = toc::build(&layer, ztoc.files().map(|file| toc::Entry::from(&file))).map_err(OpenError::Toc)?;
+        let bytes = toc::build(&layer, ztoc).map_err(OpenError::Toc)?;
         let path = files::toc_path(directory);
         let temporary = path.with_extension("new");
         fs::write(&temporary, bytes)

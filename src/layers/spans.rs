@@ -129,7 +129,7 @@ mod tests {
     fn a_span_is_taken_once_and_its_waiters_are_returned_once() {
         let mut map: SpanMap<u8> = SpanMap::new(5, [2].into_iter());
         assert_eq!(map.take_wanted(0..=4), vec![0..2, 3..5]);
-        assert_eq!(map.take_wanted(0..=4), vec![]);
+        assert!(map.take_wanted(0..=4).is_empty());
         map.wait(1, 7);
         assert!(map.is_wanted(1));
         assert_eq!(map.arrived(1), vec![7]);

@@ -37,6 +37,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Target};
