@@ -277,3 +277,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Maps and handles stay valid whatever a panicking thread was doing.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+impl crate::snapshot::Disk for Client {
+    fn remove_tree(&self, id: SnapshotId) -> BoxFuture<'_, io::Result<()>> {
+        Client::remove_tree(self, id)
+    }
+    fn usage(&self, id: SnapshotId) -> BoxFuture<'_, io::Result<crate::snapshot::Usage>> {
+        Box::pin(async move {
+            let usage = Client::usage(self, id).await?;
+            Ok(crate::snapshot::Usage { size: usage.size, inodes: usage.inodes })
+        })
+    }
+    fn own_upper(&self, id: SnapshotId, uid: u32, gid: u32) -> BoxFuture<'_, io::Result<()>> {
+        Client::own_upper(self, id, uid, gid)
+    }
+}

@@ -24,12 +24,12 @@
 #![forbid(unsafe_code)]
 
 mod client;
-mod init;
+pub use crate::fs::wire::{InitParams, answer_init};
 mod protocol;
 mod server;
 
 pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
-pub use init::{InitParams, answer_init};
+
 
 use crate::{
     layout::Layout,

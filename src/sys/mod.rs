@@ -10,6 +10,7 @@ pub mod capabilities;
 pub mod clock;
 pub mod fuse;
 pub mod landlock;
+pub mod map;
 pub mod mountinfo;
 pub mod process;
 pub mod seccomp;
