@@ -30,7 +30,6 @@ mod server;
 
 pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
 
-
 use crate::{
     layout::Layout,
     sys::{self, fuse, mountinfo, seqpacket},

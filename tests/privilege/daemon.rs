@@ -42,6 +42,7 @@ fn be_confined() {
     let alone = SingleThread::prove().expect("the only thread");
     drop_all_capabilities().expect("dropped");
     assert_eq!(seccomp::confine(seccomp::Role::Daemon, &alone).expect("filtered"), Confinement::Applied);
+    drop_all_capabilities().expect("what a confined process starts can drop the nothing it has");
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
     runtime.block_on(async {
