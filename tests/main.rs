@@ -1,0 +1,7 @@
+#[path = "support/fault_registry.rs"]
+mod fault_registry;
+mod index;
+mod referrers;
+mod registry;
+mod registry_login;
+mod registry_real;
