@@ -90,7 +90,7 @@ async fn older_registries_are_asked_by_tag() {
         let contents = contents.clone();
         let server =
             FaultRegistry::start(move |r| if r.path.contains("/referrers/") { reply() } else { contents.answer(r) });
-        assert_eq!(found(&server).await, [ours.clone()]);
+        assert_eq!(found(&server).await, std::slice::from_ref(&ours));
     }
 }
 

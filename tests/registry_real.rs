@@ -9,7 +9,7 @@ use soci::{
     registry::{Class, HostSettings, Registry, Repository},
 };
 use std::{
-    net::{TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -19,25 +19,31 @@ use std::{
 const HTPASSWD: &str = "u:$2b$05$abcdefghijklmnopqrstuuqwWMzKt5N8p.u2GX5MuH1t19BMWuLOW\n";
 
 /// A running docker-registry. It is gone when dropped.
-struct Real {
-    host: String,
+pub struct Real {
+    pub host: String,
+    scheme: &'static str,
     child: Child,
     _root: tempfile::TempDir,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Door {
+pub enum Door {
     Open,
     Guarded,
 }
 
 impl Real {
     fn start(door: Door) -> Real {
+        Real::start_on(IpAddr::V4(Ipv4Addr::LOCALHOST), door, None)
+    }
+
+    /// With TLS if there is a directory with `cert.pem` and `key.pem`.
+    pub fn start_on(ip: IpAddr, door: Door, tls: Option<&Path>) -> Real {
         let root = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let host = format!("127.0.0.1:{port}");
+        let port = TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port();
+        let host = SocketAddr::new(ip, port).to_string();
         let config = root.path().join("config.yml");
-        std::fs::write(&config, configuration(root.path(), &host, door)).unwrap();
+        std::fs::write(&config, configuration(root.path(), &host, door, tls)).unwrap();
         let child = Command::new("docker-registry")
             .arg("serve")
             .arg(&config)
@@ -50,15 +56,22 @@ impl Real {
             assert!(Instant::now() < deadline, "docker-registry does not listen");
             std::thread::sleep(Duration::from_millis(10));
         }
-        Real { host, child, _root: root }
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        Real { host, scheme, child, _root: root }
     }
 
     fn request(&self, method: reqwest::Method, url: &str) -> reqwest::RequestBuilder {
-        let url = if url.starts_with('/') { format!("http://{}{url}", self.host) } else { url.to_owned() };
-        reqwest::Client::builder().no_proxy().build().unwrap().request(method, url).basic_auth("u", Some("p"))
+        let url = if url.starts_with('/') { format!("{}://{}{url}", self.scheme, self.host) } else { url.to_owned() };
+        reqwest::Client::builder()
+            .no_proxy()
+            .danger_accept_invalid_certs(true)
+            .build()
+            .unwrap()
+            .request(method, url)
+            .basic_auth("u", Some("p"))
     }
 
-    async fn push_blob(&self, bytes: &[u8]) -> Digest {
+    pub async fn push_blob(&self, bytes: &[u8]) -> Digest {
         let digest = Digest::of(bytes);
         let begun = self.request(reqwest::Method::POST, "/v2/a/b/blobs/uploads/").send().await.unwrap();
         assert_eq!(begun.status(), 202);
@@ -84,12 +97,16 @@ impl Drop for Real {
     }
 }
 
-fn configuration(root: &Path, host: &str, door: Door) -> String {
+fn configuration(root: &Path, host: &str, door: Door, tls: Option<&Path>) -> String {
     let storage = root.join("data");
     let mut text = format!(
         "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {host}\n",
         storage.display()
     );
+    if let Some(tls) = tls {
+        let file = |name| tls.join(name).display().to_string();
+        text += &format!("  tls:\n    certificate: {}\n    key: {}\n", file("cert.pem"), file("key.pem"));
+    }
     if door == Door::Guarded {
         let path = root.join("htpasswd");
         std::fs::write(&path, HTPASSWD).unwrap();
