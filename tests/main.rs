@@ -1,8 +1,20 @@
+//! The product's tests, as one program: one module per subject.
+mod architecture;
+mod cli;
+mod config;
 #[path = "support/fault_registry.rs"]
 mod fault_registry;
+mod formats;
+mod fs;
+mod fuzz;
+mod grpc;
 mod index;
+mod lab;
+mod licences;
+mod privilege;
 mod referrers;
 mod registry;
 mod registry_environment;
 mod registry_login;
 mod registry_real;
+mod support;

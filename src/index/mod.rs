@@ -20,7 +20,7 @@ mod store;
 pub use store::{ContentStore, StoreError};
 
 use crate::{
-    oci::{Digest, Manifest, Reference},
+    oci::{Digest, Manifest, Reference, annotation},
     registry::{Registry, RegistryError},
 };
 use flights::{Belief, Flights};
@@ -80,6 +80,15 @@ pub struct SociIndex {
     pub layers: HashMap<Digest, ZtocDescriptor>,
     /// By layer; only where an artifact was asked for and could be had.
     pub prefetch: HashMap<Digest, BlobRef>,
+}
+
+impl SociIndex {
+    /// Indexed layers with their zTOCs, in the order of the index: bottom first.
+    pub fn layers_in_order(&self) -> impl Iterator<Item = (Digest, ZtocDescriptor)> {
+        let listed = self.manifest.layers.iter().filter_map(|l| l.annotations.get(annotation::LAYER_DIGEST)?.parse().ok());
+        let mut seen = std::collections::HashSet::new();
+        listed.filter(move |layer| seen.insert(*layer)).filter_map(|layer: Digest| Some((layer, *self.layers.get(&layer)?)))
+    }
 }
 
 /// The zTOC of a layer.

@@ -1,0 +1,98 @@
+//! What is written beside a lazy snapshot, so that it can be served again after a restart without asking anybody.
+
+use crate::{
+    fs::ImpliedAttrs,
+    layout::{Layout, SnapshotId},
+    oci::{Digest, Reference},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::HashMap, fs, io, io::Write, path::Path};
+
+/// Version of the file. A newer one is refused: it was written by a newer daemon, which knows why.
+const VERSION: u32 = 1;
+
+/// The image and layer behind a lazy snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LazyRecord {
+    version: u32,
+    pub layer: Digest,
+    pub ztoc: Digest,
+    /// Platform manifest of the image.
+    pub manifest: Digest,
+    #[serde(with = "reference_text")]
+    pub image: Reference,
+    pub namespace: String,
+    /// No entry of the layer has an xattr.
+    pub no_xattrs: bool,
+    /// Number of layers below.
+    pub depth: usize,
+}
+
+mod reference_text {
+    use super::Reference;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(reference: &Reference, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(reference)
+    }
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Reference, D::Error> {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl LazyRecord {
+    #[allow(clippy::too_many_arguments)] // one per field; the version is not the caller's to choose
+    pub fn new(
+        layer: Digest,
+        ztoc: Digest,
+        manifest: Digest,
+        image: Reference,
+        namespace: String,
+        no_xattrs: bool,
+        depth: usize,
+    ) -> LazyRecord {
+        LazyRecord { version: VERSION, layer, ztoc, manifest, image, namespace, no_xattrs, depth }
+    }
+
+    /// Writes the record with the attributes of implied directories, durably: containerd is told only afterwards.
+    pub fn write(&self, layout: &Layout, id: SnapshotId, implied: &HashMap<u32, ImpliedAttrs>) -> io::Result<()> {
+        let file = File { record: self.clone(), implied: implied.iter().map(|(n, a)| (*n, a.clone())).collect() };
+        write_durably(&layout.snapshot_lazy_record(id), &serde_json::to_vec(&file)?)
+    }
+
+    /// Reads both back.
+    pub fn read(layout: &Layout, id: SnapshotId) -> io::Result<(LazyRecord, HashMap<u32, ImpliedAttrs>)> {
+        let path = layout.snapshot_lazy_record(id);
+        let invalid = |e: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {e}", path.display()));
+        let bytes = fs::read(&path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        let version: Version = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+        if version.version > VERSION {
+            let found = version.version;
+            return Err(invalid(format!("written by a newer version (format {found}, this one knows {VERSION})")));
+        }
+        let file: File = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+        Ok((file.record, file.implied.into_iter().collect()))
+    }
+}
+
+/// The file: pairs instead of a map, because JSON has no numbers as keys.
+#[derive(Serialize, Deserialize)]
+struct File {
+    #[serde(flatten)]
+    record: LazyRecord,
+    implied: Vec<(u32, ImpliedAttrs)>,
+}
+
+/// Read first: what else is in the file depends on it.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_data()?;
+    fs::rename(temporary, path)
+}

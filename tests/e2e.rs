@@ -1,0 +1,373 @@
+//! The product through real clients: containerd 1.6 by CRI and by the labels of ctr-remote and nerdctl, containerd 2.2 by its transfer service;
+//! then the same with a registry that misbehaves, a daemon that dies and containers that are killed.
+
+use crate::support::command::{attempt, text};
+use crate::support::containerd::{Containerd, Options, Version, container_name};
+use crate::support::daemon::{Daemon, Layers, Settings, convert};
+use crate::support::grpc::cri;
+use crate::support::image::{Image, bulk, busybox, everything, pause};
+use crate::support::proxy::{Fault, Proxy, Rule, Tokens};
+use crate::support::registry::{Kind, Registry, blob_path, image_manifest, read_json};
+use crate::support::slot::{Root, Slot};
+use crate::support::tree;
+use crate::support::workload::until_ready;
+use soci::oci::{Index, Manifest, media_type};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// A registry (behind a proxy that may misbehave), our daemon, and a containerd that uses it.
+///
+/// Dropped in this order: containerd before the snapshotter it uses, the registry last.
+struct Node {
+    containerd: Containerd,
+    daemon: Daemon,
+    proxy: Proxy,
+    registry: Registry,
+    root: Root,
+}
+
+impl Node {
+    fn new(slot: &Slot, version: Version, more: &str) -> Node {
+        let root = slot.root();
+        let registry = Registry::start(Kind::Docker28, &root);
+        let proxy = Proxy::start(&registry.host);
+        let settings = Settings {
+            plain_http: vec![proxy.host.clone()],
+            containerd: Some(root.join("ctd/sock")),
+            more: more.to_string(),
+            ..Settings::default()
+        };
+        let daemon = Daemon::start(&root, &settings);
+        let pause_layout = root.join("pause");
+        pause().write(&pause_layout);
+        registry.push(&pause_layout, "pause", "v1");
+        let options = Options {
+            soci: Some(daemon.socket.clone()),
+            pause: Some(proxy.reference("pause", "v1")),
+            plain_http: vec![proxy.host.clone()],
+            ..Options::default()
+        };
+        let containerd = Containerd::start(&root, version, &options);
+        Node { containerd, daemon, proxy, registry, root }
+    }
+
+    /// Makes `image`, indexes every layer of it and pushes it: its layout, its number of layers and what to pull.
+    fn publish(&self, name: &str, image: &Image) -> (PathBuf, usize, String) {
+        let (plain, indexed) = (self.root.join(&format!("{name}-plain")), self.root.join(name));
+        image.write(&plain);
+        convert(&plain, &indexed, &["--min-layer-size", "0"]);
+        self.registry.push(&indexed, name, "v1");
+        (indexed, image.layers.len(), self.proxy.reference(name, "v1"))
+    }
+
+    /// `md5sum` of every file below /bulk, run in a container.
+    fn sums(&self, reference: &str) -> Result<String, String> {
+        self.containerd.run("soci", reference, &["sh", "-c", "cd /bulk && md5sum *"])
+    }
+}
+
+fn all_lazy(layers: usize) -> Layers {
+    Layers { lazy: layers, ..Layers::default() }
+}
+
+fn bulk_image(seed: u64, megabytes: usize) -> Image {
+    Image::new(vec![busybox(), bulk("bulk", seed, megabytes)])
+}
+
+/// What the same image prints when containerd unpacks it: the oracle for every read through us.
+fn expected_sums(slot: &Slot, layout: &Path) -> String {
+    let root = slot.root();
+    let registry = Registry::start(Kind::Docker28, &root);
+    registry.push(layout, "oracle", "v1");
+    let reference = registry.reference("oracle", "v1");
+    let containerd = Containerd::start(&root, Version::V16, &Options::default());
+    containerd.pull("overlayfs", &reference).unwrap();
+    containerd.run("overlayfs", &reference, &["sh", "-c", "cd /bulk && md5sum *"]).unwrap()
+}
+
+/// The digest of the SOCI index that `soci convert` put into a layout.
+fn soci_index(layout: &Path) -> String {
+    let top: Index = read_json(&layout.join("index.json"));
+    let inner = top.manifests.iter().filter(|m| media_type::is_index(&m.media_type)).flat_map(|m| {
+        let index: Index = read_json(&blob_path(layout, &m.digest));
+        index.manifests
+    });
+    let is_index = |m: &Manifest| m.config.media_type == media_type::SOCI_INDEX_V2;
+    let all: Vec<_> = top.manifests.iter().cloned().chain(inner).collect();
+    let found = all
+        .iter()
+        .filter(|m| media_type::is_manifest(&m.media_type))
+        .find(|m| is_index(&read_json(&blob_path(layout, &m.digest))));
+    found.expect("a converted layout has a SOCI index").digest.to_string()
+}
+
+#[test]
+fn privileged_a_lazy_image_equals_the_unpacked_one_file_by_file() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let (layout, layers, reference) = node.publish("everything", &everything(4));
+    node.containerd.pull("soci", &reference).unwrap();
+    assert_eq!(node.daemon.layers(), all_lazy(layers));
+    assert_eq!(node.containerd.run("soci", &reference, &["cat", "/stack/replaced"]).unwrap(), "from above\n");
+    let ours = {
+        let mount = node.containerd.mount("soci", "default", &reference, &node.root.join("ours"));
+        tree::read(&mount.path)
+    };
+    let theirs = {
+        node.containerd.pull("overlayfs", &reference).unwrap();
+        let mount = node.containerd.mount("overlayfs", "default", &reference, &node.root.join("theirs"));
+        tree::read(&mount.path)
+    };
+    let free = tree::implied_directories(&tree::names_in_layers(&layout));
+    assert_eq!(tree::differences(&theirs, &ours, &free), Vec::<String>::new());
+
+    node.containerd.remove_image(&reference);
+    assert_eq!(node.containerd.snapshots("soci"), Vec::<String>::new());
+}
+
+#[test]
+fn privileged_cri_pulls_lazily_and_runs_pods_on_both_containerds() {
+    let slot = Slot::take();
+    for version in [Version::V16, Version::V22] {
+        let node = Node::new(&slot, version, "");
+        let (_, layers, reference) = node.publish("app", &bulk_image(1, 4));
+        let client = node.containerd.cri();
+        cri::pull(&client, &reference).unwrap();
+        assert_eq!(node.daemon.layers().lazy, layers, "{version:?}");
+        let pod = cri::Pod::run(&client, "app", &reference, &["/bin/sleep", "1000"], &node.root.dir("logs")).unwrap();
+        let (code, out, err) = pod.exec(&["/bin/sh", "-c", "cat /bulk/* | wc -c"]).unwrap();
+        assert_eq!((code, text(&out).trim()), (0, "4194304"), "{version:?}: {}", text(&err));
+    }
+}
+
+#[test]
+fn privileged_the_labels_of_ctr_remote_and_nerdctl_make_layers_lazy() {
+    let slot = Slot::take();
+    for version in [Version::V16, Version::V22] {
+        let node = Node::new(&slot, version, "");
+        let (layout, layers, reference) = node.publish("app", &bulk_image(2, 4));
+        let index = soci_index(&layout);
+        let clients: [&[&str]; 2] = [&["-labels", "containerd"], &["-labels", "nerdctl", "-index", &index]];
+        for (turn, labels) in clients.iter().enumerate() {
+            node.containerd.rpull("soci", &reference, labels).unwrap();
+            assert_eq!(node.daemon.layers(), all_lazy(layers * (turn + 1)), "{version:?} {labels:?}");
+            node.sums(&reference).unwrap();
+            node.containerd.remove_image(&reference);
+        }
+    }
+}
+
+#[test]
+fn privileged_layers_below_min_layer_size_are_left_to_containerd_when_the_client_says_sizes() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "min_layer_size = 2000000\n");
+    let (_, _, reference) = node.publish("app", &bulk_image(3, 6));
+    node.containerd.rpull("soci", &reference, &["-labels", "nerdctl"]).unwrap();
+    // busybox is about a megabyte, the bulk about four.
+    assert_eq!(node.daemon.layers().lazy, 1);
+    node.sums(&reference).unwrap();
+}
+
+#[test]
+fn privileged_an_image_without_index_is_left_to_containerd() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let layout = node.root.join("plain");
+    bulk_image(4, 2).write(&layout);
+    node.registry.push(&layout, "plain", "v1");
+    let reference = node.proxy.reference("plain", "v1");
+    node.containerd.pull("soci", &reference).unwrap();
+    assert_eq!(node.daemon.layers().lazy, 0);
+    assert_eq!(node.sums(&reference).unwrap(), expected_sums(&slot, &layout));
+}
+
+#[test]
+fn privileged_faults_that_heal_are_never_seen_by_a_container() {
+    let slot = Slot::take();
+    let image = bulk_image(5, 24);
+    let layout = slot.root().join("faulty");
+    image.write(&layout);
+    let expected = expected_sums(&slot, &layout);
+    // The big layer's blob; the faults must hit it and not the image's metadata, which containerd fetches itself.
+    let (_, manifest) = image_manifest(&layout);
+    let layer = manifest.layers[1].digest.to_string();
+    let on = |fault: Fault, times: u64| Rule::blobs(fault).containing(&layer).times(times);
+    let cases: [(&str, Vec<Rule>); 9] = [
+        ("5xx bursts", vec![on(Fault::Status(503), 4), on(Fault::Status(500), 2)]),
+        ("429 with Retry-After", vec![on(Fault::RetryAfter(429, 1), 2)]),
+        ("truncated bodies", vec![on(Fault::Truncate(70_000), 3)]),
+        ("corrupted bodies", vec![on(Fault::Corrupt(50_000), 3)]),
+        ("resets", vec![on(Fault::Reset(100_000), 3)]),
+        ("slow and stalling", vec![on(Fault::Stall(Duration::from_secs(2)), 1), on(Fault::Slow(2_000_000), 2)]),
+        ("200 instead of 206", vec![on(Fault::WholeBlob, 3)]),
+        ("a range that is not the one asked for", vec![on(Fault::WrongRange(512), 2)]),
+        ("redirects that expire", vec![on(Fault::Redirect(Duration::from_millis(100)), 1_000)]),
+    ];
+    for (name, rules) in cases {
+        let node = Node::new(&slot, Version::V22, "");
+        let (_, layers, reference) = node.publish("faulty", &image);
+        rules.into_iter().for_each(|rule| node.proxy.rule(rule));
+        node.containerd.pull("soci", &reference).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(node.daemon.layers(), all_lazy(layers), "{name}");
+        assert_eq!(node.sums(&reference).as_ref(), Ok(&expected), "{name}");
+    }
+}
+
+#[test]
+fn privileged_tokens_that_expire_are_renewed() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let (layout, layers, reference) = node.publish("private", &bulk_image(6, 8));
+    node.proxy.tokens(Some(Tokens { valid_for: Duration::from_secs(2) }));
+    node.containerd.pull("soci", &reference).unwrap();
+    assert_eq!(node.daemon.layers(), all_lazy(layers));
+    node.proxy.revoke_tokens();
+    assert_eq!(node.sums(&reference).unwrap(), expected_sums(&slot, &layout));
+}
+
+#[test]
+fn privileged_a_read_outlives_a_registry_that_is_down_for_a_while() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let (layout, _, reference) = node.publish("app", &bulk_image(7, 16));
+    let expected = expected_sums(&slot, &layout);
+    // Slow, so that the background has not fetched it all by the time the registry goes.
+    node.proxy.shape(4_000_000, Duration::from_millis(5));
+    node.containerd.pull("soci", &reference).unwrap();
+    node.proxy.down();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| node.sums(&reference));
+        std::thread::sleep(Duration::from_secs(3));
+        node.proxy.shape(0, Duration::ZERO);
+        node.proxy.up();
+        assert_eq!(reader.join().unwrap().as_ref(), Ok(&expected));
+    });
+}
+
+#[test]
+fn privileged_a_container_reads_on_while_the_daemon_is_killed_and_restarted() {
+    let slot = Slot::take();
+    let mut node = Node::new(&slot, Version::V22, "");
+    let (_, _, reference) = node.publish("app", &bulk_image(8, 16));
+    node.proxy.shape(8_000_000, Duration::from_millis(5));
+    node.containerd.pull("soci", &reference).unwrap();
+    let script = "cd /bulk; echo READY; for i in 1 2 3 4 5 6; do cat * | md5sum || exit 1; sleep 0.5; done > /tmp/sums; \
+                  uniq /tmp/sums | wc -l; echo DONE";
+    let name = container_name();
+    let arguments = ["sh", "-c", script].map(String::from);
+    let mut command = node.containerd.run_command("soci", &reference, &name, &arguments);
+    let log = node.root.join("container.log");
+    let out = std::fs::File::create(&log).unwrap();
+    let mut container = command.stdout(out.try_clone().unwrap()).stderr(out).spawn().unwrap();
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(700));
+        node.daemon.crash_and_restart();
+    }
+    assert!(container.wait().unwrap().success());
+    assert_eq!(std::fs::read_to_string(log).unwrap(), "READY\n1\nDONE\n");
+}
+
+#[test]
+fn privileged_a_restart_asks_the_network_for_nothing() {
+    let slot = Slot::take();
+    let mut node = Node::new(&slot, Version::V22, "");
+    let (layout, _, reference) = node.publish("app", &bulk_image(9, 4));
+    node.containerd.pull("soci", &reference).unwrap();
+    let sums = node.sums(&reference).unwrap();
+    assert_eq!(sums, expected_sums(&slot, &layout));
+    node.daemon.stop();
+    node.proxy.take_seen();
+    node.proxy.down();
+    node.daemon.restart();
+    assert_eq!(node.sums(&reference).unwrap(), sums);
+    assert!(node.proxy.take_seen().is_empty());
+}
+
+#[test]
+fn privileged_a_container_that_waits_for_us_dies_within_a_second_of_sigkill() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let (layout, _, reference) = node.publish("app", &bulk_image(10, 8));
+    let (_, manifest) = image_manifest(&layout);
+    node.proxy.rule(Rule::blobs(Fault::Hang).containing(&manifest.layers[1].digest.to_string()));
+    node.containerd.pull("soci", &reference).unwrap();
+    let name = container_name();
+    let arguments = ["sh", "-c", "echo READY; exec cat /bulk/0005"].map(String::from);
+    let mut run = node.containerd.run_command("soci", &reference, &name, &arguments);
+    let mut ready = until_ready(&mut run, &["READY"], Duration::from_secs(60)).unwrap();
+    std::thread::sleep(Duration::from_millis(500)); // it blocks now
+    let start = Instant::now();
+    node.containerd.kill(&name);
+    ready.child.wait().unwrap();
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}, of which containerd's own part is a few hundred ms",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn privileged_blocked_readers_delay_nobody_else() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "");
+    let (_, _, local) = node.publish("local", &bulk_image(11, 2));
+    let (layout, _, remote) = node.publish("remote", &bulk_image(12, 32));
+    node.containerd.pull("soci", &local).unwrap();
+    node.sums(&local).unwrap();
+    let (_, manifest) = image_manifest(&layout);
+    node.proxy.rule(Rule::blobs(Fault::Hang).containing(&manifest.layers[1].digest.to_string()));
+    node.containerd.pull("soci", &remote).unwrap();
+    let near = node.containerd.mount("soci", "default", &local, &node.root.join("near"));
+    let far = node.containerd.mount("soci", "default", &remote, &node.root.join("far"));
+    std::thread::scope(|scope| {
+        for reader in 0..200 {
+            let path = far.path.join(format!("bulk/{:04}", reader % 32));
+            scope.spawn(move || std::fs::read(path));
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        std::fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+        let mut worst = Duration::ZERO;
+        for name in ["bulk/0000", "bulk/0001", "bin/busybox"] {
+            let start = Instant::now();
+            std::fs::read(near.path.join(name)).unwrap();
+            worst = worst.max(start.elapsed());
+        }
+        node.proxy.heal();
+        assert!(worst < Duration::from_millis(50), "{worst:?}");
+    });
+}
+
+#[test]
+fn privileged_the_daemon_has_no_capabilities_in_any_thread() {
+    let slot = Slot::take();
+    let root = slot.root();
+    let daemon = Daemon::start(&root, &Settings::default());
+    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let value = |key: &str| {
+            status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or_else(|| panic!("no {key}")).trim().to_string()
+        };
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(value(set), "0000000000000000", "{set}");
+        }
+        assert_eq!(value("NoNewPrivs:"), "1");
+    }
+}
+
+#[test]
+fn privileged_nothing_stays_mounted_after_unmount() {
+    let slot = Slot::take();
+    let root = slot.root();
+    let mut daemon = Daemon::start(&root, &Settings::default());
+    let lazy = daemon.lazy();
+    let mounted =
+        || std::fs::read_to_string("/proc/self/mounts").unwrap().lines().any(|l| l.split(' ').nth(1) == lazy.to_str());
+    assert!(mounted());
+    daemon.stop();
+    assert!(mounted(), "the mount outlives the daemon");
+    let done = attempt(
+        std::process::Command::new(env!("CARGO_BIN_EXE_soci-mount")).arg("--root").arg(&daemon.root).arg("--unmount"),
+    );
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(!mounted());
+}

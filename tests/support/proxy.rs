@@ -1,0 +1,486 @@
+//! A registry with faults: an HTTP proxy in front of a real one that does to each request what the first matching [`Rule`] says, and
+//! writes down what it saw.
+//!
+//! Threads and blocking sockets, HTTP/1.1 with keep-alive towards the client, one connection per request towards the registry.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// What happens to a request.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// Answered with this status instead.
+    Status(u16),
+    /// Answered with this status and `Retry-After` in seconds.
+    RetryAfter(u16, u32),
+    /// The body ends, and the connection with it, after so many bytes.
+    Truncate(u64),
+    /// The byte at this offset of the body is flipped.
+    Corrupt(u64),
+    /// The connection is reset after so many bytes of the body.
+    Reset(u64),
+    /// The body comes at so many bytes per second.
+    Slow(u64),
+    /// Nothing happens for this long, then all goes well.
+    Stall(Duration),
+    /// No answer until [`Proxy::release`] or the proxy's end.
+    Hang,
+    /// The range is ignored: 200 and all of the blob.
+    WholeBlob,
+    /// A `Content-Range` that is a lie: shifted by so many bytes.
+    WrongRange(u64),
+    /// 307 to a place on this proxy that serves the blob to whoever comes within the time, and 403 afterwards.
+    Redirect(Duration),
+}
+
+/// Which requests it happens to.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub fault: Fault,
+    /// Only requests whose line (`GET /v2/…`) contains this; all if empty.
+    pub containing: String,
+    /// Only requests for a range that overlaps this.
+    pub overlapping: Option<Range<u64>>,
+    /// How often; then the rule is gone.
+    pub times: u64,
+    /// Not the first so many that match.
+    pub after: u64,
+}
+
+impl Rule {
+    /// On every request for (part of) a blob, for ever.
+    pub fn blobs(fault: Fault) -> Rule {
+        Rule { fault, containing: "/blobs/".into(), overlapping: None, times: u64::MAX, after: 0 }
+    }
+    /// On every request.
+    pub fn all(fault: Fault) -> Rule {
+        Rule { containing: String::new(), ..Rule::blobs(fault) }
+    }
+    pub fn containing(mut self, text: &str) -> Rule {
+        self.containing = text.into();
+        self
+    }
+    pub fn overlapping(mut self, range: Range<u64>) -> Rule {
+        self.overlapping = Some(range);
+        self
+    }
+    pub fn times(mut self, times: u64) -> Rule {
+        self.times = times;
+        self
+    }
+    pub fn after(mut self, requests: u64) -> Rule {
+        self.after = requests;
+        self
+    }
+}
+
+/// One request that came by.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub method: String,
+    pub path: String,
+    pub range: Option<Range<u64>>,
+    pub authorization: Option<String>,
+    pub status: u16,
+    /// Body bytes sent to the client.
+    pub bytes: u64,
+}
+
+/// Demands bearer tokens that this proxy hands out itself.
+#[derive(Clone, Copy)]
+pub struct Tokens {
+    pub valid_for: Duration,
+}
+
+pub struct Proxy {
+    /// `host:port` to use in references.
+    pub host: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    host: String,
+    upstream: String,
+    rules: Mutex<Vec<Rule>>,
+    seen: Mutex<Vec<Seen>>,
+    tokens: Mutex<Option<Tokens>>,
+    issued: Mutex<HashMap<String, Instant>>,
+    redirects: Mutex<HashMap<String, (String, Instant)>>,
+    connections: Mutex<HashMap<u64, TcpStream>>,
+    next: AtomicU64,
+    down: AtomicBool,
+    hanging: AtomicU64,
+    released: AtomicU64,
+    stopped: AtomicBool,
+    rate: AtomicU64,
+    delay_us: AtomicU64,
+}
+
+impl Proxy {
+    /// In front of the registry at `upstream` (`host:port`).
+    pub fn start(upstream: &str) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let shared = Arc::new(Shared {
+            host: host.clone(),
+            upstream: upstream.into(),
+            rules: Mutex::default(),
+            seen: Mutex::default(),
+            tokens: Mutex::default(),
+            issued: Mutex::default(),
+            redirects: Mutex::default(),
+            connections: Mutex::default(),
+            next: AtomicU64::new(0),
+            down: AtomicBool::new(false),
+            hanging: AtomicU64::new(0),
+            released: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            rate: AtomicU64::new(0),
+            delay_us: AtomicU64::new(0),
+        });
+        std::thread::spawn({
+            let shared = shared.clone();
+            move || accept(&listener, &shared)
+        });
+        Proxy { host, shared }
+    }
+
+    /// `host:port/name:tag`
+    pub fn reference(&self, name: &str, tag: &str) -> String {
+        format!("{}/{name}:{tag}", self.host)
+    }
+
+    /// Adds a rule. The first that matches a request applies to it.
+    pub fn rule(&self, rule: Rule) {
+        self.shared.rules.lock().unwrap().push(rule);
+    }
+
+    /// No faults any more; what hangs goes on.
+    pub fn heal(&self) {
+        self.shared.rules.lock().unwrap().clear();
+        self.release();
+        self.up();
+    }
+
+    /// What hangs now goes on.
+    pub fn release(&self) {
+        self.shared.released.store(self.shared.hanging.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+
+    /// The machine is gone: connections are reset, and new ones too.
+    pub fn down(&self) {
+        self.shared.down.store(true, Ordering::SeqCst);
+        self.shared.drop_connections();
+    }
+
+    pub fn up(&self) {
+        self.shared.down.store(false, Ordering::SeqCst);
+    }
+
+    /// Shapes all bodies together to so many bytes per second (0: not at all) and delays each answer.
+    pub fn shape(&self, bytes_per_second: u64, delay: Duration) {
+        self.shared.rate.store(bytes_per_second, Ordering::Relaxed);
+        self.shared.delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// Demands tokens, or (`None`) stops.
+    pub fn tokens(&self, tokens: Option<Tokens>) {
+        *self.shared.tokens.lock().unwrap() = tokens;
+    }
+
+    /// Tokens issued until now are worth nothing any more.
+    pub fn revoke_tokens(&self) {
+        self.shared.issued.lock().unwrap().clear();
+    }
+
+    /// What came by since the last call of this.
+    pub fn take_seen(&self) -> Vec<Seen> {
+        std::mem::take(&mut self.shared.seen.lock().unwrap())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(&self.host); // wakes the accepting thread
+        self.shared.drop_connections();
+    }
+}
+
+impl Shared {
+    fn drop_connections(&self) {
+        for (_, connection) in self.connections.lock().unwrap().drain() {
+            reset(&connection);
+        }
+    }
+
+    /// The fault for a request, counted down.
+    fn fault(&self, line: &str, range: &Option<Range<u64>>) -> Option<Fault> {
+        let mut rules = self.rules.lock().unwrap();
+        let overlaps = |want: &Range<u64>| range.as_ref().is_some_and(|r| r.start < want.end && want.start < r.end);
+        let matches = |r: &Rule| line.contains(&r.containing) && r.overlapping.as_ref().is_none_or(overlaps);
+        for at in 0..rules.len() {
+            if matches(&rules[at]) {
+                if rules[at].after > 0 {
+                    rules[at].after -= 1;
+                    continue;
+                }
+                let fault = rules[at].fault.clone();
+                rules[at].times -= 1;
+                if rules[at].times == 0 {
+                    rules.remove(at);
+                }
+                return Some(fault);
+            }
+        }
+        None
+    }
+
+    /// Sleeps as long as `bytes` take at the shaped rate. Shared by all connections through a simple clock of when the line is free.
+    fn pace(&self, bytes: usize, own_rate: u64) {
+        let rate = match (self.rate.load(Ordering::Relaxed), own_rate) {
+            (0, rate) | (rate, 0) => rate,
+            (a, b) => a.min(b),
+        };
+        if rate > 0 {
+            std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
+        }
+    }
+}
+
+/// With nothing in flight worth keeping, closing resets; here the peer must not mistake it for an orderly end.
+fn reset(connection: &TcpStream) {
+    let linger = rustix::net::sockopt::set_socket_linger(connection, Some(Duration::ZERO));
+    let _ = (linger, connection.shutdown(Shutdown::Both));
+}
+
+fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    for connection in listener.incoming() {
+        if shared.stopped.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(connection) = connection else { continue };
+        if shared.down.load(Ordering::SeqCst) {
+            reset(&connection);
+            continue;
+        }
+        let key = shared.next.fetch_add(1, Ordering::Relaxed);
+        shared.connections.lock().unwrap().insert(key, connection.try_clone().unwrap());
+        let shared = shared.clone();
+        std::thread::spawn(move || {
+            let _ = serve(&connection, &shared);
+            let _ = connection.shutdown(Shutdown::Both);
+            shared.connections.lock().unwrap().remove(&key);
+        });
+    }
+}
+
+/// The head of a request or response: first line, headers with lower-case names.
+struct Head {
+    line: String,
+    headers: Vec<(String, String)>,
+}
+
+impl Head {
+    fn read(from: &mut impl BufRead) -> io::Result<Option<Head>> {
+        let mut lines = Vec::new();
+        loop {
+            let mut line = String::new();
+            if from.read_line(&mut line)? == 0 {
+                return Ok(None);
+            }
+            let line = line.trim_end().to_string();
+            if line.is_empty() {
+                break;
+            }
+            lines.push(line);
+        }
+        let headers = lines
+            .iter()
+            .skip(1)
+            .filter_map(|l| l.split_once(':'))
+            .map(|(k, v)| (k.to_ascii_lowercase(), v.trim().to_string()));
+        Ok(Some(Head { headers: headers.collect(), line: lines.first().cloned().unwrap_or_default() }))
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str())
+    }
+
+    fn set(&mut self, name: &str, value: Option<String>) {
+        self.headers.retain(|(k, _)| k != name);
+        self.headers.extend(value.map(|v| (name.to_string(), v)));
+    }
+
+    fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        let mut out = format!("{}\r\n", self.line);
+        self.headers.iter().for_each(|(k, v)| out += &format!("{k}: {v}\r\n"));
+        to.write_all((out + "\r\n").as_bytes())
+    }
+
+    fn length(&self) -> u64 {
+        self.get("content-length").and_then(|l| l.parse().ok()).unwrap_or(0)
+    }
+}
+
+/// `bytes=a-b`, the only form a snapshotter sends.
+fn range_of(head: &Head) -> Option<Range<u64>> {
+    let (from, to) = head.get("range")?.strip_prefix("bytes=")?.split_once('-')?;
+    Some(from.parse().ok()?..to.parse::<u64>().map_or(u64::MAX, |to| to + 1))
+}
+
+fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
+    connection.set_nodelay(true)?;
+    let mut reader = BufReader::new(connection.try_clone()?);
+    let mut writer = connection.try_clone()?;
+    while let Some(request) = Head::read(&mut reader)? {
+        let mut body = vec![0; request.length() as usize];
+        reader.read_exact(&mut body)?;
+        let mut words = request.line.split(' ');
+        let (method, path) = (words.next().unwrap_or("").to_string(), words.next().unwrap_or("").to_string());
+        let mut seen = Seen {
+            range: range_of(&request),
+            authorization: request.get("authorization").map(String::from),
+            status: 0,
+            bytes: 0,
+            method,
+            path,
+        };
+        let result = answer(shared, connection, &mut writer, request, &body, &mut seen);
+        shared.seen.lock().unwrap().push(seen);
+        result?;
+    }
+    Ok(())
+}
+
+/// An answer of our own.
+fn say(writer: &mut TcpStream, seen: &mut Seen, status: u16, headers: &[(&str, String)], body: &str) -> io::Result<()> {
+    seen.status = status;
+    let mut head = Head { line: format!("HTTP/1.1 {status} -"), headers: Vec::new() };
+    headers.iter().for_each(|(k, v)| head.set(k, Some(v.clone())));
+    head.set("content-length", Some(body.len().to_string()));
+    head.write(writer)?;
+    if seen.method == "HEAD" { Ok(()) } else { writer.write_all(body.as_bytes()) }
+}
+
+fn answer(
+    shared: &Shared,
+    connection: &TcpStream,
+    writer: &mut TcpStream,
+    mut request: Head,
+    body: &[u8],
+    seen: &mut Seen,
+) -> io::Result<()> {
+    std::thread::sleep(Duration::from_micros(shared.delay_us.load(Ordering::Relaxed)));
+    if seen.path.starts_with("/token") {
+        let token = format!("token-{}", shared.next.fetch_add(1, Ordering::Relaxed));
+        let valid = shared.tokens.lock().unwrap().map_or(Duration::from_secs(300), |t| t.valid_for);
+        shared.issued.lock().unwrap().insert(token.clone(), Instant::now() + valid);
+        let json = format!(r#"{{"token":"{token}","expires_in":{}}}"#, valid.as_secs().max(1));
+        return say(writer, seen, 200, &[("content-type", "application/json".into())], &json);
+    }
+    if let Some(ticket) = seen.path.strip_prefix("/elsewhere/") {
+        let place = shared.redirects.lock().unwrap().get(ticket).cloned();
+        match place {
+            Some((path, until)) if Instant::now() < until => request.line = format!("{} {path} HTTP/1.1", seen.method),
+            _ => return say(writer, seen, 403, &[], "expired"),
+        }
+    } else if shared.tokens.lock().unwrap().is_some() {
+        let issued = shared.issued.lock().unwrap();
+        let token = seen.authorization.as_deref().and_then(|a| a.strip_prefix("Bearer "));
+        let valid = token.and_then(|t| issued.get(t)).is_some_and(|until| Instant::now() < *until);
+        drop(issued);
+        if !valid {
+            let challenge =
+                format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"repository:x:pull\"", shared.host);
+            return say(
+                writer,
+                seen,
+                401,
+                &[("www-authenticate", challenge)],
+                r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#,
+            );
+        }
+    }
+    let line = request.line.clone();
+    let fault = shared.fault(&line, &seen.range);
+    match &fault {
+        Some(Fault::Status(status)) => return say(writer, seen, *status, &[], ""),
+        Some(Fault::RetryAfter(status, seconds)) => {
+            return say(writer, seen, *status, &[("retry-after", seconds.to_string())], "");
+        }
+        Some(Fault::Redirect(valid)) if !line.contains("/elsewhere/") => {
+            let ticket = format!("{}-{}", shared.next.fetch_add(1, Ordering::Relaxed), "s".repeat(20));
+            shared.redirects.lock().unwrap().insert(ticket.clone(), (seen.path.clone(), Instant::now() + *valid));
+            return say(writer, seen, 307, &[("location", format!("http://{}/elsewhere/{ticket}", shared.host))], "");
+        }
+        Some(Fault::Stall(time)) => std::thread::sleep(*time),
+        Some(Fault::Hang) => {
+            let mine = shared.hanging.fetch_add(1, Ordering::SeqCst) + 1;
+            while shared.released.load(Ordering::SeqCst) < mine && !shared.stopped.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+        Some(Fault::WholeBlob) => request.set("range", None),
+        _ => (),
+    }
+
+    // The registry must see itself as the host, or its upload locations lead past us; and it must end the connection when it is done.
+    let upstream = TcpStream::connect(&shared.upstream)?;
+    upstream.set_nodelay(true)?;
+    request.set("connection", Some("close".into()));
+    request.set("authorization", None);
+    request.write(&mut &upstream)?;
+    (&upstream).write_all(body)?;
+    let mut from = BufReader::with_capacity(1 << 16, upstream);
+    let mut response = Head::read(&mut from)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    seen.status = response.line.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    response.set("connection", None);
+    let whole = response.length();
+    let chunked = response.get("transfer-encoding").is_some();
+    if let Some(Fault::WrongRange(shift)) = fault
+        && let Some(range) = &seen.range
+    {
+        response.set("content-range", Some(format!("bytes {}-{}/*", range.start + shift, range.end - 1 + shift)));
+    }
+    if chunked {
+        // Only small answers (errors, tag lists) are chunked; passing the chunks on as they are ends with the connection.
+        response.set("connection", Some("close".into()));
+    }
+    response.write(writer)?;
+    if seen.method == "HEAD" || matches!(seen.status, 204 | 304) {
+        return Ok(());
+    }
+    let mut left = if chunked { u64::MAX } else { whole };
+    let mut buffer = vec![0; 1 << 16];
+    while left > 0 {
+        let want = (buffer.len() as u64).min(left) as usize;
+        let got = from.read(&mut buffer[..want])?;
+        if got == 0 {
+            break;
+        }
+        let (start, end) = (seen.bytes, seen.bytes + got as u64);
+        let mut send = got;
+        match fault {
+            Some(Fault::Corrupt(at)) if (start..end).contains(&at) => buffer[(at - start) as usize] ^= 0x55,
+            Some(Fault::Truncate(after) | Fault::Reset(after)) if after < end => send = (after - start) as usize,
+            _ => (),
+        }
+        shared.pace(send, if let Some(Fault::Slow(rate)) = fault { rate } else { 0 });
+        writer.write_all(&buffer[..send])?;
+        seen.bytes += send as u64;
+        if send < got {
+            if matches!(fault, Some(Fault::Reset(_))) {
+                reset(connection);
+            }
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        left -= got as u64;
+    }
+    if chunked { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+}
