@@ -194,7 +194,7 @@ async fn serve(
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
     let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, lazy.clone(), disk).await?;
+    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
     recover(&snapshotter, &lazy).await?;
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };

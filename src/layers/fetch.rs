@@ -43,7 +43,10 @@ impl Failure {
 /// Fetches `run` for readers that wait: retries within the budget, then tells them why not.
 pub(super) async fn demand(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>) {
     let range = layer.blob_range(&run);
-    persist(scheduler, &layer, run, scheduler.asked(range.end - range.start)).await;
+    let (begun, bytes) = (Instant::now(), range.end - range.start);
+    persist(scheduler, &layer, run.clone(), scheduler.asked(bytes)).await;
+    let (rate, window, waiting) = scheduler.link();
+    tracing::debug!(layer = %layer.digest(), first = run.start, spans = run.len(), bytes, took = ?begun.elapsed(), rate, window, waiting, "demand");
 }
 
 /// Fetches `run` because it may be read. If that fails it is left for later, unless a reader has come to wait for it meanwhile.
