@@ -329,7 +329,9 @@ impl Layer {
         let layer = self.arc().ok_or(ReadError::Fetch { reason: "the layer is being removed".into() })?;
         // A damaged span is fetched again at most as often as it takes to know that the disk is the trouble.
         for _ in 0..3 {
+            let asked = Instant::now();
             let fetched = self.compressed(span).await?;
+            let waited = asked.elapsed();
             let layer = layer.clone();
             let inflating = self.shared.runtime.spawn_blocking(move || {
                 let on_disk;
@@ -349,7 +351,10 @@ impl Layer {
                 Ok(Some(Bytes::from(out)))
             });
             match inflating.await {
-                Ok(Ok(Some(bytes))) => return Ok(bytes),
+                Ok(Ok(Some(bytes))) => {
+                    tracing::debug!(layer = %self.digest, span, waited = ?waited, took = ?asked.elapsed(), "span inflated");
+                    return Ok(bytes);
+                }
                 Ok(Ok(None)) => continue,
                 Ok(Err(error)) => return Err(error),
                 Err(_) => return Err(ReadError::Fetch { reason: "the daemon is stopping".into() }),
