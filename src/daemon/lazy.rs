@@ -42,6 +42,9 @@ const NOBODY: SnapshotId = SnapshotId(0);
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
 const CLAIM: Duration = Duration::from_secs(120);
 
+/// Connections to open at first: as many as the first seconds of an image use.
+const CONNECTIONS: usize = 5;
+
 fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
     LazyRecord::new(
         target.layer,
@@ -75,6 +78,8 @@ pub struct LazyMounts {
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
     /// Indexes whose layers were opened ahead of their Prepares, lately.
     ahead: Mutex<HashSet<Digest>>,
+    /// Manifests of images for which connections were opened. 32 bytes each, for the life of the daemon.
+    warmed: Mutex<HashSet<Digest>>,
 }
 
 /// The parts of a [`LazyMounts`].
@@ -103,6 +108,16 @@ impl LazyMounts {
             settings,
             mounted: Mutex::default(),
             ahead: Mutex::default(),
+            warmed: Mutex::default(),
+        }
+    }
+
+    /// Opens connections to where the image's layers are while its index is being looked for.
+    fn warm(&self, target: &Target) {
+        let first = self.warmed.lock().unwrap_or_else(PoisonError::into_inner).insert(target.manifest);
+        if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
+            let layer = target.layer;
+            tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
         }
     }
 
@@ -207,6 +222,7 @@ impl LazyMounts {
             explicit: target.index.clone(),
         };
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
+        self.warm(target);
         let local = self.local(&target.namespace, target.layer);
         let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
         let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;

@@ -8,6 +8,7 @@ use super::{
     scheduler::{OnTheirWay, Scheduler, backoff},
     source::{Remedy, Source, SourceError},
     spans::Span,
+    split,
 };
 use crate::{fs::ReadError, oci::Digest, registry::HostId};
 use bytes::{Bytes, BytesMut};
@@ -51,7 +52,7 @@ pub(super) async fn demand(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<
 
 /// Fetches `run` because it may be read. If that fails it is left for later, unless a reader has come to wait for it meanwhile.
 pub(super) async fn background(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>, ticket: OnTheirWay) {
-    let mut attempt = Attempt::new(&layer);
+    let mut attempt = Attempt::new(&layer, Urgency::Background);
     match attempt.run(&run, ticket).await {
         Ok(()) => {
             scheduler.succeeded(&layer);
@@ -73,7 +74,7 @@ async fn persist(scheduler: &Scheduler, layer: &Arc<Layer>, run: Range<usize>, t
     let settings = scheduler.settings();
     let begun = Instant::now();
     let (mut failures, mut mismatches) = (0, 0);
-    let mut attempt = Attempt::new(layer);
+    let mut attempt = Attempt::new(layer, Urgency::Demand);
     let mut ticket = Some(ticket);
     loop {
         let Some(left) = still_fetching(layer, &run) else { return };
@@ -123,9 +124,17 @@ fn still_fetching(layer: &Layer, run: &Range<usize>) -> Option<Range<usize>> {
     Some(first..last + 1)
 }
 
+/// Whether somebody waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    Demand,
+    Background,
+}
+
 /// Attempts at one run, and what they have learnt.
 struct Attempt {
     layer: Arc<Layer>,
+    urgency: Urgency,
     sources: Vec<Arc<dyn Source>>,
     source: usize,
     avoid: Vec<HostId>,
@@ -135,8 +144,8 @@ struct Attempt {
 static DISK_TROUBLE: AtomicBool = AtomicBool::new(false);
 
 impl Attempt {
-    fn new(layer: &Arc<Layer>) -> Attempt {
-        Attempt { layer: layer.clone(), sources: layer.sources(), source: 0, avoid: Vec::new() }
+    fn new(layer: &Arc<Layer>, urgency: Urgency) -> Attempt {
+        Attempt { layer: layer.clone(), urgency, sources: layer.sources(), source: 0, avoid: Vec::new() }
     }
 
     /// Goes on to the next source; false after the last.
@@ -150,7 +159,10 @@ impl Attempt {
         let source = self.sources.get(self.source).cloned().ok_or_else(gone).map_err(Failure::Source)?;
         let range = self.layer.blob_range(run);
         let started = Instant::now();
-        let opened = source.open(range.clone(), &self.avoid).await;
+        let opened = match self.urgency {
+            Urgency::Demand => split::open(&source, range.clone(), &self.avoid).await,
+            Urgency::Background => source.open(range.clone(), &self.avoid).await,
+        };
         self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
         let mut body = opened.map_err(Failure::Source)?;
         ticket.begun();

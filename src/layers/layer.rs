@@ -87,8 +87,6 @@ pub struct Parts {
     pub toc: Arc<Toc>,
     pub files: LayerFiles,
     pub ranked: Vec<Ranked>,
-    /// Multiplies the value of this layer's spans: upper layers before lower ones.
-    pub boost: f32,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
 }
@@ -98,9 +96,8 @@ impl Layer {
     pub fn new(parts: Parts, shared: Arc<Shared>) -> Arc<Layer> {
         let count = parts.table.spans.len();
         let mut values = vec![0.0; count];
-        let mut ranked = parts.ranked;
-        for rank in &mut ranked {
-            rank.value *= parts.boost;
+        let ranked = parts.ranked;
+        for rank in &ranked {
             if let Some(value) = values.get_mut(rank.span) {
                 *value = rank.value;
             }
