@@ -15,7 +15,7 @@ use crate::{
     holder::{self, Held, How},
     index::{ContentStore, DiscoverySettings, Indexes},
     keychain::{DockerConfig, Keychain},
-    layers::{InflatedCache, LayerStore, Pace, Scheduler, Settings, Shared},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared},
     layout::Layout,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
@@ -151,6 +151,7 @@ fn start(options: Options) -> ExitCode {
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
 fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+    sys::process::tame_allocator();
     let layout = Layout::new(absolute(&options.root)?);
     let root = |source| StartError::Root { path: layout.root().display().to_string(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(layout.root()).map_err(root)?;
@@ -312,8 +313,11 @@ fn lazy_side(
         source: io::Error::other(error),
     })?;
     let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
+    let root = |source| StartError::Root { path: layout.root().display().to_string(), source };
     let shared = Arc::new(Shared {
         cache: InflatedCache::new(config.layer_store.cache_memory_bytes),
+        scratch: Scratch::create(layout.root(), scratch_bytes()).map_err(root)?,
+        ahead: Ahead::start().map_err(StartError::Runtime)?,
         scheduler: Scheduler::new(scheduling(config)),
         runtime: tokio::runtime::Handle::current(),
         observer: observers.clone(),
@@ -434,6 +438,13 @@ async fn report_queue(metrics: Metrics, scheduler: Scheduler, period: Duration) 
         metrics.set_background_queue(scheduler.queue_length() as u64);
         tokio::time::sleep(period.max(Duration::from_millis(100))).await;
     }
+}
+
+/// Room for inflated spans on disk, which is page cache while it is fresh: an eighth of the memory, within reason.
+fn scratch_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    (memory / 8).clamp(64 << 20, 1 << 30)
 }
 
 fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {

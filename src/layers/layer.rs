@@ -9,10 +9,12 @@
 //! Lock order: `order` before `map`, both for moments, never across an await.
 
 use super::{
+    ahead::Ahead,
     cache::InflatedCache,
     files::{self, LayerFiles, OnDisk},
     prior::Ranked,
     scheduler::Scheduler,
+    scratch::{Put, Scratch},
     source::Source,
     spans::{self, SpanMap},
     toc::Toc,
@@ -44,6 +46,8 @@ pub(super) type Arrival = Result<Bytes, ReadError>;
 /// What all layers of a node share.
 pub struct Shared {
     pub cache: InflatedCache,
+    pub scratch: Scratch,
+    pub ahead: Ahead,
     pub scheduler: Scheduler,
     pub runtime: tokio::runtime::Handle,
     pub observer: Arc<dyn super::Observer>,
@@ -208,11 +212,31 @@ impl Layer {
             let mut map = self.map();
             (map.arrived(span), map.missing())
         };
+        let waiting_is_empty = waiting.is_empty();
         for waiter in waiting {
             let _ = waiter.send(Ok(bytes.clone()));
         }
         if missing == 0 {
             self.completed();
+        }
+        if waiting_is_empty && self.table.compression == Compression::Gzip {
+            self.shared.ahead.arrived(self.me.clone(), span);
+        }
+    }
+
+    /// Inflates `span` into the scratch file while there is room. For the thread that does this with idle time.
+    pub(super) fn inflate_ahead(&self, span: usize) {
+        let Some(entry) = self.table.spans.get(span) else { return };
+        let length = entry.uncompressed.end - entry.uncompressed.start;
+        let key = self.key(span);
+        let shared = &self.shared;
+        if length == 0 || length > MAX_IN_MEMORY || !shared.scratch.has_room(length) || shared.scratch.holds(key) {
+            return;
+        }
+        let Ok(Some(compressed)) = self.from_disk(span) else { return };
+        let mut out = vec![0; length as usize];
+        if files::inflate(&self.table, entry, self.files.ztoc(), &compressed, 0, &mut out).is_ok() {
+            shared.scratch.put(key, &out, Put::Ahead);
         }
     }
 
@@ -345,6 +369,7 @@ impl Layer {
                 let mut out = vec![0; length as usize];
                 files::inflate(&layer.table, &layer.table.spans[span], layer.files.ztoc(), compressed, skip, &mut out)
                     .map_err(|e| ReadError::Inflate { span, reason: e.to_string() })?;
+                layer.shared.scratch.put(layer.key(span), &out, Put::Wanted);
                 Ok(Some(Bytes::from(out)))
             });
             match inflating.await {
@@ -382,6 +407,15 @@ impl Layer {
         if self.table.compression == Compression::Uncompressed || whole > MAX_IN_MEMORY {
             return self.uncompressed(span, part.start, part.end - part.start).await;
         }
+        if self.shared.scratch.holds(self.key(span))
+            && let Some(layer) = self.arc()
+        {
+            let (key, part) = (self.key(span), part.clone());
+            let read = self.shared.runtime.spawn_blocking(move || layer.shared.scratch.read(key, part)).await;
+            if let Ok(Some(bytes)) = read {
+                return Ok(bytes);
+            }
+        }
         let inflated = self.shared.cache.get_or_inflate(self.key(span), || self.uncompressed(span, 0, whole)).await?;
         Ok(inflated.slice(part.start as usize..part.end as usize))
     }
@@ -412,10 +446,13 @@ impl LayerData for Layer {
         let spans = self.table.spans_of(range.clone());
         let (first, last) = (*spans.start(), *spans.end());
         if first == last {
-            let inflated = self.shared.cache.get(self.key(first))?;
             let part = Self::part(self.table.spans.get(first)?, &range);
+            let bytes = match self.shared.cache.get(self.key(first)) {
+                Some(inflated) => inflated.slice(part.start as usize..part.end as usize),
+                None => self.shared.scratch.try_read(self.key(first), part)?,
+            };
             self.hint(first, last);
-            return Some(inflated.slice(part.start as usize..part.end as usize));
+            return Some(bytes);
         }
         None
     }
@@ -456,5 +493,6 @@ impl LayerData for Layer {
 impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.cache.forget(self.number);
+        self.shared.scratch.forget(self.number);
     }
 }

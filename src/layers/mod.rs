@@ -10,21 +10,25 @@
 //! Absent on purpose: snapshots, mounts, eviction of parts of a layer (a layer goes when its last snapshot goes).
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod cache;
 mod fetch;
 mod files;
 mod layer;
 pub mod prior;
 mod scheduler;
+mod scratch;
 mod source;
 mod spans;
 mod split;
 pub mod toc;
 mod window;
 
+pub use ahead::Ahead;
 pub use cache::InflatedCache;
 pub use layer::{Layer, Shared};
 pub use scheduler::{Pace, Scheduler, Settings};
+pub use scratch::Scratch;
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
 
 use crate::{layout::Layout, layout::SnapshotId, oci::Digest, sys::map::Mapping, ztoc::Limits, ztoc::Ztoc};
