@@ -2,11 +2,19 @@
 mod architecture;
 mod cli;
 mod config;
+#[path = "support/fault_registry.rs"]
+mod fault_registry;
 mod formats;
 mod fs;
 mod fuzz;
 mod grpc;
+mod index;
 mod lab;
 mod licences;
 mod privilege;
+mod referrers;
+mod registry;
+mod registry_environment;
+mod registry_login;
+mod registry_real;
 mod support;

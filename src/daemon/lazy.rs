@@ -289,6 +289,7 @@ impl LazyLayers for Arc<LazyMounts> {
     }
 
     fn remove(&self, id: SnapshotId) {
+        self.store.shared().scheduler.way_is_free(u64::from(id.0));
         let Some(mounted) = self.mounted().remove(&id) else { return };
         self.tree.remove(id);
         self.observers.unmounted(id);
@@ -307,7 +308,13 @@ impl LazyLayers for Arc<LazyMounts> {
         layer.map_or(Usage::default(), |layer| Usage { size: layer.files().disk_usage(), inodes: u64::from(layer.toc().len()) })
     }
 
-    fn not_lazy(&self, _id: SnapshotId, reason: &NotLazyReason) {
+    fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
         self.observers.not_lazy(reason);
+        // containerd fetches it now, and the pull waits for that: what we stream meanwhile is less urgent.
+        self.store.shared().scheduler.make_way(u64::from(id.0));
+    }
+
+    fn committed(&self, id: SnapshotId) {
+        self.store.shared().scheduler.way_is_free(u64::from(id.0));
     }
 }

@@ -119,9 +119,9 @@ pub enum NoIndex {
     #[error("cannot ask the registry for the SOCI index")]
     Discovery(#[source] RegistryError),
     #[error("cannot fetch the SOCI index {index}")]
-    Index { index: Digest, source: RegistryError },
+    Index { index: Digest, source: Box<RegistryError> },
     #[error("cannot fetch blob {blob} of the SOCI index {index}")]
-    Blob { index: Digest, blob: Digest, source: RegistryError },
+    Blob { index: Digest, blob: Digest, source: Box<RegistryError> },
     #[error("{what}")]
     Invalid { what: String },
     #[error("cannot keep the SOCI index")]
