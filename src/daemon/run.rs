@@ -312,12 +312,12 @@ fn lazy_side(
         source: io::Error::other(error),
     })?;
     let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
-    let shared = Arc::new(Shared {
-        cache: InflatedCache::new(config.layer_store.cache_memory_bytes),
-        scheduler: Scheduler::new(scheduling(config)),
-        runtime: tokio::runtime::Handle::current(),
-        observer: observers.clone(),
-    });
+    let shared = Arc::new(Shared::new(
+        InflatedCache::new(config.layer_store.cache_memory_bytes),
+        Scheduler::new(scheduling(config)),
+        tokio::runtime::Handle::current(),
+        observers.clone(),
+    ));
     let headers = match config.disable_verification {
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,

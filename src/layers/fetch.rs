@@ -119,7 +119,11 @@ pub(super) async fn demand(scheduler: &Scheduler, taken: Taken, since: Instant) 
         return taken.lose(&error);
     };
     let mut attempts = Attempts::new(scheduler, &taken, Urgency::Reader { since });
-    if let Err(failure) = attempts.run(&taken, None).await {
+    let result = attempts.run(&taken, None).await;
+    let (rate, window, waiting) = scheduler.link();
+    let (first, spans, took) = (taken.run.start, taken.run.len(), since.elapsed());
+    tracing::debug!(layer = %layer.digest(), first, spans, ?took, rate, window, waiting, "demand");
+    if let Err(failure) = result {
         taken.lose(&failure.as_read_error());
     }
 }

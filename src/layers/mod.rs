@@ -15,6 +15,7 @@ mod fetch;
 mod files;
 mod large;
 mod layer;
+mod passing;
 pub mod prior;
 mod read;
 mod receive;

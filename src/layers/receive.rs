@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 /// Spans of one request being verified and written while the next ones arrive.
 const MAX_VERIFYING: usize = 2;
 /// A span of more compressed bytes than this is written as it arrives. Four of the default size.
-const MAX_BUFFERED: u64 = 16 << 20;
+pub(super) const MAX_BUFFERED: u64 = 16 << 20;
 /// A large span is written in pieces of this: some milliseconds of a fast link.
 const PIECE: usize = 1 << 20;
 
