@@ -16,7 +16,7 @@ use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
     index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor},
-    layers::{Layer, LayerStore, RegistrySource, Wanted},
+    layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
     registry::Registry,
@@ -37,8 +37,6 @@ struct Mounted {
     shown: Arc<Shown>,
 }
 
-/// Stands for the Prepare that is going to come: no snapshot has this number.
-const NOBODY: SnapshotId = SnapshotId(0);
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
 const CLAIM: Duration = Duration::from_secs(120);
 
@@ -55,6 +53,34 @@ fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
         ztoc.disable_xattrs,
         depth,
     )
+}
+
+/// A layer that is opened for a snapshot. Given back when the snapshot does not come to use it.
+struct Opening {
+    store: Arc<LayerStore>,
+    layer: Digest,
+    id: SnapshotId,
+    kept: bool,
+}
+
+impl Opening {
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let (store, layer, id) = (self.store.clone(), self.layer, self.id);
+        self.store.shared().runtime.spawn(async move {
+            if let Err(error) = store.release(layer, id).await {
+                tracing::warn!(%layer, %error, "cannot remove the layer from disk");
+            }
+        });
+    }
 }
 
 /// Settings of the lazy side.
@@ -135,10 +161,11 @@ impl LazyMounts {
             .collect();
         let (me, target, index) = (self.clone(), target.clone(), index.digest);
         tokio::spawn(async move {
+            let claim = me.store.claim();
             let mut opened = Vec::new();
             for (depth, layer, ztoc) in layers {
                 let target = Target { layer, ..target.clone() };
-                match me.open(NOBODY, &record(&target, &ztoc, depth)).await {
+                match me.open(claim, &record(&target, &ztoc, depth)).await {
                     Ok(open) => {
                         me.store.shared().scheduler.add(&open);
                         opened.push(open);
@@ -152,7 +179,9 @@ impl LazyMounts {
             for layer in opened {
                 let digest = layer.digest();
                 drop(layer);
-                let _ = me.store.release(digest, NOBODY).await;
+                if let Err(error) = me.store.release(digest, claim).await {
+                    tracing::warn!(layer = %digest, %error, "cannot remove the layer from disk");
+                }
             }
         });
     }
@@ -172,7 +201,7 @@ impl LazyMounts {
         ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
     }
 
-    async fn open(&self, id: SnapshotId, record: &LazyRecord) -> Result<Arc<Layer>, String> {
+    async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, String> {
         let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
         let registry = Arc::new(RegistrySource { repository, blob: record.layer });
         let wanted = Wanted {
@@ -182,7 +211,7 @@ impl LazyMounts {
             depth: record.depth,
             source: registry,
         };
-        self.store.open(wanted, id).await.map_err(|e| crate::snapshot::chain(&e))
+        self.store.open(wanted, user).await.map_err(|e| crate::snapshot::chain(&e))
     }
 
     fn show(
@@ -229,6 +258,8 @@ impl LazyMounts {
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         self.open_ahead(&index, target);
         let record = record(target, ztoc, parents.len());
+        // Prepare may be given up at any await; the layer must not be held then for a snapshot that does not use it.
+        let opening = Opening { store: self.store.clone(), layer: target.layer, id, kept: false };
         let layer = self.open(id, &record).await.map_err(unresolved)?;
         if is_local {
             layer.add_source(Arc::new(local));
@@ -236,10 +267,9 @@ impl LazyMounts {
         // The link works while the rest is being written down.
         self.store.shared().scheduler.add(&layer);
         let kept = self.keep(id, &record, parents, &layer).await.map_err(|e| e.to_string());
-        if let Err(why) = kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string())) {
-            let _ = self.store.release(target.layer, id).await;
-            return Err(NotLazyReason::Unserved { layer: target.layer, why });
-        }
+        kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string()))
+            .map_err(|why| NotLazyReason::Unserved { layer: target.layer, why })?;
+        opening.keep();
         Ok(())
     }
 

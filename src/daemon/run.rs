@@ -15,7 +15,7 @@ use crate::{
     holder::{self, Held, How},
     index::{ContentStore, DiscoverySettings, Indexes},
     keychain::{DockerConfig, Keychain},
-    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
@@ -314,14 +314,17 @@ fn lazy_side(
     })?;
     let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
     let root = |source| StartError::Root { path: layout.root().display().to_string(), source };
-    let shared = Arc::new(Shared {
-        cache: InflatedCache::new(config.layer_store.cache_memory_bytes),
+    let spill = Spill {
         scratch: Scratch::create(layout.root(), scratch_bytes()).map_err(root)?,
         ahead: Ahead::start().map_err(StartError::Runtime)?,
-        scheduler: Scheduler::new(scheduling(config)),
-        runtime: tokio::runtime::Handle::current(),
-        observer: observers.clone(),
-    });
+    };
+    let shared = Shared::new(
+        InflatedCache::new(config.layer_store.cache_memory_bytes),
+        Scheduler::new(scheduling(config)),
+        tokio::runtime::Handle::current(),
+        observers.clone(),
+    );
+    let shared = Arc::new(shared.spilling(spill));
     let headers = match config.disable_verification {
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,
