@@ -20,7 +20,7 @@ use super::{
 use crate::{
     fs::ReadError,
     oci::Digest,
-    ztoc::{Span, SpanTable},
+    ztoc::{Compression, Span, SpanTable},
 };
 use bytes::Bytes;
 use std::{
