@@ -1,3 +1,101 @@
-//! soci-snapshotter: starts containers before their images have arrived.
+//! soci-snapshotter: the containerd snapshotter that starts containers before their images have arrived, and never breaks one
+//! afterwards.
+//!
+//! This page is the architecture. Formats and behaviour towards clients are those of the Go SOCI snapshotter; what is decided here
+//! is how we get there, and where we differ, why.
+//!
+//! # Processes
+//!
+//! ```text
+//!      containerd ──gRPC──┐                                              registry / mirrors
+//!           │             ▼                                                     ▲
+//!           │   ┌─ soci-snapshotter-grpc ── no capabilities ── no_new_privs ────┴─┐
+//!           │   │ grpc ▶ snapshot ▶ daemon::lazy ▶ index ▶ registry               │
+//!           │   │                        └▶ layers (store, scheduler) ▶ registry  │
+//!           │   │ fs (FUSE session) ─▶ layers                                     │
+//!           │   └───▲─────────────────────────────────────────────────────┬───────┘
+//!           │       │ /dev/fuse descriptor                                │ SEQPACKET: requests with ids, never paths
+//!           │   soci-mount: mounts, answers INIT, drops all,              ▼
+//!           │   keeps the descriptor across daemons               soci-custodian: remove tree, usage, owner
+//!           ▼
+//!     overlay lowerdir= ─▶ <root>/snapshotter/snapshots/<id>/fs ─▶ symlink ─▶ <root>/snapshotter/lazy/<id>
+//! ```
+//!
+//! # The two paths a byte takes
+//!
+//! * **Prepare.** `grpc::service` → `grpc::labels` makes a typed `Target` → `snapshot` records an active snapshot → `daemon::lazy` asks
+//!   `index` which SOCI index the image has (the first Prepare fetches it and all its zTOCs, concurrently) → `layers` opens the layer:
+//!   flat `toc`, sparse `blob`, presence of `spans` → attributes of implied directories are taken from the layers below →
+//!   `fs::Tree` shows it as `lazy/<id>` → `snapshot` commits it under its chain id and containerd is told `ALREADY_EXISTS`.
+//!   Every way not to be lazy is an enum variant with a reason, logged once; containerd then pulls that layer itself.
+//! * **A read in a container.** `fs::session` takes the request off the device → `fs::read` finds the bytes of the file in the layer
+//!   → `layers::Layer` finds the span: inflated in memory, compressed on disk, or absent → absent means a demand fetch, ahead of all
+//!   other traffic → digest verified, stored, inflated, answered. No FUSE thread waits for the network.
+//!
+//! # Decisions
+//!
+//! 1. **One FUSE mount for all layers.** Preparing a layer needs no mount call and no privilege; one descriptor is to be kept alive.
+//!    `snapshots/<id>/fs` of a lazy layer is a symlink into it, so mount options stay those of the Go snapshotter.
+//! 2. **Every start is a resume.** `soci-mount` holds the descriptor; the daemon rebuilds its state from local files without the
+//!    network and goes on serving the same kernel connection. Inode numbers are a pure function of (snapshot id, position in the
+//!    table of contents), and snapshot ids are never reused.
+//! 3. **Our own FUSE session instead of fuser's.** The design first said fuser. Its session answers `FUSE_INTERRUPT` with `ENOSYS` (and
+//!    the kernel then never asks again, so a killed container would wait for us for ever), reads requests into private buffers
+//!    (which rules out the crash journal that kernels before 6.9 need) and hides its request parser, so nothing can be built around
+//!    it without copying every reply once more. A read-only filesystem needs two dozen small messages: `fs::wire` has them, parsed
+//!    totally. fuser's public vocabulary of flags is used.
+//! 4. **The layer store keeps what came over the wire**: compressed spans at their own offsets in a sparse file. A third of the
+//!    writes of inflated data, checkable against the layer's digest when complete. Inflated spans live in a small memory cache; what
+//!    containers read stays in the kernel's page cache, because the kernel is told that layers never change.
+//! 5. **No fsync in the way of a reader.** A span's presence mark may survive a power cut that its bytes did not. So a span that an
+//!    earlier process wrote is checked against its digest on first use, and fetched again when it does not match.
+//! 6. **One scheduler owns the network** (`layers::Scheduler`): demand first and unlimited; then what follows what was just read; then
+//!    everything else, most likely first by a prior over paths. Requests are sent while fewer bytes are on their way than the
+//!    link holds, so that the link is never idle and a blocked read never waits behind more than that.
+//! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
+//!
+//! # Who may name whom
+//!
+//! ```text
+//!   words       oci layout                            no I/O
+//!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
+//!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
+//!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config names toml_edit
+//!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
+//!   cli
+//! ```
+//! `tests/architecture.rs` keeps it.
+//!
+//! # Invariants
+//!
+//! * No byte is served that was not covered by a digest of the zTOC, and no zTOC is used whose own digest was not checked.
+//! * `ALREADY_EXISTS` is answered only when the committed snapshot is visible and everything to serve it is on local disk.
+//! * Everything a peer can grow has a bound, and the constant says where the number comes from.
+//! * A start without network serves everything that is here.
+//!
+//! # Glossary
+//!
+//! *span*: a piece of a layer that can be fetched, verified and inflated by itself. *zTOC*: table of contents and spans of a layer.
+//! *SOCI index*: manifest that lists the zTOCs of an image. *toc*: our flat form of a zTOC's table of contents. *implied directory*: one
+//! that a layer's paths need but the layer does not list. *holder*: `soci-mount` after it has mounted. *lazy*: served through FUSE
+//! while it arrives.
+
+pub mod cli;
+pub mod config;
+pub mod custodian;
+pub mod daemon;
+pub mod fs;
+pub mod grpc;
+pub mod holder;
+pub mod index;
+pub mod inflate;
+pub mod keychain;
+pub mod layers;
 pub mod layout;
 pub mod oci;
+pub mod registry;
+pub mod snapshot;
+pub mod sys;
+pub mod tar;
+pub mod telemetry;
+pub mod ztoc;

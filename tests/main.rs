@@ -1,5 +1,12 @@
-//! The product's tests, as one program.
-
+//! The product's tests, as one program: one module per subject.
+mod architecture;
+mod cli;
+mod config;
+mod formats;
+mod fs;
+mod fuzz;
+mod grpc;
 mod lab;
 mod licences;
+mod privilege;
 mod support;

@@ -1,0 +1,107 @@
+//! The `soci` command line tool.
+//!
+//! What each command does is in its own module; here is what they share: reading the command line, running one command until
+//! it is done or should stop, and telling how it ended. Exit codes and the words of errors are those of the Go CLI where
+//! scripts can depend on them (`cli.md` 1): 0 for success and help, 1 for errors, 3 for a command that does not exist; a
+//! process that was interrupted dies of the signal.
+#![forbid(unsafe_code)]
+
+mod args;
+mod convert;
+mod index;
+mod interrupt;
+mod layout;
+mod output;
+mod store;
+mod values;
+mod ztoc;
+
+use args::{Args, Command, IndexCommand, NotACommand, ZtocCommand};
+use interrupt::Stopped;
+use std::{
+    error::Error,
+    io::{self, Write},
+    process::ExitCode,
+};
+
+/// An unknown command, as the Go tools have it.
+const NO_SUCH_COMMAND: u8 = 3;
+
+/// Any command's failure.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error(transparent)]
+    Convert(#[from] convert::ConvertError),
+    #[error(transparent)]
+    Index(#[from] index::IndexError),
+    #[error(transparent)]
+    Ztoc(#[from] ztoc::ZtocCommandError),
+    #[error("cannot watch for signals")]
+    Signals(#[source] io::Error),
+}
+
+/// Runs `soci`.
+pub fn main() -> ExitCode {
+    match args::parse(std::env::args_os().skip(1)) {
+        Ok(args) => finish(run(&args)),
+        Err(NotACommand::Print(text)) => {
+            let printed = io::stdout().lock().write_all(text.as_bytes());
+            if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(NotACommand::UnknownCommand(name)) => {
+            say(&format!("No help topic for '{name}'"));
+            ExitCode::from(NO_SUCH_COMMAND)
+        }
+        Err(NotACommand::Usage { message, help }) => {
+            say(&format!("Incorrect Usage: {message}\n\n{help}\nsoci: {message}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), CommandError> {
+    let timeout = args.global.timeout;
+    interrupt::watch((!timeout.is_zero()).then_some(timeout)).map_err(CommandError::Signals)?;
+    match &args.command {
+        Some(Command::Convert(convert)) => convert::run(convert)?,
+        Some(Command::Index { command: Some(IndexCommand::Info(info)) }) => index::info(info, &args.global)?,
+        Some(Command::Ztoc { command: Some(ZtocCommand::Info(info)) }) => ztoc::info(info, &args.global)?,
+        Some(Command::Ztoc { command: Some(ZtocCommand::GetFile(get_file)) }) => {
+            ztoc::get_file(get_file, &args.global)?;
+        }
+        // `args::parse` answers these itself.
+        None | Some(Command::Help { .. } | Command::Index { command: None } | Command::Ztoc { command: None }) => {}
+    }
+    Ok(())
+}
+
+fn finish(result: Result<(), CommandError>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    // Whoever read our output has gone: nothing is wrong, and nobody is listening.
+    if is_broken_pipe(&error) {
+        return ExitCode::FAILURE;
+    }
+    match interrupt::stopped() {
+        Some(Stopped::Signal(signal)) => interrupt::die_of(signal),
+        // Whatever failed first, the time was up.
+        Some(stopped @ Stopped::Timeout) => say(&format!("soci: {stopped}")),
+        None => say(&format!("soci: {}", output::chain(&error))),
+    }
+    ExitCode::FAILURE
+}
+
+fn is_broken_pipe(error: &CommandError) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn say(text: &str) {
+    // Nobody is left to tell when stderr cannot be written.
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}

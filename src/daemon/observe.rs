@@ -1,0 +1,200 @@
+//! What the parts of the daemon report, turned into metrics and log lines.
+//!
+//! Everything below this module only knows the trait it reports to. Names of metrics and texts of log lines are those of the Go
+//! snapshotter where they mean the same thing.
+
+use crate::{
+    fs::{self, FailedOp, Failure, Op},
+    index,
+    layers::{self, Layer},
+    layout::SnapshotId,
+    oci::Digest,
+    registry,
+    snapshot::NotLazyReason,
+    telemetry::metrics::{
+        Count, FirstUse, FuseFailure, ImageOperation, ImageOperations, LayerMetrics, Metrics, MicrosecondOperation,
+        MillisecondOperation, MountedLayer,
+    },
+};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock, Weak},
+    time::Duration,
+};
+
+/// Whether each FUSE operation is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OperationLog {
+    On,
+    Off,
+}
+
+/// What is counted for one mounted layer.
+struct Mounted {
+    layer: Weak<Layer>,
+    mountpoint: String,
+    counters: Arc<LayerMetrics>,
+    image: Arc<ImageOperations>,
+}
+
+/// All observers in one.
+pub struct Observers {
+    metrics: Metrics,
+    operations: OperationLog,
+    /// From the first use of an image to the report of its operations.
+    window: Duration,
+    /// Read by every FUSE request, written when layers come and go.
+    mounted: RwLock<HashMap<SnapshotId, Mounted>>,
+}
+
+impl Observers {
+    pub fn new(metrics: Metrics, operations: OperationLog, window: Duration) -> Arc<Observers> {
+        let observers = Arc::new(Observers { metrics, operations, window, mounted: RwLock::default() });
+        let weak = Arc::downgrade(&observers);
+        observers.metrics.set_mounted_layers(move || weak.upgrade().map(|o| o.layers()).unwrap_or_default());
+        observers
+    }
+
+    fn layers(&self) -> Vec<MountedLayer> {
+        let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
+        let layers = mounted.values().filter_map(|m| Some((m.layer.upgrade()?, m.mountpoint.clone())));
+        layers
+            .map(|(layer, mountpoint)| {
+                let (fetched, size) = layer.progress();
+                MountedLayer { digest: layer.digest(), mountpoint, fetched, size }
+            })
+            .collect()
+    }
+
+    /// A layer of `image` was put into the tree.
+    pub fn mounted(&self, id: SnapshotId, image: Digest, layer: &Arc<Layer>, mountpoint: PathBuf) {
+        let (operations, first) = self.metrics.image(image);
+        if first == FirstUse::Yes {
+            let (metrics, window) = (self.metrics.clone(), self.window);
+            tokio::spawn(async move { metrics.show_image_operations_after(image, window).await });
+        }
+        let mounted = Mounted {
+            layer: Arc::downgrade(layer),
+            mountpoint: mountpoint.display().to_string(),
+            counters: self.metrics.layer(layer.digest()),
+            image: operations,
+        };
+        self.mounted.write().unwrap_or_else(PoisonError::into_inner).insert(id, mounted);
+    }
+
+    /// A layer was taken out of the tree.
+    pub fn unmounted(&self, id: SnapshotId) {
+        let mut mounted = self.mounted.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(gone) = mounted.remove(&id) else { return };
+        if let Some(layer) = gone.layer.upgrade()
+            && !mounted.values().any(|m| m.layer.ptr_eq(&gone.layer))
+        {
+            self.metrics.forget_layer(&layer.digest());
+        }
+    }
+
+    /// A layer became lazy, `took` after it was asked for.
+    pub fn prepared(&self, layer: &Digest, took: Duration) {
+        self.metrics.layer(*layer).took(MillisecondOperation::Mount, took);
+    }
+
+    pub fn not_lazy(&self, reason: &NotLazyReason) {
+        if reason.is_failure() {
+            self.metrics.general().count(Count::FuseMountFailure);
+        }
+    }
+
+    fn with(&self, id: SnapshotId, act: impl FnOnce(&Mounted)) {
+        if let Some(mounted) = self.mounted.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
+            act(mounted);
+        }
+    }
+}
+
+impl layers::Observer for Observers {
+    fn demand_fetch(&self, layer: &Digest, spans: usize) {
+        let counters = self.metrics.layer(*layer);
+        (0..spans).for_each(|_| counters.count(Count::SynchronousReadRemoteFetch));
+    }
+    fn range_request(&self, layer: &Digest, took: Duration) {
+        self.metrics.layer(*layer).took(MillisecondOperation::RemoteRegistryGet, took);
+    }
+    fn background_fetched(&self, layer: &Digest, spans: usize) {
+        let counters = self.metrics.layer(*layer);
+        (0..spans).for_each(|_| counters.count(Count::BackgroundSpanFetch));
+    }
+    fn background_failed(&self, layer: &Digest) {
+        self.metrics.layer(*layer).count(Count::BackgroundSpanFetchFailure);
+    }
+    fn layer_complete(&self, layer: &Layer, took: Duration) {
+        self.metrics.layer(layer.digest()).took(MillisecondOperation::BackgroundFetch, took);
+    }
+    fn toc_built(&self, layer: &Digest, took: Duration) {
+        self.metrics.layer(*layer).took(MillisecondOperation::InitMetadataStore, took);
+    }
+}
+
+fn image_operation(op: Op) -> ImageOperation {
+    match op {
+        Op::Getattr => ImageOperation::NodeGetattr,
+        Op::Getxattr => ImageOperation::NodeGetxattr,
+        Op::Listxattr => ImageOperation::NodeListxattr,
+        Op::Lookup => ImageOperation::NodeLookup,
+        Op::Open => ImageOperation::NodeOpen,
+        Op::Readdir => ImageOperation::NodeReaddir,
+        Op::Readlink => ImageOperation::NodeReadlink,
+        Op::Read => ImageOperation::FileRead,
+        Op::FileGetattr => ImageOperation::FileGetattr,
+        Op::WhiteoutGetattr => ImageOperation::WhiteoutGetattr,
+    }
+}
+
+impl fs::Observer for Observers {
+    fn operation(&self, snapshot: SnapshotId, op: Op, path: &dyn Fn() -> Vec<u8>) {
+        self.with(snapshot, |mounted| mounted.image.count(image_operation(op)));
+        if self.operations == OperationLog::On {
+            tracing::debug!(operation = op.name(), path = %String::from_utf8_lossy(&path()), "FUSE operation");
+        }
+    }
+
+    fn read(&self, snapshot: SnapshotId, _layer: &Digest, bytes: usize, took: Duration) {
+        self.with(snapshot, |mounted| mounted.counters.read(bytes as u64, took));
+    }
+
+    fn listing(&self, snapshot: SnapshotId, _layer: &Digest, took: Duration) {
+        self.with(snapshot, |mounted| mounted.counters.took_micros(MicrosecondOperation::NodeReaddir, took));
+    }
+
+    fn failure(&self, failure: &Failure<'_>) {
+        let what = match failure.op {
+            FailedOp::FileRead => FuseFailure::FileRead,
+            FailedOp::Other => FuseFailure::Unknown,
+        };
+        self.metrics.layer(failure.layer).failed(what);
+        tracing::error!(
+            digest = %failure.layer,
+            size = failure.size,
+            fetchedSize = failure.fetched,
+            fetchedPercent = failure.fetched as f64 * 100.0 / failure.size.max(1) as f64,
+            path = %String::from_utf8_lossy(failure.path),
+            error = %failure.error.chain(),
+            "statFile error"
+        );
+    }
+}
+
+impl index::Observer for Observers {
+    fn index_fetched(&self, index: Digest, took: Duration) {
+        self.metrics.layer(index).took(MillisecondOperation::SociIndexFetch, took);
+    }
+    fn ztoc_fetched(&self, layer: Digest, took: Duration) {
+        self.metrics.layer(layer).took(MillisecondOperation::ZtocFetch, took);
+    }
+}
+
+impl registry::Observer for Observers {
+    fn request(&self, _: registry::Kind, host: &str, took: Duration, outcome: registry::Outcome) {
+        tracing::trace!(host, took = ?took, outcome = ?outcome, "registry request");
+    }
+}

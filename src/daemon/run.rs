@@ -1,0 +1,439 @@
+//! The daemon's life, in order.
+
+use super::{
+    lazy::{self, LazyMounts, LazySettings},
+    listen::{self, ListenError, Listening},
+    observe::{Observers, OperationLog},
+};
+use crate::{
+    config::{
+        self, Config,
+        args::{Invocation, LogLevel, Options, Strictness},
+    },
+    custodian, fs as lazyfs,
+    grpc::{self, content::ContainerdContent},
+    holder::{self, Held, How},
+    index::{ContentStore, DiscoverySettings, Indexes},
+    keychain::{DockerConfig, Keychain},
+    layers::{InflatedCache, LayerStore, Pace, Scheduler, Settings, Shared},
+    layout::Layout,
+    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
+    snapshot::{self, Snapshotter},
+    sys,
+    telemetry::{
+        http,
+        logs::{self, Level, Output},
+        metrics::Metrics,
+    },
+    ztoc::Limits,
+};
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How long requests under way may take after SIGTERM. systemd kills after 90 s by default.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How often the holder is asked whether it still has the descriptor.
+const HOLDER_CHECK: Duration = Duration::from_secs(10);
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("cannot prepare the root directory {path}")]
+    Root { path: String, source: io::Error },
+    #[error("cannot get the FUSE mount")]
+    Holder(#[from] holder::HolderError),
+    #[error("cannot get the custodian")]
+    Custodian(#[from] custodian::CustodianError),
+    #[error("cannot talk to the custodian")]
+    CustodianLink(#[source] io::Error),
+    #[error("cannot give up privileges")]
+    Confine(#[source] io::Error),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error("cannot start the runtime")]
+    Runtime(#[source] io::Error),
+    #[error("cannot set up registry access")]
+    Registry(#[from] registry::RegistryError),
+    #[error("cannot open the snapshot records")]
+    Snapshots(#[from] snapshot::StoreError),
+    #[error("cannot serve the FUSE mount")]
+    Fuse(#[source] io::Error),
+    #[error("cannot serve {address}")]
+    Serve { address: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot serve metrics on {0:?}")]
+    Metrics(String, #[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cannot wait for signals")]
+    Signals(#[source] io::Error),
+}
+
+/// Entry point of `soci-snapshotter-grpc`.
+pub fn main() -> ExitCode {
+    match config::args::parse(std::env::args_os(), &|name| std::env::var_os(name)) {
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+        Ok(Invocation::Print(text)) => print(&text),
+        Ok(Invocation::ConfigDefault) => print(&config::documented(&Config::default())),
+        Ok(Invocation::ConfigDump(options)) => match config::load(&options.config) {
+            Ok(loaded) => print(&config::render(&loaded.config)),
+            Err(error) => refuse(&error),
+        },
+        Ok(Invocation::ConfigCheck { options, strictness }) => check(&options, strictness),
+        Ok(Invocation::Run(options)) => start(options),
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    use std::io::Write;
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn refuse(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("{}: {}", config::args::PROGRAM, snapshot::chain(error));
+    ExitCode::FAILURE
+}
+
+fn check(options: &Options, strictness: Strictness) -> ExitCode {
+    let loaded = match config::load(&options.config) {
+        Ok(loaded) => loaded,
+        Err(error) => return refuse(&error),
+    };
+    for line in loaded.warning_lines() {
+        eprintln!("warning: {line}");
+    }
+    match strictness {
+        Strictness::Lenient => print(&format!("{}: ok\n", options.config.display())),
+        Strictness::Strict => match loaded.strict() {
+            Ok(_) => print(&format!("{}: ok\n", options.config.display())),
+            Err(error) => refuse(&error),
+        },
+    }
+}
+
+fn start(options: Options) -> ExitCode {
+    if let Err(error) = logs::init(level(options.log_level), Output::Automatic) {
+        eprintln!("{}: failed to prepare logger: {error}", config::args::PROGRAM);
+        return ExitCode::FAILURE;
+    }
+    let (version, revision) = config::args::version();
+    tracing::info!(version, revision, "starting soci-snapshotter-grpc");
+    let loaded = match config::load(&options.config) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            logs::fatal(&snapshot::chain(&error), &error);
+            return ExitCode::FAILURE;
+        }
+    };
+    for warning in loaded.warning_lines() {
+        tracing::warn!("{warning}");
+    }
+    match run(&options, &loaded.config) {
+        Ok(()) => {
+            tracing::info!("Exiting");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            logs::fatal("failed to serve snapshotter", &error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
+fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+    let layout = Layout::new(absolute(&options.root)?);
+    let root = |source| StartError::Root { path: layout.root().display().to_string(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(layout.root()).map_err(root)?;
+    snapshot::make_parents(&layout).map_err(root)?;
+    let held = holder::obtain(&layout, How::SpawnChild)?;
+    let custodian = custodian::start(&layout)?;
+    let listening = listen::listen(&options.address)?;
+    sys::drop_all_capabilities().map_err(StartError::Confine)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("soci")
+        // What blocks is disk and inflating: more threads than this only compete for the processor.
+        .max_blocking_threads(32)
+        .build()
+        .map_err(StartError::Runtime)?;
+    let result = runtime.block_on(serve(layout, config, held, custodian, listening));
+    // Inflating that nobody waits for any more need not be waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf, StartError> {
+    std::path::absolute(path).map_err(|source| StartError::Root { path: path.display().to_string(), source })
+}
+
+async fn serve(
+    layout: Layout,
+    config: &Config,
+    held: Held,
+    custodian: custodian::Connection,
+    listening: Listening,
+) -> Result<(), StartError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
+    let metrics = Metrics::new();
+    let operations = if config.fuse.log_fuse_operations || config.debug { OperationLog::On } else { OperationLog::Off };
+    let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
+    let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
+    let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
+    let options = snapshot::Options::new(layout.clone(), config.into());
+    let snapshotter = Snapshotter::open(options, lazy.clone(), disk).await?;
+    recover(&snapshotter, &lazy).await?;
+    let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
+    let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
+    let device = held.device.try_clone().map_err(StartError::Fuse)?;
+    let session =
+        lazyfs::Session::start(device, held.init.clone(), tree, tokio::runtime::Handle::current(), session_options)
+            .map_err(StartError::Fuse)?;
+    let scheduler = lazy.store.shared().scheduler.clone();
+    tokio::spawn(scheduler.clone().run());
+    if !config.background_fetch.disable {
+        metrics.background_fetch_enabled();
+        tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
+    }
+    serve_telemetry(config, metrics).await?;
+    tokio::spawn(keep_held(layout.clone(), held));
+    let Listening { listener, address } = listening;
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
+    listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
+    // Without systemd there is nobody to notify.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(address, "soci-snapshotter-grpc successfully started");
+    let stop = async {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("Got terminated"),
+            _ = interrupt.recv() => tracing::info!("Got interrupt"),
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    };
+    grpc::serve(listener, snapshotter, grpc::Limits::default(), stop).await.map_err(|e| failed(e.into()))?;
+    let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
+    if let Ok(lazyfs::Drained { unanswered }) = drained
+        && unanswered > 0
+    {
+        tracing::info!(unanswered = unanswered.to_string(), "reads that still wait are left to the next daemon");
+    }
+    Ok(())
+}
+
+/// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
+async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<(), StartError> {
+    let layers = snapshotter.lazy_layers()?;
+    let count = layers.len();
+    let recovered = futures::stream::StreamExt::fold(
+        futures::stream::StreamExt::buffer_unordered(
+            futures::stream::iter(layers.into_iter().map(|id| {
+                let lazy = lazy.clone();
+                async move {
+                    let result = lazy.recover(id).await;
+                    if let Err(error) = &result {
+                        tracing::error!(
+                            snapshot = id.to_string(), error,
+                            "failed to restore remote snapshot; what reads it gets ESTALE until it is removed and pulled again"
+                        );
+                    }
+                    usize::from(result.is_ok())
+                }
+            })),
+            8,
+        ),
+        0,
+        |sum, one| async move { sum + one },
+    )
+    .await;
+    if count > 0 {
+        tracing::info!(layers = count.to_string(), restored = recovered.to_string(), "lazy layers restored");
+    }
+    if recovered == count {
+        let store = lazy.store.clone();
+        // What no snapshot refers to any more; not while something could not be read.
+        let _ = tokio::task::spawn_blocking(move || store.sweep()).await;
+    }
+    Ok(())
+}
+
+/// Sees to it that the descriptor outlives us.
+async fn keep_held(layout: Layout, held: Held) {
+    let held = Arc::new(held);
+    let mut said = false;
+    loop {
+        tokio::time::sleep(HOLDER_CHECK).await;
+        let (layout, held) = (layout.clone(), held.clone());
+        let kept = tokio::task::spawn_blocking(move || {
+            use std::os::fd::AsFd;
+            holder::ensure_kept(&layout, held.device.as_fd(), &held.init)
+        });
+        match kept.await {
+            Ok(Ok(holder::Keeping::Already)) => said = false,
+            Ok(Ok(holder::Keeping::HandedIn)) => tracing::info!("gave the FUSE descriptor to a new soci-mount"),
+            Ok(Err(error)) if !said => {
+                said = true;
+                tracing::error!(%error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
+            }
+            _ => {}
+        }
+    }
+}
+
+fn lazy_side(
+    layout: &Layout,
+    config: &Config,
+    tree: Arc<lazyfs::Tree>,
+    observers: Arc<Observers>,
+) -> Result<LazyMounts, StartError> {
+    let keychain = Arc::new(Keychain::new(keychain_sources()));
+    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
+    let discovery = DiscoverySettings {
+        v1: config.pull_modes.soci_v1.enable,
+        v2: config.pull_modes.soci_v2.enable,
+        prefetch: config.prefetch.enable,
+        ..DiscoverySettings::default()
+    };
+    let store = ContentStore::soci(layout).map_err(|error| StartError::Root {
+        path: layout.content().display().to_string(),
+        source: io::Error::other(error),
+    })?;
+    let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
+    let shared = Arc::new(Shared {
+        cache: InflatedCache::new(config.layer_store.cache_memory_bytes),
+        scheduler: Scheduler::new(scheduling(config)),
+        runtime: tokio::runtime::Handle::current(),
+        observer: observers.clone(),
+    });
+    let headers = match config.disable_verification {
+        true => lazyfs::HeaderCheck::Skipped,
+        false => lazyfs::HeaderCheck::Required,
+    };
+    Ok(LazyMounts::new(lazy::Parts {
+        layout: layout.clone(),
+        registry,
+        indexes,
+        containerd: ContainerdContent::new(config.content_store.containerd_address.clone()),
+        store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
+        tree,
+        observers,
+        settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
+    }))
+}
+
+fn limit(timeout: config::Timeout) -> registry::Limit {
+    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
+}
+
+fn http_settings(config: &Config) -> HttpSettings {
+    let (http, blob) = (&config.http, &config.blob);
+    HttpSettings {
+        // A connection that takes longer than an hour is not going to be one.
+        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
+        header_timeout: limit(http.response_header_timeout),
+        request_timeout: limit(http.request_timeout),
+        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
+        blob_timeout: limit(blob.fetching_timeout),
+        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
+        ..HttpSettings::default()
+    }
+}
+
+fn hosts(config: &Config) -> HostSettings {
+    let mirror = |m: &config::Mirror| Mirror {
+        host: m.host.clone(),
+        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
+        timeout: match m.request_timeout {
+            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
+            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
+            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
+        },
+    };
+    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
+    HostSettings { mirrors: mirrors.collect() }
+}
+
+fn scheduling(config: &Config) -> Settings {
+    let (background, blob) = (&config.background_fetch, &config.blob);
+    let pace = match (background.disable, background.pace) {
+        (true, _) => Pace::Off,
+        (false, config::Pace::LineRate) => Pace::LineRate,
+        (false, config::Pace::Every(period)) => Pace::Every {
+            period,
+            silence: match background.silence {
+                config::Silence::None => Duration::ZERO,
+                config::Silence::For(silence) => silence,
+            },
+        },
+    };
+    Settings {
+        pace,
+        max_bytes_per_sec: match background.max_bytes_per_sec {
+            config::Limit::Unlimited => None,
+            config::Limit::At(bytes) => Some(bytes),
+        },
+        retries: blob.max_retries,
+        min_wait: blob.min_wait,
+        max_wait: blob.max_wait,
+        budget: blob.fetching_timeout.duration().unwrap_or(Duration::from_secs(24 * 3600)),
+        verification_retries: blob.max_span_verification_retries,
+    }
+}
+
+fn level(level: LogLevel) -> Level {
+    match level {
+        LogLevel::Panic => Level::Panic,
+        LogLevel::Fatal => Level::Fatal,
+        LogLevel::Error => Level::Error,
+        LogLevel::Warn => Level::Warning,
+        LogLevel::Info => Level::Info,
+        LogLevel::Debug => Level::Debug,
+        LogLevel::Trace => Level::Trace,
+    }
+}
+
+/// Metrics and the debug endpoint, where they are asked for.
+async fn serve_telemetry(config: &Config, metrics: Metrics) -> Result<(), StartError> {
+    let network = match config.metrics_network {
+        config::Network::Tcp => "tcp",
+        config::Network::Tcp4 => "tcp4",
+        config::Network::Tcp6 => "tcp6",
+        config::Network::Unix => "unix",
+    };
+    let mut endpoints = Vec::new();
+    if !config.metrics_address.is_empty() && !config.no_prometheus {
+        endpoints.push((network, &config.metrics_address, http::Content::Metrics(metrics)));
+    }
+    if !config.debug_address.is_empty() {
+        endpoints.push(("tcp", &config.debug_address, http::Content::Debug));
+    }
+    for (network, address, content) in endpoints {
+        let failed = |e: Box<dyn std::error::Error + Send + Sync>| StartError::Metrics(address.clone(), e);
+        let endpoint = http::Endpoint::new(network, address).map_err(|e| failed(e.into()))?;
+        let listener = endpoint.bind().await.map_err(|e| failed(e.into()))?;
+        tokio::spawn(http::serve(listener, content));
+    }
+    Ok(())
+}
+
+async fn report_queue(metrics: Metrics, scheduler: Scheduler, period: Duration) {
+    loop {
+        metrics.set_background_queue(scheduler.queue_length() as u64);
+        tokio::time::sleep(period.max(Duration::from_millis(100))).await;
+    }
+}
+
+fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
+    DockerConfig::of_environment().into_iter().map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>).collect()
+}

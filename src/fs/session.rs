@@ -1,0 +1,433 @@
+//! Serving one FUSE connection: threads that read requests, tasks that wait for content, and a way to stop without a trace.
+//!
+//! ```text
+//!   /dev/fuse ──▶ thread 1…N ── everything but content ──▶ answered on the spot
+//!   (one fd,        │  └────── content in memory ────────▶ answered on the spot
+//!    shared)        └── content elsewhere ──▶ task ── read ──▶ answered from the task
+//!                         INTERRUPT ──▶ watch: is the reader's thread dying? ──▶ task dropped, EINTR
+//! ```
+//!
+//! All threads share one descriptor. (Were it cloned per thread, closing a clone would abort the requests read through it.)
+//! It is read without blocking, and awaited with `EPOLLEXCLUSIVE`, so that a request wakes one idle thread and
+//! [`Session::stop`] wakes them all.
+//!
+//! Stopping: nothing new is read, reads under way get some time, what is left is dropped *without an answer*. The
+//! connection stays open as long as anybody holds the descriptor, and the next session asks for everything unanswered again
+//! ([`Connection::Resumed`]).
+//!
+//! Interrupts: the kernel sends one for *any* signal to a thread that waits for a single request, and once only. Ending a
+//! page fault with EINTR because of a timer's signal would kill the program with SIGBUS; not ending it when the thread is
+//! killed would leave a process that nothing can remove. So the thread's pending signals are looked at, until the read ends.
+
+use super::answer::{self, Outcome};
+use super::errno::Errno;
+use super::inflight::{Entered, Inflight, Known, Waiting};
+use super::observer::{FailedOp, Failure};
+use super::read::{self, ReadError};
+use super::tree::{Layer, Tree};
+use super::wire::{self, InitParams, Request};
+use crate::layers::toc::Node;
+use bytes::Bytes;
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::fs::OFlags;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// How often a signalled reader is looked at. Its container is to be gone within a second of being killed.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
+/// How often [`Session::stop`] looks whether reads have ended.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
+/// How long an interrupt for a request nobody knows may be early, on a kernel that cannot repeat what a dead process read.
+const ORPHAN_DELAY: Duration = Duration::from_secs(1);
+
+/// Whether somebody served this connection before us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connection {
+    First,
+    /// There may be requests that our predecessor read and did not answer.
+    Resumed,
+}
+
+/// How to serve.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionOptions {
+    /// Threads that read the device; one answers cold metadata at two thirds of the speed of four.
+    pub threads: usize,
+    pub connection: Connection,
+}
+
+impl Default for SessionOptions {
+    fn default() -> SessionOptions {
+        SessionOptions { threads: 4, connection: Connection::Resumed }
+    }
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained {
+    /// Reads that were dropped without an answer; the next session gets them again.
+    pub unanswered: usize,
+}
+
+/// Threads serving a connection. Dropping it stops them at once.
+pub struct Session {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    device: OwnedFd,
+    init: InitParams,
+    connection: Connection,
+    tree: Arc<Tree>,
+    runtime: Handle,
+    inflight: Inflight,
+    stopping: AtomicBool,
+    /// Readable once the session stops.
+    wake: OwnedFd,
+    /// True once the kernel has closed the connection.
+    closed: watch::Sender<bool>,
+}
+
+impl Session {
+    /// Starts to serve `device`, on which the INIT handshake is over.
+    pub fn start(
+        device: OwnedFd,
+        init: InitParams,
+        tree: Arc<Tree>,
+        runtime: Handle,
+        options: SessionOptions,
+    ) -> io::Result<Session> {
+        // Of the open file, so shared with whoever else holds the descriptor; nobody else reads it.
+        rustix::fs::fcntl_setfl(&device, rustix::fs::fcntl_getfl(&device)? | OFlags::NONBLOCK)?;
+        let shared = Arc::new(Shared {
+            device,
+            init,
+            connection: options.connection,
+            tree,
+            runtime,
+            inflight: Inflight::new(),
+            stopping: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            closed: watch::channel(false).0,
+        });
+        let mut session = Session { shared: shared.clone(), threads: Vec::new() };
+        for number in 0..options.threads.max(1) {
+            let (shared, poll) = (shared.clone(), Poll::new(&shared)?);
+            let thread =
+                std::thread::Builder::new().name(format!("fuse-{number}")).spawn(move || shared.serve(&poll))?;
+            session.threads.push(thread);
+        }
+        if options.connection == Connection::Resumed && init.can_resend() {
+            match rustix::io::write(&shared.device, &wire::resend_notification()) {
+                Ok(_) => {}
+                Err(Errno::NODEV) => shared.close(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(session)
+    }
+
+    /// Drops the kernel's cached listing of the mount's root, after layers came or went.
+    pub fn root_changed(&self) {
+        // Not cached, or not mounted: nothing to drop.
+        let _ = rustix::io::write(&self.shared.device, &wire::root_changed_notification());
+    }
+
+    /// Reads that wait for content.
+    pub fn waiting(&self) -> usize {
+        self.shared.inflight.len()
+    }
+
+    /// Ends when the kernel has closed the connection: unmounted or aborted.
+    pub async fn closed(&self) {
+        let mut closed = self.shared.closed.subscribe();
+        // The sender lives as long as `self`.
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+
+    /// Reads nothing new, gives reads that wait until `patience` is over, and leaves the mount as it is. Blocks.
+    pub fn stop(mut self, patience: Duration) -> Drained {
+        self.join();
+        let deadline = Instant::now() + patience;
+        while self.shared.inflight.len() > 0 && Instant::now() < deadline && !*self.shared.closed.borrow() {
+            std::thread::sleep(DRAIN_INTERVAL);
+        }
+        Drained { unanswered: self.shared.inflight.abandon() }
+    }
+
+    fn join(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // Fails only if the counter is full, and then it is readable.
+        let _ = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes());
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has ended, too.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.join();
+        self.shared.inflight.abandon();
+    }
+}
+
+/// Waits for a request or for the end of the session. One per thread, as exclusive wake-ups need.
+struct Poll(OwnedFd);
+
+impl Poll {
+    fn new(shared: &Shared) -> io::Result<Poll> {
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let any = epoll::EventData::new_u64(0);
+        epoll::add(&poll, &shared.device, any, epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE)?;
+        epoll::add(&poll, &shared.wake, any, epoll::EventFlags::IN)?;
+        Ok(Poll(poll))
+    }
+
+    fn wait(&self) {
+        let mut event = [std::mem::MaybeUninit::uninit(); 1];
+        // Whatever woke us, the device is read next.
+        let _ = epoll::wait(&self.0, &mut event[..], None);
+    }
+}
+
+impl Shared {
+    fn close(&self) {
+        self.closed.send_replace(true);
+    }
+
+    fn serve(self: &Arc<Shared>, poll: &Poll) {
+        let mut request = vec![0; self.init.read_buffer_len()];
+        let mut buffer = Vec::new();
+        while !self.stopping.load(Ordering::SeqCst) {
+            match rustix::io::read(&self.device, &mut request[..]) {
+                Ok(len) => self.handle(&request[..len], &mut buffer),
+                Err(Errno::AGAIN) => poll.wait(),
+                // NOENT: the request was given up while it was being read.
+                Err(Errno::INTR | Errno::NOENT) => {}
+                Err(Errno::NODEV | Errno::CONNABORTED) => return self.close(),
+                Err(error) => {
+                    tracing::error!(%error, "cannot read FUSE requests");
+                    return self.close();
+                }
+            }
+        }
+    }
+
+    fn handle(self: &Arc<Shared>, bytes: &[u8], buffer: &mut Vec<u8>) {
+        let request = match Request::parse(bytes) {
+            Ok(request) => request,
+            Err(error) => return tracing::error!(%error, "unreadable FUSE request"),
+        };
+        match answer::answer(&self.tree, &request, buffer) {
+            Outcome::Reply => self.write(request.unique, &[IoSlice::new(buffer)]),
+            Outcome::Silent => {}
+            Outcome::Read { layer, node, range } => {
+                let started = Instant::now();
+                match read::try_read(&layer, &node, range.clone()) {
+                    Some(outcome) => self.finish_read(request.unique, &layer, &node, started, outcome),
+                    None => self.start_read(&request, Arc::clone(&layer), node, range, started),
+                }
+            }
+            Outcome::Interrupt(unique) => self.interrupt(unique),
+        }
+    }
+
+    /// One write is one answer.
+    fn write(&self, unique: u64, parts: &[IoSlice<'_>]) {
+        let error = loop {
+            match rustix::io::writev(&self.device, parts) {
+                Ok(_) => return,
+                Err(Errno::INTR) => {}
+                // The request was given up, or somebody answered it before us; or everything was.
+                Err(Errno::NOENT | Errno::NODEV) => return,
+                Err(error) => break error,
+            }
+        };
+        tracing::error!(%error, unique, "cannot answer a FUSE request");
+        // Something is better than a reader that waits for ever.
+        let _ = rustix::io::write(&self.device, &wire::error_reply(unique, Errno::IO));
+    }
+
+    fn finish_read(
+        &self,
+        unique: u64,
+        layer: &Layer,
+        node: &Node,
+        started: Instant,
+        outcome: Result<Bytes, ReadError>,
+    ) {
+        match outcome {
+            Ok(bytes) => {
+                let header = wire::ok_reply(unique, bytes.len());
+                self.write(unique, &[IoSlice::new(&header), IoSlice::new(&bytes)]);
+                self.tree.observer.read(layer.id, &layer.data.digest(), bytes.len(), started.elapsed());
+            }
+            Err(error) => {
+                let header = wire::error_reply(unique, Errno::from(&error));
+                self.write(unique, &[IoSlice::new(&header)]);
+                layer.set_last_error(error.chain());
+                self.tree.observer.failure(&Failure {
+                    snapshot: layer.id,
+                    layer: layer.data.digest(),
+                    op: FailedOp::FileRead,
+                    error: &error,
+                    path: &layer.toc.path(node.index),
+                    size: layer.data.compressed_size(),
+                    fetched: layer.data.fetched(),
+                });
+            }
+        }
+    }
+
+    fn start_read(
+        self: &Arc<Shared>,
+        request: &Request<'_>,
+        layer: Arc<Layer>,
+        node: Node,
+        range: Range<u64>,
+        started: Instant,
+    ) {
+        let (unique, pid) = (request.unique, request.pid);
+        // The task must not keep the session alive: tasks outlive it when the runtime is slow to drop them.
+        let shared = Arc::downgrade(self);
+        let guard = Answer { shared, unique, layer, node, started };
+        let start = || Waiting {
+            task: self
+                .runtime
+                .spawn(async move {
+                    let outcome = read::read(&guard.layer, &guard.node, range).await;
+                    guard.give(outcome);
+                })
+                .abort_handle(),
+            pid,
+        };
+        if self.inflight.enter(unique, start) == Entered::Interrupted {
+            self.watch(unique, pid);
+        }
+    }
+
+    fn interrupt(self: &Arc<Shared>, unique: u64) {
+        match self.inflight.interrupt(unique) {
+            Known::Waiting(pid) => self.watch(unique, pid),
+            Known::Unknown if self.connection == Connection::Resumed && !self.init.can_resend() => {
+                // Read by a process that died, on a kernel that will not repeat it: only this can end it.
+                let shared = self.clone();
+                self.runtime.spawn(async move {
+                    tokio::time::sleep(ORPHAN_DELAY).await;
+                    if !shared.inflight.contains(unique) {
+                        let _ = rustix::io::write(&shared.device, &wire::error_reply(unique, Errno::INTR));
+                    }
+                });
+            }
+            Known::Unknown => {}
+        }
+    }
+
+    /// Ends the read as soon as its reader is dying.
+    fn watch(self: &Arc<Shared>, unique: u64, pid: u32) {
+        let shared = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            while let Some(shared) = Weak::upgrade(&shared).filter(|shared| shared.inflight.contains(unique)) {
+                if is_dying(pid) {
+                    if let Some(waiting) = shared.inflight.take(unique) {
+                        waiting.task.abort();
+                        let header = wire::error_reply(unique, Errno::from(&ReadError::Interrupted));
+                        shared.write(unique, &[IoSlice::new(&header)]);
+                    }
+                    return;
+                }
+                drop(shared);
+                tokio::time::sleep(WATCH_INTERVAL).await;
+            }
+        });
+    }
+}
+
+/// The duty to answer one read, held by its task.
+struct Answer {
+    shared: Weak<Shared>,
+    unique: u64,
+    layer: Arc<Layer>,
+    node: Node,
+    started: Instant,
+}
+
+impl Answer {
+    fn give(&self, outcome: Result<Bytes, ReadError>) {
+        if let Some(shared) = self.shared.upgrade()
+            && shared.inflight.take(self.unique).is_some()
+        {
+            shared.finish_read(self.unique, &self.layer, &self.node, self.started, outcome);
+        }
+    }
+}
+
+impl Drop for Answer {
+    /// A read that panicked must not leave its reader waiting. One that was dropped is answered elsewhere, or by the next
+    /// session.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.give(Err(ReadError::Panicked));
+        }
+    }
+}
+
+/// Whether a thread will end as soon as it stops waiting. A thread that cannot be seen counts as dying, because else nothing
+/// might ever end its read.
+fn is_dying(thread: u32) -> bool {
+    if thread == 0 {
+        return true;
+    }
+    std::fs::read_to_string(format!("/proc/{thread}/status")).map_or(true, |status| has_deadly_signal(&status))
+}
+
+/// Whether a signal is pending whose outcome is the end of the process. For most that is SIGKILL, which the kernel itself
+/// sends to all threads when a process is killed; but a SIGTERM that comes while another signal waits stays a SIGTERM.
+fn has_deadly_signal(status: &str) -> bool {
+    /// Signals (bit n - 1 for signal n) that by default do nothing, stop or continue: CHLD CONT STOP TSTP TTIN TTOU URG WINCH.
+    const HARMLESS: u64 = 1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27;
+    let set = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+    };
+    let sets = [set("SigPnd:"), set("ShdPnd:"), set("SigBlk:"), set("SigIgn:"), set("SigCgt:")];
+    let [Some(thread), Some(process), Some(blocked), Some(ignored), Some(caught)] = sets else { return true };
+    (thread | process) & !blocked & !ignored & !caught & !HARMLESS != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(pending: u64, shared: u64, blocked: u64, ignored: u64, caught: u64) -> String {
+        format!(
+            "Name:\tx\nSigQ:\t0/1\nSigPnd:\t{pending:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n\
+             SigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n"
+        )
+    }
+
+    #[test]
+    fn only_a_signal_that_ends_the_process_makes_it_dying() {
+        let bit = |signal: u32| 1u64 << (signal - 1);
+        let (usr1, kill, term, child) = (bit(10), bit(9), bit(15), bit(17));
+        assert!(!has_deadly_signal(&status(0, 0, 0, 0, 0)));
+        assert!(has_deadly_signal(&status(kill, 0, !kill, 0, !kill)));
+        assert!(has_deadly_signal(&status(0, term | usr1, 0, 0, usr1)));
+        assert!(!has_deadly_signal(&status(0, usr1 | child, 0, 0, usr1)));
+        assert!(!has_deadly_signal(&status(term, 0, term, 0, 0)));
+        assert!(!has_deadly_signal(&status(term, 0, 0, term, 0)));
+        assert!(has_deadly_signal("Name:\tx\n"));
+        assert!(!is_dying(std::process::id()));
+        assert!(is_dying(0) && is_dying(u32::MAX));
+    }
+}

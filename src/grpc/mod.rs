@@ -1,0 +1,42 @@
+//! The gRPC side: containerd's Snapshots service in, containerd's content store out.
+//!
+//! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
+//! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
+//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has.
+//!
+//! Absent on purpose: decisions. They are in [`crate::snapshot`].
+#![forbid(unsafe_code)]
+
+pub mod content;
+pub mod filter;
+pub mod labels;
+mod server;
+mod service;
+mod source;
+mod status;
+
+pub use server::{Limits, serve};
+pub use service::Service;
+pub use source::ContainerdBlob;
+pub use status::status;
+
+/// What the wire carries, compiled from `src/grpc/proto`.
+pub mod proto {
+    pub mod types {
+        tonic::include_proto!("containerd.types");
+    }
+    pub mod services {
+        pub mod snapshots {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.snapshots.v1");
+            }
+        }
+        pub mod content {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.content.v1");
+            }
+        }
+    }
+    pub use services::content::v1 as content;
+    pub use services::snapshots::v1 as snapshots;
+}

@@ -1,0 +1,296 @@
+//! `soci-mount`: makes the one FUSE mount and keeps its connection alive while daemons come and go.
+//!
+//! It mounts, answers the kernel's INIT while it still has CAP_SYS_ADMIN (without it the kernel caps what may be asked for), sets the read-ahead,
+//! gives up every capability, and from then on only hands the `/dev/fuse` descriptor to processes of its own user. It never touches the mount
+//! again, so nothing that happens to the daemon can hang it.
+//!
+//! ```text
+//!             mount dead or absent                     Give: first, then resumed
+//!   start ──┬─────────────────────▶ mount, INIT ─────▶ Holding ◀────────────────┐
+//!           │ mount alive, holder gone                                          │ Keep: the daemon hands the descriptor in
+//!           └─────────────────────────────────────────▶ Empty ──────────────────┘
+//!                                                         │ Give: the daemon has lost it too
+//!                                                         ▼
+//!                                                        exit, so that whoever restarts us gets a fresh mount
+//! ```
+//!
+//! Invariants:
+//! * At most one holder per root: a lock on `<root>/snapshotter`, released by the kernel, says who.
+//! * Whoever holds the mount's descriptors are this process and the daemon. While one of them lives, readers wait; when both are gone the kernel
+//!   answers ENOTCONN for ever, and the next start detaches that mount and makes a new one.
+//! * Unmounting takes the capability this process gave away, so it is done by a second, short-lived `soci-mount --unmount`.
+//!
+//! Absent on purpose: serving. A holder that parsed requests could be made to hang or die by them.
+#![forbid(unsafe_code)]
+
+mod client;
+pub use crate::fs::wire::{InitParams, answer_init};
+mod protocol;
+mod server;
+
+pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
+
+
+use crate::{
+    layout::Layout,
+    sys::{self, fuse, mountinfo, seqpacket},
+};
+use clap::Parser;
+use protocol::{Request, Status};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use server::{Holding, Server};
+use std::{
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+/// `read_ahead_kb` of the mount: what made big sequential reads eight times cheaper (field/fuse.md, setting 9).
+const READ_AHEAD_KB: u32 = 1024;
+/// The kernel queues INIT while it mounts; this only bounds a kernel that does not.
+const INIT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a mount may take to show whether anybody serves it. A daemon answers `statfs` from memory.
+const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+/// Dead mounts that may be stacked on one another before we suspect a loop.
+const MAX_STACKED: usize = 64;
+
+/// Mounts the snapshotter's FUSE filesystem and keeps its connection while the daemon restarts.
+#[derive(Debug, Parser)]
+#[command(name = "soci-mount", version)]
+struct Args {
+    /// The daemon's --root.
+    #[arg(long, default_value = crate::layout::DEFAULT_ROOT)]
+    root: PathBuf,
+    /// Detach the mount and end the process that holds it, instead of becoming it.
+    #[arg(long, conflicts_with = "detach")]
+    unmount: bool,
+    /// Leave the session of whoever started us.
+    #[arg(long)]
+    detach: bool,
+    /// Exit with 0 if somebody serves the mount on this path, with 1 if nobody does. A separate process because the question may never be answered.
+    #[arg(long, hide = true, value_name = "PATH")]
+    probe: Option<PathBuf>,
+}
+
+/// Everything `src/bin/soci-mount.rs` does.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let layout = Layout::new(&args.root);
+    let result = match (&args.probe, args.unmount) {
+        (Some(point), _) => return probe(point),
+        (None, true) => unmount(&layout),
+        (None, false) => hold(&layout, args.detach),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("soci-mount: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
+    if detach {
+        // EPERM means that we lead a process group, and so are in nobody else's way already.
+        let _ = rustix::process::setsid();
+    }
+    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(layout.snapshotter())?;
+    let Some(lock) = lock_unless_held(layout)? else {
+        return Ok(());
+    };
+    let holding = match mount_state(&layout.lazy())? {
+        MountState::Served => {
+            eprintln!(
+                "soci-mount: {} is mounted and served, but its holder is gone: waiting for the daemon to hand in the descriptor",
+                layout.lazy().display()
+            );
+            Holding::Empty
+        }
+        MountState::Absent => mount(layout)?,
+    };
+    let listener = listen(layout)?;
+    sys::process::shield_from_oom_killer();
+    std::env::set_current_dir("/")?;
+    sys::drop_all_capabilities()?;
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        eprintln!("soci-mount: telling systemd that we are ready: {error}");
+    }
+    sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
+    let ended = Server::new(listener, holding).serve();
+    drop(lock);
+    ended
+}
+
+/// The lock that makes us the holder; `None` while somebody else is.
+fn try_lock(layout: &Layout) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(rustix::fs::CWD, layout.snapshotter(), flags, Mode::empty())?;
+    match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(directory)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The lock, or `None` if the process that has it answers: then there is nothing left for us to do. One that is about to end is waited for.
+fn lock_unless_held(layout: &Layout) -> io::Result<Option<OwnedFd>> {
+    let deadline = Instant::now() + INIT_PATIENCE;
+    loop {
+        if let Some(lock) = try_lock(layout)? {
+            return Ok(Some(lock));
+        }
+        match client::ask_status(layout) {
+            Ok(status) => {
+                let what = match status {
+                    Status::Holding => "holds",
+                    Status::Empty => "waits for the descriptor of",
+                };
+                eprintln!("soci-mount: another soci-mount {what} {}; nothing to do", layout.lazy().display());
+                return Ok(None);
+            }
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Err(error) => {
+                return Err(io::Error::other(format!(
+                    "another soci-mount has locked {} but does not answer: {error}",
+                    layout.snapshotter().display()
+                )));
+            }
+        }
+    }
+}
+
+/// Detaches the mount, then tells the holder, if there is one, that its work is done.
+fn unmount(layout: &Layout) -> io::Result<()> {
+    let point = absolute(&layout.lazy())?;
+    for _ in 0..MAX_STACKED {
+        if mountinfo::mount_at(&point)?.is_none() {
+            break;
+        }
+        fuse::detach(&point)?;
+    }
+    match client::ask(layout, Request::Stop) {
+        Ok(_) => {}
+        Err(error) if client::absent(&error) => {}
+        Err(error) => return Err(error),
+    }
+    match std::fs::remove_file(layout.holder_socket()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+enum MountState {
+    /// Nothing is mounted (any more).
+    Absent,
+    /// A daemon serves what is mounted there.
+    Served,
+}
+
+/// What is on the mount point, after dead mounts of earlier holders were detached.
+fn mount_state(point: &Path) -> io::Result<MountState> {
+    // A dead mount answers mkdir with EEXIST like a live directory does.
+    match std::fs::DirBuilder::new().mode(0o711).create(point) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let point = absolute(point)?;
+    for _ in 0..MAX_STACKED {
+        let Some(mount) = mountinfo::mount_at(&point)? else {
+            return Ok(MountState::Absent);
+        };
+        if mount.fstype != fuse::FSTYPE {
+            return Err(io::Error::other(format!(
+                "{} is the mount point of something else ({})",
+                point.display(),
+                mount.fstype
+            )));
+        }
+        if is_served(&point)? {
+            return Ok(MountState::Served);
+        }
+        eprintln!("soci-mount: detaching a dead mount from {}", point.display());
+        fuse::detach(&point)?;
+    }
+    Err(io::Error::other(format!("more than {MAX_STACKED} dead mounts on {}", point.display())))
+}
+
+/// The path as `/proc/self/mountinfo` spells it. The parent is resolved, never the mount point itself: that would ask whoever serves it.
+fn absolute(point: &Path) -> io::Result<PathBuf> {
+    match (point.parent(), point.file_name()) {
+        (Some(parent), Some(name)) => match parent.canonicalize() {
+            Ok(parent) => Ok(parent.join(name)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(point.to_owned()),
+            Err(error) => Err(error),
+        },
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} has no parent", point.display()))),
+    }
+}
+
+/// Asks in another process, which is left behind if it gets no answer: it ends when the mount does.
+fn is_served(point: &Path) -> io::Result<bool> {
+    let mut child = Command::new(std::env::current_exe()?).arg("--probe").arg(point).stdin(Stdio::null()).spawn()?;
+    let deadline = Instant::now() + PROBE_PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.success());
+        }
+        if Instant::now() > deadline {
+            // Not dead, or the kernel would have said so: somebody has the descriptor and is slow.
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn probe(point: &Path) -> ExitCode {
+    match rustix::fs::statfs(point) {
+        // ENOTCONN: every descriptor of the connection is closed. ECONNABORTED: it was aborted by hand.
+        Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED) => ExitCode::FAILURE,
+        Ok(_) | Err(_) => ExitCode::SUCCESS,
+    }
+}
+
+fn mount(layout: &Layout) -> io::Result<Holding> {
+    let point = absolute(&layout.lazy())?;
+    let device = fuse::open_device()?;
+    fuse::mount(device.as_fd(), &point)?;
+    match negotiate(&device, &point) {
+        Ok(init) => Ok(Holding::Fresh { device, init }),
+        Err(error) => {
+            // Leave nothing behind that would answer ENOTCONN.
+            if let Err(also) = fuse::detach(&point) {
+                eprintln!("soci-mount: {also}");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn negotiate(device: &OwnedFd, point: &Path) -> io::Result<InitParams> {
+    // FUSE_MIN_READ_BUFFER; INIT itself is 104 bytes.
+    let mut request = vec![0; 8192];
+    let length = fuse::read_request(device.as_fd(), &mut request, INIT_PATIENCE)?;
+    let (init, reply) = answer_init(&request[..length]).map_err(io::Error::other)?;
+    rustix::io::write(device, &reply).map_err(|e| sys::context("answering INIT", e))?;
+    if let Err(error) = fuse::set_read_ahead(point, READ_AHEAD_KB) {
+        // Slower, not wrong: /sys may be read-only in a container.
+        eprintln!("soci-mount: {error}");
+    }
+    Ok(init)
+}
+
+/// We have the lock, so a socket that is there belongs to nobody.
+fn listen(layout: &Layout) -> io::Result<OwnedFd> {
+    let path = layout.holder_socket();
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    seqpacket::listen(&path, 0o600)
+}

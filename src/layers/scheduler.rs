@@ -1,0 +1,335 @@
+//! Who may use the network next: one scheduler for all layers of the node.
+//!
+//! * **Demand**: a reader waits. Sent at once, ahead of everything, never limited.
+//! * **Near**: what follows what was just read. Next in line.
+//! * **Background**: everything else of every mounted image, most likely first.
+//!
+//! Near and background requests are sent while fewer bytes are on their way than the link holds ([`Window`]); bytes of demand
+//! count. So the link is full while anything is missing, and a blocked read finds at most one window of other bytes before its own.
+//!
+//! Absent on purpose: the bytes. `fetch` moves them; this module only decides.
+
+use super::{
+    fetch,
+    layer::Layer,
+    window::{MIN_BYTES, Window},
+};
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+use tokio::sync::{Notify, Semaphore};
+
+/// Hints kept; older ones are forgotten. Two per core of a large node.
+const MAX_NEAR: usize = 256;
+/// Requests for blocked readers in flight, per layer: a dead registry must not collect connections without end.
+const DEMAND_PER_LAYER: usize = 16;
+/// Largest background request. A request costs about a round trip of nobody's time, and a blocked read waits behind it.
+const MAX_REQUEST: u64 = 8 << 20;
+
+/// How fast the background may stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// As fast as the link goes.
+    LineRate,
+    /// One span per period, after the silence that follows each new image: what the Go snapshotter does.
+    Every { period: Duration, silence: Duration },
+    /// Not at all.
+    Off,
+}
+
+/// Retries and limits of fetching.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub pace: Pace,
+    /// Bytes per second that near and background requests may use together.
+    pub max_bytes_per_sec: Option<u64>,
+    /// Attempts after the first, of a fetch somebody waits for.
+    pub retries: u32,
+    pub min_wait: Duration,
+    pub max_wait: Duration,
+    /// A reader waits no longer than this for a span.
+    pub budget: Duration,
+    /// Attempts after a span did not match its digest.
+    pub verification_retries: u32,
+}
+
+struct Active {
+    layer: Weak<Layer>,
+    demand: Arc<Semaphore>,
+    /// Background fetching failed: not before this.
+    resume: Option<Instant>,
+    failures: u32,
+}
+
+#[derive(Default)]
+struct State {
+    active: Vec<Active>,
+    near: VecDeque<(Weak<Layer>, usize)>,
+    window: Window,
+    on_their_way: u64,
+    /// Bytes that may be sent for at the moment, under a limit; refilled as time passes.
+    allowance: f64,
+    refilled: Option<Instant>,
+    next_tick: Option<Instant>,
+}
+
+struct Inner {
+    state: Mutex<State>,
+    wake: Notify,
+    settings: Settings,
+}
+
+/// The scheduler; cheap to clone.
+#[derive(Clone)]
+pub struct Scheduler {
+    inner: Arc<Inner>,
+}
+
+enum Next {
+    Fetch(Arc<Layer>, Range<usize>),
+    WaitUntil(Instant),
+    Wait,
+}
+
+impl Scheduler {
+    pub fn new(settings: Settings) -> Scheduler {
+        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings };
+        Scheduler { inner: Arc::new(inner) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.inner.settings
+    }
+
+    /// Streams `layer` until it is complete.
+    pub fn add(&self, layer: &Arc<Layer>) {
+        let mut state = self.lock();
+        state.active.retain(|a| a.layer.strong_count() > 0);
+        if !state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
+            let demand = Arc::new(Semaphore::new(DEMAND_PER_LAYER));
+            state.active.push(Active { layer: Arc::downgrade(layer), demand, resume: None, failures: 0 });
+        }
+        if let Pace::Every { silence, .. } = self.inner.settings.pace {
+            state.next_tick = Some(Instant::now() + silence);
+        }
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+
+    /// Fetches `run`, which the caller has taken, because a reader waits.
+    pub(super) fn demand(&self, layer: Arc<Layer>, run: Range<usize>) {
+        let permits = {
+            let state = self.lock();
+            state.active.iter().find(|a| a.layer.as_ptr() == Arc::as_ptr(&layer)).map(|a| a.demand.clone())
+        };
+        let scheduler = self.clone();
+        layer.shared().runtime.clone().spawn(async move {
+            let _permit = match &permits {
+                Some(permits) => permits.acquire().await.ok(),
+                None => None,
+            };
+            fetch::demand(&scheduler, layer, run).await;
+            scheduler.inner.wake.notify_one();
+        });
+    }
+
+    /// `spans` of `layer` are likely to be read next.
+    pub(super) fn near(&self, layer: &Arc<Layer>, spans: Range<usize>) {
+        if spans.is_empty() || self.inner.settings.pace != Pace::LineRate {
+            return;
+        }
+        let mut state = self.lock();
+        for span in spans.rev() {
+            state.near.push_front((Arc::downgrade(layer), span));
+        }
+        state.near.truncate(MAX_NEAR);
+        drop(state);
+        self.inner.wake.notify_one();
+    }
+
+    /// Bytes that were asked for and have not arrived; dropped with the request.
+    pub(super) fn asked(&self, bytes: u64) -> OnTheirWay {
+        self.lock().on_their_way += bytes;
+        OnTheirWay { scheduler: self.clone(), left: bytes, sent: Instant::now(), begun: false }
+    }
+
+    /// Background fetching of `layer` failed: leaves it alone for a while.
+    pub(super) fn failed(&self, layer: &Arc<Layer>) {
+        let settings = &self.inner.settings;
+        let mut state = self.lock();
+        if let Some(active) = state.active.iter_mut().find(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
+            active.failures = (active.failures + 1).min(16);
+            let wait = backoff(settings.min_wait.max(Duration::from_millis(500)), Duration::from_secs(60), active.failures);
+            active.resume = Some(Instant::now() + wait);
+        }
+    }
+
+    pub(super) fn succeeded(&self, layer: &Arc<Layer>) {
+        let mut state = self.lock();
+        if let Some(active) = state.active.iter_mut().find(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
+            active.failures = 0;
+            active.resume = None;
+        }
+    }
+
+    fn next(&self, now: Instant) -> Next {
+        let settings = &self.inner.settings;
+        let mut state = self.lock();
+        if settings.pace == Pace::Off || state.on_their_way >= state.window.bytes() {
+            return Next::Wait;
+        }
+        if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
+            && tick > now
+        {
+            return Next::WaitUntil(tick);
+        }
+        if let Some(limit) = settings.max_bytes_per_sec {
+            let passed = state.refilled.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
+            state.refilled = Some(now);
+            // A second's worth may be saved up; a request may overdraw, the next one waits for that.
+            state.allowance = (state.allowance + passed * limit as f64).min(limit as f64);
+            if state.allowance < 0.0 {
+                return Next::WaitUntil(now + Duration::from_secs_f64((-state.allowance / limit as f64).clamp(0.001, 60.0)));
+            }
+        }
+        let max_bytes = match settings.pace {
+            Pace::LineRate => (state.window.bytes() / 2).clamp(MIN_BYTES, MAX_REQUEST),
+            Pace::Every { .. } | Pace::Off => 0,
+        };
+        while let Some((layer, span)) = state.near.pop_front() {
+            let Some(layer) = layer.upgrade() else { continue };
+            if let Some(run) = layer.take_background(span, max_bytes) {
+                self.charge(&mut state, &layer, &run);
+                return Next::Fetch(layer, run);
+            }
+        }
+        state.active.retain(|a| a.layer.strong_count() > 0);
+        let mut best: Option<(Arc<Layer>, usize, f32)> = None;
+        let mut resume: Option<Instant> = None;
+        for active in &state.active {
+            if let Some(at) = active.resume.filter(|at| *at > now) {
+                resume = Some(resume.map_or(at, |r| r.min(at)));
+                continue;
+            }
+            let Some(layer) = active.layer.upgrade() else { continue };
+            if let Some((span, value)) = layer.candidate()
+                && best.as_ref().is_none_or(|(_, _, v)| value > *v)
+            {
+                best = Some((layer, span, value));
+            }
+        }
+        if let Some((layer, span, _)) = best
+            && let Some(run) = layer.take_background(span, max_bytes)
+        {
+            self.charge(&mut state, &layer, &run);
+            if let Pace::Every { period, .. } = settings.pace {
+                state.next_tick = Some(now + period);
+            }
+            return Next::Fetch(layer, run);
+        }
+        resume.map_or(Next::Wait, Next::WaitUntil)
+    }
+
+    fn charge(&self, state: &mut State, layer: &Layer, run: &Range<usize>) {
+        let range = layer.blob_range(run);
+        // Counted here and handed to the fetch, so that the next decision already sees it.
+        state.on_their_way += range.end - range.start;
+        if self.inner.settings.max_bytes_per_sec.is_some() {
+            state.allowance -= (range.end - range.start) as f64;
+        }
+    }
+
+    /// Decides until the runtime ends.
+    pub async fn run(self) {
+        loop {
+            match self.next(Instant::now()) {
+                Next::Fetch(layer, run) => {
+                    let range = layer.blob_range(&run);
+                    let ticket = OnTheirWay {
+                        scheduler: self.clone(),
+                        left: range.end - range.start,
+                        sent: Instant::now(),
+                        begun: false,
+                    };
+                    let scheduler = self.clone();
+                    tokio::spawn(async move {
+                        fetch::background(&scheduler, layer, run, ticket).await;
+                        scheduler.inner.wake.notify_one();
+                    });
+                }
+                Next::WaitUntil(at) => {
+                    let _ = tokio::time::timeout_at(at.into(), self.inner.wake.notified()).await;
+                }
+                Next::Wait => self.inner.wake.notified().await,
+            }
+        }
+    }
+
+    /// Best recent rate, and bytes on their way: for status and metrics.
+    pub fn link(&self) -> (u64, u64) {
+        let state = self.lock();
+        (state.window.rate(), state.on_their_way)
+    }
+
+    /// Layers with something missing.
+    pub fn queue_length(&self) -> usize {
+        let layers: Vec<_> = self.lock().active.iter().filter_map(|a| a.layer.upgrade()).collect();
+        layers.iter().filter(|l| !l.is_complete()).count()
+    }
+}
+
+/// The wait before attempt `attempt` (1 is the first retry): doubling from `min` to `max`.
+pub(super) fn backoff(min: Duration, max: Duration, attempt: u32) -> Duration {
+    min.saturating_mul(1 << attempt.saturating_sub(1).min(20)).min(max)
+}
+
+/// Bytes that were asked for. Dropping it forgets those that did not come.
+pub(super) struct OnTheirWay {
+    scheduler: Scheduler,
+    left: u64,
+    sent: Instant,
+    begun: bool,
+}
+
+impl OnTheirWay {
+    /// The response has begun.
+    pub(super) fn begun(&mut self) {
+        if !self.begun {
+            self.begun = true;
+            let now = Instant::now();
+            self.scheduler.lock().window.first_byte(now - self.sent, now);
+        }
+    }
+
+    /// `bytes` arrived.
+    pub(super) fn arrived(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.left);
+        self.left -= bytes;
+        let room = {
+            let mut state = self.scheduler.lock();
+            state.on_their_way = state.on_their_way.saturating_sub(bytes);
+            state.window.arrived(bytes, Instant::now());
+            state.on_their_way < state.window.bytes()
+        };
+        if room {
+            self.scheduler.inner.wake.notify_one();
+        }
+    }
+}
+
+impl Drop for OnTheirWay {
+    fn drop(&mut self) {
+        {
+            let mut state = self.scheduler.lock();
+            state.on_their_way = state.on_their_way.saturating_sub(self.left);
+        }
+        self.scheduler.inner.wake.notify_one();
+    }
+}

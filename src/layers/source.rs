@@ -1,0 +1,84 @@
+//! Where the compressed bytes of a layer come from.
+
+use crate::oci::Digest;
+use crate::registry::{HostId, RangeBody, Repository};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use std::{ops::Range, time::Duration};
+
+/// Why bytes did not come, and whether asking again can help.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{reason}")]
+pub struct SourceError {
+    pub reason: String,
+    pub remedy: Remedy,
+}
+
+/// What to do about a [`SourceError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// Time may heal it; the other side may have said how much.
+    Retry(Option<Duration>),
+    /// This source will not have it, another one may.
+    OtherSource,
+}
+
+/// Something that has a layer's blob.
+pub trait Source: Send + Sync {
+    /// The bytes `range` of the blob, as they arrive. `avoid` names hosts that have just served wrong bytes.
+    fn open<'a>(
+        &'a self,
+        range: Range<u64>,
+        avoid: &'a [HostId],
+    ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>>;
+
+    /// Whether reading from it uses the network: only then does it count as fetched.
+    fn is_remote(&self) -> bool;
+}
+
+/// Bytes on their way.
+pub trait Body: Send {
+    /// The next piece; `None` after exactly the bytes that were asked for.
+    fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>>;
+    /// Who sends them.
+    fn host(&self) -> Option<HostId>;
+}
+
+/// A blob in a registry, or in any of its mirrors.
+pub struct RegistrySource {
+    pub repository: Repository,
+    pub blob: Digest,
+}
+
+impl Source for RegistrySource {
+    fn open<'a>(
+        &'a self,
+        range: Range<u64>,
+        avoid: &'a [HostId],
+    ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
+        Box::pin(async move {
+            match self.repository.blob_range(self.blob, range, avoid).await {
+                Ok(body) => Ok(Box::new(body) as Box<dyn Body>),
+                // The registry client has tried every host as often as the settings say.
+                Err(error) => Err(SourceError { reason: error.to_string(), remedy: Remedy::OtherSource }),
+            }
+        })
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+}
+
+impl Body for RangeBody {
+    fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
+        Box::pin(async move {
+            // What broke off in the middle may go on in another request.
+            RangeBody::chunk(self).await.map_err(|e| SourceError { reason: e.to_string(), remedy: Remedy::Retry(None) })
+        })
+    }
+
+    fn host(&self) -> Option<HostId> {
+        Some(RangeBody::host(self))
+    }
+}

@@ -1,0 +1,356 @@
+//! One question, asked of every host that may answer it, as often as is sensible.
+//!
+//! ```text
+//! pass:     mirror 1 ── mirror 2 ── origin ── mirrors that are left alone, if the origin had trouble too
+//!              │ any failure: the next host at once
+//! answer  ◀────┘            │ the origin said no, or nobody had trouble: that is the answer
+//!                           └ somebody had trouble: wait, next pass
+//! ```
+//!
+//! At one host: the remembered place of the blob, if there is one; else the registry, with what proves who we are, one
+//! answer to one challenge, then up to ten redirects. Credentials stay with the origin they were made for.
+
+use super::{
+    RegistryError,
+    auth::{Auth, Visitor},
+    body::Body,
+    error::{Advice, Failure, Request},
+    hosts::{Endpoint, Endpoints, HostId, Hosts, Standing},
+    redirect::{BlobKey, RedirectCache},
+    retry::{self, RetrySettings},
+    settings::HttpSettings,
+    transport::{Kind, Reply, Transport},
+    url::same_origin,
+};
+use crate::oci::{Digest, Reference};
+use ::url::Url;
+use http::{HeaderValue, Method, header};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// As many as other clients follow.
+const MAX_REDIRECTS: usize = 10;
+
+/// What all repositories share.
+pub(super) struct Client {
+    pub settings: HttpSettings,
+    pub hosts: Hosts,
+    pub transport: Transport,
+    pub auth: Auth,
+    pub redirects: RedirectCache,
+}
+
+/// One repository as a place to send questions to.
+#[derive(Clone)]
+pub(super) struct Site {
+    pub client: Arc<Client>,
+    pub reference: Arc<Reference>,
+    pub name: Arc<str>,
+    pub endpoints: Endpoints,
+}
+
+/// What is asked of one host: a path below the repository, with its headers.
+pub(super) struct Ask<'a> {
+    pub kind: Kind,
+    /// Below `<base>/<repository>/`, with its query.
+    pub path: &'a str,
+    pub accept: Option<&'static str>,
+    pub range: Option<std::ops::Range<u64>>,
+    /// The blob whose place may be remembered.
+    pub blob: Option<Digest>,
+}
+
+/// Whether the remembered place of a blob may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Places {
+    Remembered,
+    /// Every host was to be avoided: what is remembered may be what served the bad bytes.
+    Anew,
+}
+
+impl Site {
+    /// Asks `attempt` of the hosts in turn until one answers.
+    pub async fn ask<T, F, A>(&self, retry: &RetrySettings, avoid: &[HostId], attempt: A) -> Result<T, RegistryError>
+    where
+        A: Fn(Arc<Endpoint>, Places) -> F,
+        F: Future<Output = Result<T, Failure>>,
+    {
+        let wanted = |e: &&Arc<Endpoint>| !avoid.contains(&e.id);
+        let mut hosts: Vec<_> = self.endpoints.iter().filter(wanted).cloned().collect();
+        let mut places = Places::Remembered;
+        if hosts.is_empty() {
+            hosts = self.endpoints.to_vec();
+            places = Places::Anew;
+        }
+        let mut corrupt = 0;
+        for number in 1.. {
+            let mut pass = Pass::default();
+            let mut reserve = Vec::new();
+            let last = hosts.len() - 1;
+            for (at, host) in hosts.iter().enumerate() {
+                // The last host is asked whatever its standing: there may be nobody else.
+                if at < last && host.standing() == Standing::Penalised {
+                    reserve.push(host);
+                    continue;
+                }
+                match attempt(host.clone(), places).await {
+                    Ok(answer) => {
+                        host.succeeded();
+                        return Ok(answer);
+                    }
+                    Err(failure) => pass.failed(host, at == last, failure),
+                }
+            }
+            if pass.last_had_trouble {
+                for host in reserve {
+                    match attempt(host.clone(), places).await {
+                        Ok(answer) => {
+                            host.succeeded();
+                            return Ok(answer);
+                        }
+                        Err(failure) => pass.failed(host, false, failure),
+                    }
+                }
+            }
+            corrupt += u32::from(pass.last_was_corrupt);
+            let (error, asked) = match pass.result() {
+                Verdict::Final(error) => return Err(error),
+                Verdict::Trouble(error, _) if number > retry.max_retries || corrupt > 1 => {
+                    return Err(error.after_attempts(number));
+                }
+                Verdict::Trouble(error, asked) => (error, asked),
+            };
+            tracing::debug!(error = %error, "retrying request");
+            tokio::time::sleep(retry.wait(number, asked, retry::random())).await;
+        }
+        unreachable!("attempts are counted to a limit")
+    }
+
+    /// One attempt at one host: an answer whose body is still to be read.
+    pub async fn open(&self, endpoint: &Endpoint, places: Places, ask: &Ask<'_>) -> Result<Body, Failure> {
+        let url = self.url(endpoint, ask.path)?;
+        let request = Request::new("GET", &url);
+        let key = ask.blob.map(|digest| BlobKey { host: endpoint.id.clone(), repository: self.name.clone(), digest });
+        if let Some(key) = &key {
+            if places == Places::Anew {
+                self.client.redirects.forget_any(key);
+            }
+            if let Some(place) = self.client.redirects.get(key)
+                && let Some(body) = self.open_remembered(endpoint, ask, key, &request, &url, place).await?
+            {
+                return Ok(body);
+            }
+        }
+        let started = Instant::now();
+        let mut here = url.clone();
+        let mut at_origin = true;
+        for _ in 0..=MAX_REDIRECTS {
+            let shown = if here == url { request.clone() } else { request.redirected(&here) };
+            let reply = match at_origin {
+                true => self.send_proven(endpoint, ask, &shown, &here).await?,
+                false => self.send(endpoint, ask, &shown, self.http(ask, &here, Some(&url), None)).await?,
+            };
+            match reply {
+                Reply::Content(response) => {
+                    if let Some(key) = key
+                        && !at_origin
+                    {
+                        self.client.redirects.insert(key, here);
+                    }
+                    return Ok(self.body(endpoint, ask, response, shown, started));
+                }
+                Reply::Error(error) => return Err(error.failure(&shown)),
+                Reply::Redirect(target) => {
+                    // Once elsewhere, always elsewhere: a stranger does not lead us back with our credentials.
+                    at_origin = at_origin && same_origin(&url, &target);
+                    here = target;
+                }
+            }
+        }
+        Err(Failure::malformed(&request, format!("redirected more than {MAX_REDIRECTS} times")))
+    }
+
+    /// Asks where the blob was last time. None if it is not there any more; the registry knows where it is now.
+    async fn open_remembered(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        key: &BlobKey,
+        request: &Request,
+        registry: &Url,
+        place: Arc<Url>,
+    ) -> Result<Option<Body>, Failure> {
+        let started = Instant::now();
+        let shown = request.redirected(&place);
+        let reply = self.send(endpoint, ask, &shown, self.http(ask, &place, Some(registry), None)).await;
+        match reply {
+            Ok(Reply::Content(response)) => Ok(Some(self.body(endpoint, ask, response, shown, started))),
+            Ok(Reply::Error(error)) if !matches!(error.status.as_u16(), 400 | 401 | 403 | 404 | 410) => {
+                self.client.redirects.forget(key, &place);
+                Err(error.failure(&shown))
+            }
+            Ok(Reply::Error(error)) => {
+                tracing::info!("Received status code: {}. Refreshing URL and retrying...", error.status);
+                self.client.redirects.forget(key, &place);
+                Ok(None)
+            }
+            Ok(Reply::Redirect(_)) => {
+                self.client.redirects.forget(key, &place);
+                Ok(None)
+            }
+            Err(failure) => {
+                self.client.redirects.forget(key, &place);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Sends with what proves who we are, and once more if that was not enough.
+    async fn send_proven(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        request: &Request,
+        url: &Url,
+    ) -> Result<Reply, Failure> {
+        let auth = &self.client.auth;
+        let door = auth.door(endpoint, &self.name);
+        let visitor = Visitor {
+            transport: &self.client.transport,
+            endpoint,
+            reference: &self.reference,
+            request,
+            timeout: endpoint.request_timeout(self.client.settings.request_timeout),
+            idle: self.client.settings.idle_timeout,
+        };
+        let proof = auth.present(&door, &visitor).await;
+        let reply = self.send(endpoint, ask, request, self.http(ask, url, None, proof.as_ref())).await?;
+        let Reply::Error(error) = reply else { return Ok(reply) };
+        let challenges = match error.status.as_u16() {
+            401 => error.challenges.clone(),
+            403 if error.is_expired_login() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
+            403 if error.is_expired_login() => error.challenges.clone(),
+            _ => return Ok(Reply::Error(error)),
+        };
+        tracing::info!("Received status code: {}. Authorizing...", error.status);
+        match auth.answer(&door, &visitor, &challenges, proof.as_ref()).await? {
+            Some(proof) => self.send(endpoint, ask, request, self.http(ask, url, None, Some(&proof))).await,
+            None => Ok(Reply::Error(error)),
+        }
+    }
+
+    async fn send(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        request: &Request,
+        http: reqwest::Request,
+    ) -> Result<Reply, Failure> {
+        self.client.transport.send(ask.kind, request, http, self.time_limit(endpoint, ask.kind)).await
+    }
+
+    fn http(&self, ask: &Ask<'_>, url: &Url, came_from: Option<&Url>, proof: Option<&HeaderValue>) -> reqwest::Request {
+        let mut http = reqwest::Request::new(Method::GET, url.clone());
+        let headers = http.headers_mut();
+        if let Some(accept) = ask.accept {
+            headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
+        }
+        if let Some(range) = &ask.range {
+            let text = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
+            if let Ok(value) = HeaderValue::from_str(&text) {
+                headers.insert(header::RANGE, value);
+            }
+        }
+        if matches!(ask.kind, Kind::Blob | Kind::Range) {
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
+        // Some storage checks it; as in Go, it is not sent from TLS to plain HTTP. It is the registry's URL, which has no secrets.
+        if let Some(from) = came_from
+            && (from.scheme() == "http" || url.scheme() == "https")
+            && let Ok(value) = HeaderValue::from_str(from.as_str())
+        {
+            headers.insert(header::REFERER, value);
+        }
+        if let Some(proof) = proof {
+            headers.insert(header::AUTHORIZATION, proof.clone());
+        }
+        http
+    }
+
+    fn body(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        response: reqwest::Response,
+        request: Request,
+        started: Instant,
+    ) -> Body {
+        let left = self.time_limit(endpoint, ask.kind).map(|limit| limit.saturating_sub(started.elapsed()));
+        Body::new(response, request, self.client.settings.idle_timeout, left)
+    }
+
+    fn time_limit(&self, endpoint: &Endpoint, kind: Kind) -> Option<Duration> {
+        let settings = &self.client.settings;
+        endpoint.request_timeout(match kind {
+            Kind::Blob | Kind::Range => settings.blob_timeout,
+            Kind::Manifest | Kind::Referrers | Kind::Login => settings.request_timeout,
+        })
+    }
+
+    pub fn url(&self, endpoint: &Endpoint, path: &str) -> Result<Url, Failure> {
+        endpoint
+            .url(&self.name, path)
+            .map_err(|error| Failure::elsewhere(RegistryError::Setup { what: format!("{}: {error}", endpoint.id) }))
+    }
+}
+
+/// How the hosts fared in one pass.
+#[derive(Default)]
+struct Pass {
+    /// The latest "no"; that of the last host of the list wins.
+    no: Option<RegistryError>,
+    trouble: Option<(RegistryError, Option<Duration>)>,
+    last_had_trouble: bool,
+    last_was_corrupt: bool,
+}
+
+enum Verdict {
+    Final(RegistryError),
+    Trouble(RegistryError, Option<Duration>),
+}
+
+impl Pass {
+    fn failed(&mut self, host: &Endpoint, is_last: bool, failure: Failure) {
+        let Failure { error, advice } = failure;
+        match advice {
+            Advice::Elsewhere => {
+                host.succeeded();
+                self.no = Some(error);
+                return;
+            }
+            Advice::Later(after) => {
+                host.failed(after);
+                self.trouble = Some((error, after));
+            }
+            Advice::Corrupt => {
+                host.failed(None);
+                self.last_was_corrupt |= is_last;
+                self.trouble = Some((error, Some(Duration::ZERO)));
+            }
+        }
+        self.last_had_trouble |= is_last;
+    }
+
+    /// The registry's own "no such thing" is final. Any other "no" is only when no mirror had trouble: one that is
+    /// allowed to serve what we may not fetch from the registry may be back soon.
+    fn result(self) -> Verdict {
+        match (self.no, self.trouble) {
+            (Some(no), _) if !self.last_had_trouble && matches!(no, RegistryError::NotFound { .. }) => Verdict::Final(no),
+            (_, Some((error, after))) => Verdict::Trouble(error, after),
+            (Some(no), None) => Verdict::Final(no),
+            (None, None) => Verdict::Final(RegistryError::Setup { what: "there is no host to ask".into() }),
+        }
+    }
+}

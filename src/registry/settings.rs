@@ -1,0 +1,96 @@
+//! How registries are talked to. Values here are resolved: the zero and negative rules of the configuration file are
+//! applied where it is read.
+
+use super::RetrySettings;
+use std::{collections::HashMap, time::Duration};
+
+/// A time limit that may be absent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    Unlimited,
+    After(Duration),
+}
+
+impl Limit {
+    pub(super) fn duration(self) -> Option<Duration> {
+        match self {
+            Limit::Unlimited => None,
+            Limit::After(duration) => Some(duration),
+        }
+    }
+}
+
+/// `[http]` and the request part of `[blob]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpSettings {
+    /// To look up a name, connect, and agree on TLS.
+    pub dial_timeout: Duration,
+    /// From a request to the headers of its answer.
+    pub header_timeout: Limit,
+    /// One attempt of a request other than for blob data, with its body.
+    pub request_timeout: Limit,
+    pub retry: RetrySettings,
+    /// One attempt of a request for blob data, with its body. Time in which the caller does not ask for more is not counted.
+    pub blob_timeout: Limit,
+    pub blob_retry: RetrySettings,
+    /// Without a byte of a body for this long, the body has failed.
+    pub idle_timeout: Duration,
+    /// Connections kept open per host while nothing is asked.
+    pub idle_connections: usize,
+    /// Largest manifest, image index, SOCI index or page of referrers.
+    pub manifest_max: u64,
+}
+
+impl Default for HttpSettings {
+    fn default() -> HttpSettings {
+        HttpSettings {
+            dial_timeout: Duration::from_secs(3),
+            header_timeout: Limit::After(Duration::from_secs(3)),
+            request_timeout: Limit::After(Duration::from_secs(300)),
+            retry: RetrySettings::default(),
+            blob_timeout: Limit::After(Duration::from_secs(300)),
+            blob_retry: RetrySettings::default(),
+            // Three header time-outs: far longer than a congested link pauses, far shorter than a reader's patience.
+            idle_timeout: Duration::from_secs(10),
+            // As many as the scheduler has ranges in flight for one host, twice over.
+            idle_connections: 32,
+            // What registries themselves accept (distribution specification, 4 MiB).
+            manifest_max: 4 << 20,
+        }
+    }
+}
+
+/// What the time-out of one mirror is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MirrorTimeout {
+    /// That of all requests.
+    #[default]
+    Inherit,
+    /// Its own.
+    Own(Limit),
+}
+
+/// Whether a mirror is asked over TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Security {
+    /// TLS, except on loopback.
+    #[default]
+    Tls,
+    /// `insecure = true`: plain HTTP.
+    PlainHttp,
+}
+
+/// One entry of `resolver.host."<image host>".mirrors`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Mirror {
+    /// URL with or without scheme, or a bare `host[:port]`. The path defaults to `/v2`.
+    pub host: String,
+    pub security: Security,
+    pub timeout: MirrorTimeout,
+}
+
+/// `[resolver]`: for each image host, the mirrors to ask before it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostSettings {
+    pub mirrors: HashMap<String, Vec<Mirror>>,
+}

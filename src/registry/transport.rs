@@ -1,0 +1,340 @@
+//! One HTTP exchange: a request out, headers in, within the time limits; no retry, no redirect, no credentials.
+//!
+//! Blob data travels over HTTP/1.1 only. With HTTP/2 all ranges of a host would share one TCP connection: its one
+//! congestion window would be the limit, and a body whose reader pauses would hold flow-control credit that a more urgent
+//! one needs. Everything else may use HTTP/2. Loopback is never asked through a proxy.
+
+use super::{
+    HttpSettings, RegistryError,
+    challenge::{self, Challenge},
+    error::{Failure, Request},
+    retry,
+    url::{authority, is_loopback},
+};
+use ::url::Url;
+use http::{HeaderMap, StatusCode, header};
+use reqwest::Response;
+use std::{
+    error::Error,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// How much of an error's body is read: what the distribution specification's error documents need, and little enough
+/// that reading it costs less than a new connection.
+const ERROR_BODY_MAX: usize = 4096;
+/// How long to wait for an error's body.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Idle connections are closed before the usual server's 60 s (nginx: 75 s, S3: 20 s and a retry costs nothing).
+const POOL_IDLE: Duration = Duration::from_secs(55);
+/// Finds dead peers behind NATs.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Manifest,
+    Referrers,
+    /// A whole blob.
+    Blob,
+    /// A range of a blob.
+    Range,
+    /// Proof of who asks.
+    Login,
+}
+
+/// How an exchange ended, as far as the headers of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Answered(u16),
+    Failed,
+}
+
+/// Told about every exchange; for metrics. Must not block.
+pub trait Observer: Send + Sync {
+    /// `took` is the time until the headers of the answer, or until the failure.
+    fn request(&self, kind: Kind, host: &str, took: Duration, outcome: Outcome);
+}
+
+/// Ignores everything.
+pub(super) struct Unobserved;
+
+impl Observer for Unobserved {
+    fn request(&self, _: Kind, _: &str, _: Duration, _: Outcome) {}
+}
+
+pub(super) struct Transport {
+    talk: reqwest::Client,
+    bulk: reqwest::Client,
+    local: reqwest::Client,
+    answer_timeout: Option<Duration>,
+    observer: Arc<dyn Observer>,
+}
+
+/// What came back.
+pub(super) enum Reply {
+    /// 2xx; the body is still to be read.
+    Content(Response),
+    /// 3xx with a usable target.
+    Redirect(Url),
+    Error(ErrorReply),
+}
+
+/// Any other status, with what its headers and the start of its body say.
+pub(super) struct ErrorReply {
+    pub status: StatusCode,
+    pub challenges: Vec<Challenge>,
+    pub retry_after: Option<Duration>,
+    pub body: Vec<u8>,
+    pub is_xml: bool,
+}
+
+impl Transport {
+    pub fn new(settings: &HttpSettings, observer: Arc<dyn Observer>) -> Result<Transport, RegistryError> {
+        let builder = || {
+            reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .user_agent(concat!("soci-snapshotter/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(settings.dial_timeout)
+                .tcp_nodelay(true)
+                .tcp_keepalive(TCP_KEEPALIVE)
+                .pool_idle_timeout(POOL_IDLE)
+                .pool_max_idle_per_host(settings.idle_connections)
+        };
+        let build = |builder: reqwest::ClientBuilder| builder.build().map_err(|e| RegistryError::Setup { what: chain(&e) });
+        Ok(Transport {
+            talk: build(builder())?,
+            bulk: build(builder().http1_only())?,
+            local: build(builder().http1_only().no_proxy())?,
+            answer_timeout: settings.header_timeout.duration().map(|header| header + settings.dial_timeout),
+            observer,
+        })
+    }
+
+    /// Sends `http` and reads up to the headers of the answer, or through its body if it is an error.
+    pub async fn send(
+        &self,
+        kind: Kind,
+        request: &Request,
+        http: reqwest::Request,
+        limit: Option<Duration>,
+    ) -> Result<Reply, Failure> {
+        let url = http.url().clone();
+        let client = match kind {
+            _ if is_loopback(&url) => &self.local,
+            Kind::Blob | Kind::Range => &self.bulk,
+            Kind::Manifest | Kind::Referrers | Kind::Login => &self.talk,
+        };
+        let limit = match (self.answer_timeout, limit) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        let started = Instant::now();
+        let result = within(limit, client.execute(http)).await;
+        let outcome = match &result {
+            Some(Ok(response)) => Outcome::Answered(response.status().as_u16()),
+            Some(Err(_)) | None => Outcome::Failed,
+        };
+        self.observer.request(kind, &authority(&url), started.elapsed(), outcome);
+        match result {
+            Some(Ok(response)) => self.reply(request, &url, response).await,
+            Some(Err(error)) => Err(transport_failure(request, &error)),
+            None => Err(Failure::later(request, format!("no answer from {} in time", authority(&url)), None)),
+        }
+    }
+
+    async fn reply(&self, request: &Request, url: &Url, response: Response) -> Result<Reply, Failure> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(Reply::Content(response));
+        }
+        let headers = response.headers().clone();
+        let body = drain(response).await;
+        if matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+            let target = headers.get(header::LOCATION).and_then(|l| l.to_str().ok()).and_then(|l| url.join(l).ok());
+            return match target {
+                Some(target) if matches!(target.scheme(), "http" | "https") && target.has_host() => {
+                    Ok(Reply::Redirect(target))
+                }
+                _ => Err(Failure::malformed(request, format!("{status} without a usable Location"))),
+            };
+        }
+        Ok(Reply::Error(ErrorReply {
+            status,
+            challenges: challenges(&headers),
+            retry_after: text(&headers, header::RETRY_AFTER)
+                .filter(|_| matches!(status.as_u16(), 429 | 503))
+                .and_then(|value| retry::retry_after(value, jiff::Timestamp::now())),
+            is_xml: text(&headers, header::CONTENT_TYPE).is_some_and(|t| t.starts_with("application/xml")),
+            body,
+        }))
+    }
+}
+
+impl ErrorReply {
+    /// What this status means for the request, challenges aside.
+    pub fn failure(&self, request: &Request) -> Failure {
+        let what = match self.code() {
+            Some(code) => format!("{} ({code})", self.status),
+            None => self.status.to_string(),
+        };
+        let request = request.clone();
+        match self.status.as_u16() {
+            401 | 403 => Failure::elsewhere(RegistryError::Unauthorized { request, what }),
+            400 if self.is_expired_signature() => Failure::elsewhere(RegistryError::Unauthorized { request, what }),
+            404 | 410 => Failure::elsewhere(RegistryError::NotFound { request }),
+            429 | 500 | 502..=599 => Failure::later(&request, what, self.retry_after),
+            status => {
+                let what = self.code().map(|code| format!(" ({code})")).unwrap_or_default();
+                Failure::elsewhere(RegistryError::Refused { request, status, what })
+            }
+        }
+    }
+
+    /// The error code of the distribution specification, if it is one: free text is not repeated, it may hold anything.
+    pub fn code(&self) -> Option<&'static str> {
+        const CODES: [&str; 14] = [
+            "BLOB_UNKNOWN",
+            "BLOB_UPLOAD_INVALID",
+            "BLOB_UPLOAD_UNKNOWN",
+            "DIGEST_INVALID",
+            "MANIFEST_BLOB_UNKNOWN",
+            "MANIFEST_INVALID",
+            "MANIFEST_UNKNOWN",
+            "NAME_INVALID",
+            "NAME_UNKNOWN",
+            "SIZE_INVALID",
+            "UNAUTHORIZED",
+            "DENIED",
+            "UNSUPPORTED",
+            "TOOMANYREQUESTS",
+        ];
+        let code = self.error_field("code")?;
+        CODES.into_iter().find(|known| *known == code)
+    }
+
+    /// ECR's way of asking for new credentials: a 403 with this text.
+    pub fn is_expired_login(&self) -> bool {
+        self.status == StatusCode::FORBIDDEN
+            && self.error_field("message").is_some_and(|message| {
+                message == "Your authorization token has expired. Reauthenticate and try again."
+            })
+    }
+
+    /// S3's way of saying that a signed URL is too old: a 400 with this code.
+    pub fn is_expired_signature(&self) -> bool {
+        let code = b"<Code>ExpiredToken</Code>";
+        self.status == StatusCode::BAD_REQUEST && self.is_xml && self.body.windows(code.len()).any(|w| w == code)
+    }
+
+    fn error_field(&self, name: &str) -> Option<String> {
+        let document: serde_json::Value = serde_json::from_slice(&self.body).ok()?;
+        Some(document.get("errors")?.get(0)?.get(name)?.as_str()?.to_owned())
+    }
+}
+
+/// `future`, or nothing if it takes longer than `limit`.
+pub(super) async fn within<T>(limit: Option<Duration>, future: impl Future<Output = T>) -> Option<T> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, future).await.ok(),
+        None => Some(future.await),
+    }
+}
+
+/// A header's value, if it is text.
+pub(super) fn text(headers: &HeaderMap, name: header::HeaderName) -> Option<&str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
+    let mut out: Vec<_> = headers
+        .get_all(header::WWW_AUTHENTICATE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(challenge::parse)
+        .collect();
+    out.sort_by_key(|challenge| matches!(challenge, Challenge::Basic));
+    out
+}
+
+async fn drain(mut response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    let read = async {
+        while let Ok(Some(chunk)) = response.chunk().await {
+            body.extend_from_slice(&chunk[..chunk.len().min(ERROR_BODY_MAX - body.len())]);
+            if body.len() == ERROR_BODY_MAX {
+                break;
+            }
+        }
+    };
+    // Late or not at all is the same: what arrived is enough to go on.
+    let _ = tokio::time::timeout(ERROR_BODY_TIMEOUT, read).await;
+    body
+}
+
+fn transport_failure(request: &Request, error: &reqwest::Error) -> Failure {
+    let what = chain(error);
+    if what.contains("peer certificate") {
+        let hint = if what.contains("UnknownIssuer") {
+            " (no authority this machine trusts signed it; SSL_CERT_FILE can name a file of authorities)"
+        } else {
+            ""
+        };
+        return Failure::elsewhere(RegistryError::Untrusted { request: request.clone(), what: format!("{what}{hint}") });
+    }
+    if error.is_builder() {
+        return Failure::elsewhere(RegistryError::Malformed { request: request.clone(), what });
+    }
+    Failure::later(request, what, None)
+}
+
+/// An error and its causes in one line, without the URL that reqwest would print.
+pub(super) fn chain(error: &reqwest::Error) -> String {
+    let mut causes = Vec::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        causes.push(cause.to_string());
+        next = cause.source();
+    }
+    causes.dedup();
+    match causes.is_empty() {
+        false => causes.join(": "),
+        true if error.is_timeout() => "timed out".into(),
+        true if error.is_connect() => "cannot connect".into(),
+        true => "the exchange failed".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(status: u16, body: &str) -> ErrorReply {
+        ErrorReply {
+            status: StatusCode::from_u16(status).unwrap(),
+            challenges: Vec::new(),
+            retry_after: None,
+            body: body.into(),
+            is_xml: true,
+        }
+    }
+
+    #[test]
+    fn expired_logins_and_signatures_are_recognised() {
+        let text = r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired. Reauthenticate and try again."}]}"#;
+        assert!(reply(403, text).is_expired_login());
+        assert!(!reply(401, text).is_expired_login());
+        assert!(reply(400, "<Error><Code>ExpiredToken</Code></Error>").is_expired_signature());
+        assert!(!reply(400, "<Error><Code>Other</Code></Error>").is_expired_signature());
+    }
+
+    #[test]
+    fn a_registrys_free_text_is_not_repeated() {
+        let url = Url::parse("https://h/v2/a").unwrap();
+        let request = Request::new("GET", &url);
+        let text = r#"{"errors":[{"code":"DENIED","message":"your password hunter2"}]}"#;
+        let shown = reply(403, text).failure(&request).error.to_string();
+        assert_eq!(shown, r#"GET "https://h/v2/a": access denied: 403 Forbidden (DENIED)"#);
+        assert!(!reply(418, r#"{"errors":[{"code":"hunter2"}]}"#).failure(&request).error.to_string().contains("hunter2"));
+    }
+}

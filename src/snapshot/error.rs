@@ -1,0 +1,92 @@
+//! Every way a snapshot operation can fail. `grpc::status` says which gRPC code each one is.
+
+use crate::layout::SnapshotId;
+use std::io;
+use std::path::PathBuf;
+
+/// An operation that did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("snapshot {0}: not found")]
+    NotFound(String),
+    #[error("missing parent {0:?}: not found")]
+    ParentNotFound(String),
+    #[error("snapshot {0}: already exists")]
+    AlreadyExists(String),
+    /// The layer is there, committed under its chain id: what containerd wants to hear of a lazy layer.
+    #[error("target snapshot {0:?}: already exists")]
+    TargetExists(String),
+    #[error("parent {0:?} is not committed snapshot: invalid argument")]
+    ParentNotCommitted(String),
+    #[error("{what} must have 1 to {max} bytes: invalid argument")]
+    InvalidName { what: &'static str, max: usize },
+    #[error("cannot update {field:?} field on snapshot {name:?}: invalid argument")]
+    ImmutableField { field: String, name: String },
+    #[error("snapshot {0} is not active: failed precondition")]
+    NotActive(String),
+    #[error("snapshot {0} is committed: failed to get active mount: failed precondition")]
+    NotMountable(String),
+    #[error("cannot remove snapshot {0} with child: failed precondition")]
+    HasChildren(String),
+    #[error("layer \"{0}\" unavailable: unavailable")]
+    Unavailable(SnapshotId),
+    #[error("context has no namespace attached")]
+    NoNamespace,
+    #[error("id-mapped snapshots (user namespaces) are not supported yet: not implemented")]
+    IdMapping,
+    #[error("snapshot numbers are used up")]
+    IdsExhausted,
+    #[error("directory of snapshot {id}")]
+    Directory { id: SnapshotId, source: io::Error },
+    #[error("snapshot records")]
+    Store(#[from] StoreError),
+    /// The task that did it panicked.
+    #[error("the operation ended early")]
+    Aborted,
+}
+
+/// What can be wrong with the database.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("snapshot database {} is in use by another process", path.display())]
+    InUse { path: PathBuf },
+    #[error(
+        "snapshot database {} has schema {found}, this version knows up to {known}: it was written by a newer version",
+        path.display()
+    )]
+    Newer { path: PathBuf, found: u64, known: u64 },
+    /// Never repaired by guessing and never replaced by an empty one: containerd's own records name these snapshots.
+    #[error("snapshot database {} is damaged: {what}", path.display())]
+    Damaged { path: PathBuf, what: String },
+    #[error("record of snapshot {name:?} is damaged")]
+    DamagedRecord { name: String, source: serde_json::Error },
+    #[error("the records of snapshots contradict each other: {0}")]
+    Inconsistent(String),
+    #[error("snapshot database {}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Database(#[from] Box<redb::Error>),
+    /// A transaction shared by several operations failed; this is what the first one said.
+    #[error("transaction failed: {0}")]
+    Batch(String),
+    #[error("the snapshot database is closed")]
+    Closed,
+}
+
+impl StoreError {
+    pub(super) fn database(error: impl Into<redb::Error>) -> StoreError {
+        StoreError::Database(Box::new(error.into()))
+    }
+}
+
+/// An error and its sources, outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

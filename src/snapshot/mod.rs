@@ -1,0 +1,47 @@
+//! Snapshots: their records, their directories, and what containerd may do with them.
+//!
+//! * [`Store`] keeps records in one transactional database: a record exists or it does not, whatever dies when.
+//! * [`state`] decides, without a clock, a lock or a disk: lazy or deferred, which mounts.
+//! * [`Snapshotter`] acts: containerd's snapshotter semantics over both, for the gRPC service to translate.
+//!
+//! ```text
+//!             Prepare ref=T, lazy                                     Remove              sweep
+//!   (nothing) ───────────────────▶ Active ──▶ Committed under T ──────────────▶ directory ─────▶ (nothing)
+//!      │                                        ▲                    ▲          without record
+//!      │ Prepare          ┌──────▶ Active ──────┘ Commit             │
+//!      ├──────────────────┘          └───────────────────────────────┤
+//!      │ View                                                        │
+//!      └─────────────────────────▶ View ─────────────────────────────┘
+//! ```
+//!
+//! Invariants:
+//! * A record always has its directory: directories are made before their record and removed after it.
+//! * A snapshot's number is never reused, not even for a directory whose record was never written.
+//! * A directory whose number this database never gave out is not ours, and never removed.
+//! * `ALREADY_EXISTS` for a layer means that a committed snapshot under its chain id can be listed.
+//! * An operation that started is finished even if its caller goes away.
+//!
+//! Absent on purpose: what makes a layer readable ([`LazyLayers`]), what needs privilege ([`Disk`]), and labels as strings
+//! (`grpc::labels` makes an [`Extraction`] of them).
+#![forbid(unsafe_code)]
+
+mod directories;
+mod disk;
+mod error;
+mod lazy;
+mod model;
+mod record;
+mod snapshotter;
+pub mod state;
+mod store;
+#[cfg(test)]
+mod tests;
+
+pub use directories::make_parents;
+pub use disk::{Disk, InProcessDisk};
+pub use error::{SnapshotError, StoreError, chain};
+pub use lazy::{Extraction, LazyLayers, NotLazyReason, Target};
+pub use model::{Info, Kind, Labels, Timestamp, Usage, label};
+pub use snapshotter::{Options, Snapshotter};
+pub use state::{Mount, MountKind, Pull};
+pub use store::{Change, Store};

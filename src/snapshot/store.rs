@@ -1,0 +1,470 @@
+//! Snapshot records in one transactional database.
+//!
+//! One thread owns all writing. It takes every change that is waiting into one transaction and commits once for all of them, so
+//! that fifty layers prepared at the same time cost one sync of the disk and not fifty. A change either finds its
+//! preconditions true and is applied whole, or touches nothing.
+//!
+//! ```text
+//! records   name -> record (JSON)          in byte order, which is the order of List
+//! names     id -> name
+//! children  (parent id, child id) -> ()
+//! facts     schema, next-id, first-id
+//! ```
+//!
+//! Invariant: `names` and `children` follow from `records`; all three change in one transaction.
+//! Invariant: a file that is not a database of ours is reported and left as it is.
+
+use super::error::{SnapshotError, StoreError};
+use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
+use super::record;
+use crate::layout::SnapshotId;
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use std::collections::HashSet;
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use tokio::sync::{mpsc, oneshot};
+
+const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("records");
+const NAMES: TableDefinition<u32, &str> = TableDefinition::new("names");
+const CHILDREN: TableDefinition<(u32, u32), ()> = TableDefinition::new("children");
+const FACTS: TableDefinition<&str, u64> = TableDefinition::new("facts");
+
+const SCHEMA: &str = "schema";
+const NEXT_ID: &str = "next-id";
+/// The first number this database ever gave out. Directories with smaller ones are somebody else's.
+const FIRST_ID: &str = "first-id";
+/// Schema of this version.
+const SCHEMA_VERSION: u64 = 1;
+
+/// Memory for pages. The database of a node with 10,000 snapshots has some 20 MB, most of which nobody reads twice.
+const CACHE_BYTES: usize = 4 << 20;
+/// Changes waiting for the writer. More make their callers wait.
+const QUEUE: usize = 256;
+/// Changes in one transaction: bounds how long the first waits for the last.
+const BATCH: usize = 64;
+/// Longest parent chain. Overlay mounts with more than 500 lower directories cannot be made anyway.
+const MAX_CHAIN: usize = 1024;
+
+/// When a change has to be on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Before the call returns.
+    Durable,
+    /// With the next durable change; a crash may lose it.
+    Soon,
+}
+
+/// A snapshot in a parent chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub id: SnapshotId,
+    pub lazy: bool,
+}
+
+/// What Update may change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LabelUpdate {
+    /// All labels become these.
+    Replace(Labels),
+    /// These labels change, the others stay.
+    Set(Labels),
+}
+
+type Outcome = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+type Apply = Box<dyn FnOnce(&mut Tables<'_>) -> Result<Outcome, StoreError> + Send>;
+
+struct Job {
+    change: Change,
+    apply: Apply,
+}
+
+/// The records. Dropping it ends the writer and releases the file.
+pub struct Store {
+    db: Arc<Database>,
+    /// `None` only while being dropped.
+    jobs: Option<mpsc::Sender<Job>>,
+    writer: Option<JoinHandle<()>>,
+    next_id: AtomicU32,
+    first_id: u32,
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(writer) = self.writer.take() {
+            // A writer that panicked has already failed its callers.
+            let _ = writer.join();
+        }
+    }
+}
+
+/// The tables of one write transaction.
+pub(super) struct Tables<'txn> {
+    records: redb::Table<'txn, &'static str, &'static [u8]>,
+    names: redb::Table<'txn, u32, &'static str>,
+    children: redb::Table<'txn, (u32, u32), ()>,
+    facts: redb::Table<'txn, &'static str, u64>,
+}
+
+impl<'txn> Tables<'txn> {
+    fn open(txn: &'txn WriteTransaction) -> Result<Tables<'txn>, StoreError> {
+        Ok(Tables {
+            records: txn.open_table(RECORDS).map_err(StoreError::database)?,
+            names: txn.open_table(NAMES).map_err(StoreError::database)?,
+            children: txn.open_table(CHILDREN).map_err(StoreError::database)?,
+            facts: txn.open_table(FACTS).map_err(StoreError::database)?,
+        })
+    }
+
+    fn put(&mut self, info: &Info) -> Result<(), StoreError> {
+        let bytes = record::encode(info)?;
+        self.records.insert(info.name.as_str(), bytes.as_slice()).map_err(StoreError::database)?;
+        self.names.insert(info.id.0, info.name.as_str()).map_err(StoreError::database)?;
+        Ok(())
+    }
+
+    fn take(&mut self, name: &str) -> Result<(), StoreError> {
+        self.records.remove(name).map_err(StoreError::database)?;
+        Ok(())
+    }
+}
+
+fn get(records: &impl ReadableTable<&'static str, &'static [u8]>, name: &str) -> Result<Option<Info>, StoreError> {
+    let bytes = records.get(name).map_err(StoreError::database)?;
+    bytes.map(|bytes| record::decode(name, bytes.value())).transpose()
+}
+
+/// `parent` and its ancestors, nearest first. `parent` must be committed.
+fn chain(
+    records: &impl ReadableTable<&'static str, &'static [u8]>,
+    parent: Option<&str>,
+) -> Result<Vec<Link>, SnapshotError> {
+    let mut out = Vec::new();
+    let mut next = parent.map(str::to_owned);
+    while let Some(name) = next {
+        let info = match get(records, &name)? {
+            Some(info) => info,
+            None if out.is_empty() => return Err(SnapshotError::ParentNotFound(name)),
+            None => return Err(StoreError::Inconsistent(format!("parent {name:?} is missing")).into()),
+        };
+        if info.kind != Kind::Committed {
+            return Err(SnapshotError::ParentNotCommitted(name));
+        }
+        if out.len() == MAX_CHAIN {
+            return Err(StoreError::Inconsistent(format!("more than {MAX_CHAIN} parents")).into());
+        }
+        out.push(Link { id: info.id, lazy: info.labels.contains_key(label::REMOTE) });
+        next = info.parent;
+    }
+    Ok(out)
+}
+
+impl Store {
+    /// Opens the database, or makes one where there is none. `floor` is above every snapshot directory that exists.
+    pub fn open(path: &Path, floor: u32) -> Result<Store, StoreError> {
+        match std::fs::symlink_metadata(path) {
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => create(path, floor)?,
+            Err(source) => return Err(StoreError::File { path: path.into(), source }),
+        }
+        // redb checks what it reads but may panic on a damaged file; the operator is owed a message.
+        let opened = std::panic::catch_unwind(|| open_existing(path));
+        let damaged = |what: &str| StoreError::Damaged { path: path.into(), what: what.into() };
+        let (db, stored_next, first_id) = opened.unwrap_or_else(|_| Err(damaged("its pages make no sense")))?;
+        let next = u32::try_from(stored_next).map_err(|_| damaged("its next snapshot number is too large"))?;
+        if next < floor {
+            // A crash lost a number that a directory has: without this the number would come again once that is swept.
+            let txn = db.begin_write().map_err(StoreError::database)?;
+            Tables::open(&txn)?.facts.insert(NEXT_ID, u64::from(floor)).map_err(StoreError::database)?;
+            txn.commit().map_err(StoreError::database)?;
+        }
+        let db = Arc::new(db);
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let writer = std::thread::Builder::new().name("snapshot-store".into()).spawn({
+            let db = db.clone();
+            move || write_loop(&db, queue)
+        });
+        let writer = writer.map_err(|source| StoreError::File { path: path.into(), source })?;
+        let next_id = AtomicU32::new(next.max(floor).max(1));
+        Ok(Store { db, jobs: Some(jobs), writer: Some(writer), next_id, first_id })
+    }
+
+    /// A number that no snapshot ever had.
+    pub fn allocate(&self) -> Result<SnapshotId, SnapshotError> {
+        let next = self.next_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |id| id.checked_add(1));
+        next.map(SnapshotId).map_err(|_| SnapshotError::IdsExhausted)
+    }
+
+    /// Whether a directory with this number is ours to remove.
+    pub fn is_ours(&self, id: SnapshotId) -> bool {
+        id.0 >= self.first_id
+    }
+
+    fn records(&self) -> Result<redb::ReadOnlyTable<&'static str, &'static [u8]>, StoreError> {
+        let txn = self.db.begin_read().map_err(StoreError::database)?;
+        txn.open_table(RECORDS).map_err(StoreError::database)
+    }
+
+    /// The snapshot `name`, if there is one.
+    pub fn find(&self, name: &str) -> Result<Option<Info>, StoreError> {
+        get(&self.records()?, name)
+    }
+
+    /// The snapshot `name`.
+    pub fn get(&self, name: &str) -> Result<Info, SnapshotError> {
+        self.find(name)?.ok_or_else(|| SnapshotError::NotFound(name.to_owned()))
+    }
+
+    /// `parent` and its ancestors, nearest first.
+    pub fn chain(&self, parent: Option<&str>) -> Result<Vec<Link>, SnapshotError> {
+        chain(&self.records()?, parent)
+    }
+
+    /// The snapshot `name` and its ancestors, from one moment.
+    pub fn with_chain(&self, name: &str) -> Result<(Info, Vec<Link>), SnapshotError> {
+        let records = self.records()?;
+        let info = get(&records, name)?.ok_or_else(|| SnapshotError::NotFound(name.to_owned()))?;
+        let parents = chain(&records, info.parent.as_deref())?;
+        Ok((info, parents))
+    }
+
+    /// Up to `limit` snapshots that `wanted` accepts, after the name `after`, in byte order of their names.
+    pub fn page(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+        wanted: &dyn Fn(&Info) -> bool,
+    ) -> Result<Vec<Info>, StoreError> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let records = self.records()?;
+        let range = records.range::<&str>((from, Bound::Unbounded)).map_err(StoreError::database)?;
+        let mut out = Vec::new();
+        for entry in range {
+            let (name, bytes) = entry.map_err(StoreError::database)?;
+            let info = record::decode(name.value(), bytes.value())?;
+            if wanted(&info) {
+                out.push(info);
+                if out.len() == limit {
+                    break;
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// Numbers of all snapshots.
+    pub fn ids(&self) -> Result<HashSet<u32>, StoreError> {
+        let txn = self.db.begin_read().map_err(StoreError::database)?;
+        let names = txn.open_table(NAMES).map_err(StoreError::database)?;
+        let ids = names.iter().map_err(StoreError::database)?;
+        ids.map(|entry| entry.map(|(id, _)| id.value()).map_err(StoreError::database)).collect()
+    }
+
+    /// Applies `change` in a transaction. An error that is not the store's leaves no trace and harms nobody else.
+    async fn write<T: Send + 'static>(
+        &self,
+        change: Change,
+        apply: impl FnOnce(&mut Tables<'_>) -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, SnapshotError> {
+        let (answer, done) = oneshot::channel();
+        let apply: Apply = Box::new(move |tables| {
+            let result = match apply(tables) {
+                // Half of the change may be in the transaction: nobody may commit it. Every other error comes before the
+                // first change, so the transaction is still good for the others.
+                Err(SnapshotError::Store(StoreError::Database(error))) => {
+                    let message = error.to_string();
+                    let _ = answer.send(Err(StoreError::Database(error).into()));
+                    return Err(StoreError::Batch(message));
+                }
+                other => other,
+            };
+            Ok(Box::new(move |committed: Result<(), StoreError>| {
+                // A caller that went away does not need the answer.
+                let _ = answer.send(committed.map_err(SnapshotError::from).and(result));
+            }))
+        });
+        let jobs = self.jobs.as_ref().ok_or(StoreError::Closed)?;
+        jobs.send(Job { change, apply }).await.map_err(|_| StoreError::Closed)?;
+        done.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Makes everything that was answered so far durable.
+    pub async fn sync(&self) -> Result<(), SnapshotError> {
+        self.write(Change::Durable, |_| Ok(())).await
+    }
+
+    /// A new Active or View snapshot. Its parent must be committed, its name free.
+    pub async fn insert(&self, info: Info, change: Change) -> Result<(), SnapshotError> {
+        let insert = move |tables: &mut Tables<'_>| {
+            let parents = chain(&tables.records, info.parent.as_deref())?;
+            if get(&tables.records, &info.name)?.is_some() {
+                return Err(SnapshotError::AlreadyExists(info.name));
+            }
+            tables.put(&info)?;
+            if let Some(parent) = parents.first() {
+                tables.children.insert((parent.id.0, info.id.0), ()).map_err(StoreError::database)?;
+            }
+            let next = tables.facts.get(NEXT_ID).map_err(StoreError::database)?.map_or(0, |next| next.value());
+            let next = next.max(u64::from(info.id.0) + 1);
+            tables.facts.insert(NEXT_ID, next).map_err(StoreError::database)?;
+            Ok(())
+        };
+        self.write(change, insert).await
+    }
+
+    /// The Active snapshot `key` becomes the Committed snapshot `name`.
+    pub async fn commit(
+        &self,
+        key: &str,
+        name: &str,
+        labels: Labels,
+        usage: Usage,
+        now: Timestamp,
+    ) -> Result<(), SnapshotError> {
+        let (key, name) = (key.to_owned(), name.to_owned());
+        let commit = move |tables: &mut Tables<'_>| {
+            if get(&tables.records, &name)?.is_some() {
+                return Err(SnapshotError::AlreadyExists(name));
+            }
+            let Some(active) = get(&tables.records, &key)? else { return Err(SnapshotError::NotFound(key)) };
+            if active.kind != Kind::Active {
+                return Err(SnapshotError::NotActive(key));
+            }
+            let kind = Kind::Committed;
+            tables.put(&Info { name, kind, labels, usage, created: now, updated: now, ..active })?;
+            tables.take(&key)?;
+            Ok(())
+        };
+        self.write(Change::Durable, commit).await
+    }
+
+    /// Removes the record of `key`, which must have no children.
+    pub async fn remove(&self, key: &str, change: Change) -> Result<Info, SnapshotError> {
+        let key = key.to_owned();
+        let remove = move |tables: &mut Tables<'_>| {
+            let Some(info) = get(&tables.records, &key)? else { return Err(SnapshotError::NotFound(key)) };
+            let children = (info.id.0, 0)..=(info.id.0, u32::MAX);
+            if tables.children.range(children).map_err(StoreError::database)?.next().is_some() {
+                return Err(SnapshotError::HasChildren(key));
+            }
+            if let Some(parent) = &info.parent {
+                let missing = || StoreError::Inconsistent(format!("parent {parent:?} of {key:?} is missing"));
+                let parent = get(&tables.records, parent)?.ok_or_else(missing)?;
+                tables.children.remove((parent.id.0, info.id.0)).map_err(StoreError::database)?;
+            }
+            tables.take(&key)?;
+            tables.names.remove(info.id.0).map_err(StoreError::database)?;
+            Ok(info)
+        };
+        self.write(change, remove).await
+    }
+
+    /// Changes labels of `name`.
+    pub async fn update(&self, name: &str, update: LabelUpdate, now: Timestamp) -> Result<Info, SnapshotError> {
+        let name = name.to_owned();
+        let update = move |tables: &mut Tables<'_>| {
+            let Some(mut info) = get(&tables.records, &name)? else { return Err(SnapshotError::NotFound(name)) };
+            match update {
+                LabelUpdate::Replace(labels) => info.labels = labels,
+                LabelUpdate::Set(labels) => info.labels.extend(labels),
+            }
+            info.updated = now;
+            tables.put(&info)?;
+            Ok(info)
+        };
+        self.write(Change::Durable, update).await
+    }
+}
+
+/// Makes an empty database beside `path` and moves it there, so that a file at `path` was whole once.
+fn create(path: &Path, floor: u32) -> Result<(), StoreError> {
+    let file = |source| StoreError::File { path: path.into(), source };
+    let new = path.with_extension("redb.new");
+    match std::fs::remove_file(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(file(e)),
+        _ => {}
+    }
+    let db = Database::builder().set_cache_size(CACHE_BYTES).create(&new).map_err(StoreError::database)?;
+    let txn = db.begin_write().map_err(StoreError::database)?;
+    {
+        let mut tables = Tables::open(&txn)?;
+        for (fact, value) in [(SCHEMA, SCHEMA_VERSION), (NEXT_ID, floor.into()), (FIRST_ID, floor.into())] {
+            tables.facts.insert(fact, value).map_err(StoreError::database)?;
+        }
+    }
+    txn.commit().map_err(StoreError::database)?;
+    drop(db);
+    std::fs::rename(&new, path).map_err(file)?;
+    let directory = path.parent().unwrap_or(Path::new("."));
+    std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(file)
+}
+
+/// The database, its next and its first snapshot number.
+fn open_existing(path: &Path) -> Result<(Database, u64, u32), StoreError> {
+    use redb::{DatabaseError, StorageError};
+    let damaged = |what: String| StoreError::Damaged { path: path.into(), what };
+    let db = match Database::builder().set_cache_size(CACHE_BYTES).open(path) {
+        Ok(db) => db,
+        Err(DatabaseError::DatabaseAlreadyOpen) => return Err(StoreError::InUse { path: path.into() }),
+        Err(DatabaseError::Storage(StorageError::Corrupted(what))) => return Err(damaged(what)),
+        Err(DatabaseError::Storage(StorageError::Io(e)))
+            if matches!(e.kind(), std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof) =>
+        {
+            return Err(damaged(e.to_string()));
+        }
+        Err(e) => return Err(StoreError::database(e)),
+    };
+    let txn = db.begin_read().map_err(StoreError::database)?;
+    let facts = txn.open_table(FACTS).map_err(|e| damaged(e.to_string()))?;
+    let fact = |name: &str| -> Result<u64, StoreError> {
+        let value = facts.get(name).map_err(StoreError::database)?;
+        value.map(|value| value.value()).ok_or_else(|| damaged(format!("it does not say its {name}")))
+    };
+    let found = fact(SCHEMA)?;
+    if found > SCHEMA_VERSION {
+        return Err(StoreError::Newer { path: path.into(), found, known: SCHEMA_VERSION });
+    }
+    let first = u32::try_from(fact(FIRST_ID)?).map_err(|_| damaged("its first number is too large".into()))?;
+    let next = fact(NEXT_ID)?;
+    txn.open_table(RECORDS).map_err(|e| damaged(e.to_string()))?;
+    txn.open_table(NAMES).map_err(|e| damaged(e.to_string()))?;
+    txn.open_table(CHILDREN).map_err(|e| damaged(e.to_string()))?;
+    drop((facts, txn));
+    Ok((db, next, first))
+}
+
+/// Applies what is waiting, commits, answers; until nobody can send any more.
+fn write_loop(db: &Database, mut queue: mpsc::Receiver<Job>) {
+    while let Some(first) = queue.blocking_recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH
+            && let Ok(job) = queue.try_recv()
+        {
+            batch.push(job);
+        }
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let committed = write_batch(db, batch, &mut outcomes);
+        let failed = committed.err().map(|error| error.to_string());
+        for outcome in outcomes {
+            outcome(failed.clone().map_or(Ok(()), |error| Err(StoreError::Batch(error))));
+        }
+    }
+}
+
+/// One transaction. Jobs that are dropped unapplied answer "closed" by dropping their channel.
+fn write_batch(db: &Database, batch: Vec<Job>, outcomes: &mut Vec<Outcome>) -> Result<(), StoreError> {
+    let mut txn = db.begin_write().map_err(StoreError::database)?;
+    let durable = batch.iter().any(|job| job.change == Change::Durable);
+    let durability = if durable { Durability::Immediate } else { Durability::None };
+    txn.set_durability(durability).map_err(StoreError::database)?;
+    {
+        let mut tables = Tables::open(&txn)?;
+        for job in batch {
+            outcomes.push((job.apply)(&mut tables)?);
+        }
+    }
+    txn.commit().map_err(StoreError::database)
+}

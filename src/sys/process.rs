@@ -1,0 +1,103 @@
+//! Facts about this process, descriptors it was given, and where its helpers are installed.
+
+use super::context;
+use std::{
+    ffi::OsString,
+    io,
+    marker::PhantomData,
+    os::fd::{FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+/// Where packages install the helpers that only the daemon starts.
+pub const LIBEXEC: &str = "/usr/libexec/soci-snapshotter";
+/// Names a directory that is searched for helpers before any other. For tests and for trying a build without installing it.
+pub const LIBEXEC_ENV: &str = "SOCI_LIBEXEC";
+
+/// Proof that the thread that has it was the only one of its process, and may confine itself without leaving another one behind.
+///
+/// It cannot go to another thread. It is meant for the first lines of a `main`: whoever starts threads and keeps the proof is lying.
+#[derive(Debug)]
+pub struct SingleThread(PhantomData<*const ()>);
+
+impl SingleThread {
+    pub fn prove() -> io::Result<SingleThread> {
+        let tasks =
+            std::fs::read_dir("/proc/self/task").map_err(|e| context("counting threads in /proc/self/task", e))?;
+        match tasks.count() {
+            1 => Ok(SingleThread(PhantomData)),
+            n => Err(io::Error::other(format!(
+                "privileges can only be dropped before threads are started; there are {n} threads"
+            ))),
+        }
+    }
+}
+
+/// The sockets that systemd passed to this process (`LISTEN_FDS`), in its order; empty when there are none or they are for another process.
+///
+/// Must be called once, at start: each call would claim the same descriptors.
+pub fn inherited_sockets() -> io::Result<Vec<OwnedFd>> {
+    let numbers = sd_notify::listen_fds()?;
+    // SAFETY: systemd's protocol says that descriptors 3.. belong to the process named by LISTEN_PID, which `listen_fds` checked to be us, and
+    // nothing in this process has opened or closed them: by this function's contract it runs once, before anything else uses descriptors.
+    Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+}
+
+/// No helper of that name is installed.
+#[derive(Debug, thiserror::Error)]
+#[error("{name} is not installed: looked for it in {}", .searched.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
+pub struct HelperNotFound {
+    pub name: &'static str,
+    pub searched: Vec<PathBuf>,
+}
+
+/// The executable of a helper: beside our own executable, or in [`LIBEXEC`]; [`LIBEXEC_ENV`] goes first.
+pub fn find_helper(name: &'static str) -> Result<PathBuf, HelperNotFound> {
+    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_owned));
+    find_helper_in(name, std::env::var_os(LIBEXEC_ENV), beside)
+}
+
+fn find_helper_in(
+    name: &'static str,
+    asked_for: Option<OsString>,
+    beside: Option<PathBuf>,
+) -> Result<PathBuf, HelperNotFound> {
+    let asked_for = asked_for.filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let searched: Vec<PathBuf> = [asked_for, beside, Some(LIBEXEC.into())].into_iter().flatten().collect();
+    match searched.iter().map(|dir| dir.join(name)).find(|path| path.is_file()) {
+        Some(found) => Ok(found),
+        None => Err(HelperNotFound { name, searched }),
+    }
+}
+
+/// Asks the kernel to sacrifice this process last when memory runs out. Lowering the score takes CAP_SYS_RESOURCE; without it nothing changes.
+pub fn shield_from_oom_killer() {
+    // -900, not -1000: still killable if it were the one that leaks.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-900") {
+        tracing::debug!(%error, "the out-of-memory score stays as it is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_helper_is_an_error_that_names_every_place_searched() {
+        let error = find_helper_in("soci-nothing", Some("/a".into()), Some("/b".into())).expect_err("not installed");
+        assert_eq!(
+            error.to_string(),
+            "soci-nothing is not installed: looked for it in /a, /b, /usr/libexec/soci-snapshotter"
+        );
+    }
+
+    #[test]
+    fn the_directory_asked_for_wins() {
+        let (one, two) = (tempfile::tempdir().expect("temp"), tempfile::tempdir().expect("temp"));
+        for dir in [&one, &two] {
+            std::fs::write(dir.path().join("soci-x"), "").expect("write");
+        }
+        let found = find_helper_in("soci-x", Some(two.path().into()), Some(one.path().into())).expect("found");
+        assert_eq!(found, two.path().join("soci-x"));
+    }
+}

@@ -1,0 +1,298 @@
+use super::{HOLDER, Killed, eventually, install_helpers, privileged, run, somebody_else_is_answered, status_row};
+use soci::{
+    holder::{self, Held, How, Keeping},
+    layout::Layout,
+    sys::{fuse, mountinfo},
+};
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    process::{Command, ExitStatus, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+struct Lab {
+    dir: tempfile::TempDir,
+    layout: Layout,
+}
+
+impl Lab {
+    fn new() -> Lab {
+        install_helpers();
+        let dir = tempfile::tempdir().expect("temp");
+        let layout = Layout::new(dir.path().join("root"));
+        Lab { dir, layout }
+    }
+
+    fn holder(&self) -> Killed {
+        Killed(Command::new(HOLDER).arg("--root").arg(self.layout.root()).stdin(Stdio::null()).spawn().expect("spawn"))
+    }
+
+    fn obtain(&self) -> Held {
+        holder::obtain(&self.layout, How::Connect).expect("a descriptor")
+    }
+
+    fn mounted(&self) -> bool {
+        mountinfo::mount_at(&self.layout.lazy()).expect("mountinfo").is_some()
+    }
+
+    fn unmount(&self) -> ExitStatus {
+        run(Command::new(HOLDER).arg("--unmount").arg("--root").arg(self.layout.root())).status
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.unmount();
+        assert!(!self.mounted(), "a mount was left on {}", self.layout.lazy().display());
+        let _ = &self.dir;
+    }
+}
+
+/// As much of a daemon as it takes for `statfs` to be answered.
+struct Daemon {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<OwnedFd>>,
+}
+
+impl Daemon {
+    fn serve(device: OwnedFd) -> Daemon {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::spawn(move || {
+            let mut request = vec![0; 2 << 20];
+            while !stopped.load(Ordering::Relaxed) {
+                let Ok(length) = fuse::read_request(device.as_fd(), &mut request, Duration::from_millis(50)) else {
+                    continue;
+                };
+                let request = &request[..length];
+                let opcode = u32::from_le_bytes(request[4..8].try_into().expect("a header"));
+                let (error, body): (i32, &[u8]) = match opcode {
+                    2 | 36 | 42 => continue, // FORGET, INTERRUPT, BATCH_FORGET take no reply
+                    17 => (0, &[0; 80]),     // STATFS
+                    _ => (-38, &[]),         // ENOSYS
+                };
+                let mut reply = u32::try_from(16 + body.len()).expect("small").to_le_bytes().to_vec();
+                reply.extend(error.to_le_bytes());
+                reply.extend(&request[8..16]);
+                reply.extend(body);
+                let _ = rustix::io::write(&device, &reply);
+            }
+            device
+        });
+        Daemon { stop, thread: Some(thread) }
+    }
+
+    /// Stops serving, without closing the descriptor.
+    fn pause(mut self) -> OwnedFd {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().expect("running").join().expect("join")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// `statfs` of the mount, in a process of its own so that nothing here hangs.
+fn answers(lab: &Lab) -> bool {
+    run(Command::new("stat").arg("-f").arg(lab.layout.lazy())).status.success()
+}
+
+#[test]
+fn privileged_the_descriptor_is_given_twice_and_works_both_times() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let holder = lab.holder();
+    let first = lab.obtain();
+    assert!(first.first);
+    let daemon = Daemon::serve(first.device);
+    assert!(answers(&lab));
+
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let line = mounts.lines().find(|line| line.contains(&*lab.layout.lazy().to_string_lossy())).expect("mounted");
+    assert!(line.starts_with("soci ") && line.contains(" fuse.rawBridge ro,"), "{line}");
+    assert!(line.contains("allow_other") && line.contains("default_permissions"), "{line}");
+    assert!(!line.contains("nosuid") && !line.contains("nodev"), "{line}");
+    let device = mountinfo::mount_at(&lab.layout.lazy()).expect("mountinfo").expect("mounted").device;
+    let knob = fs::read_to_string(format!("/sys/class/bdi/{device}/read_ahead_kb")).expect("knob");
+    assert_eq!(knob.trim(), "1024");
+    assert_eq!(fs::metadata(lab.layout.holder_socket()).expect("stat").permissions().mode() & 0o777, 0o600);
+
+    // The daemon dies with the request of a reader in its hands or not yet read; the reader waits for the next daemon.
+    drop(daemon.pause());
+    let mut reader =
+        Killed(Command::new("stat").arg("-f").arg(lab.layout.lazy()).stdout(Stdio::null()).spawn().expect("spawn"));
+    thread::sleep(Duration::from_millis(100));
+    assert!(reader.0.try_wait().expect("wait").is_none(), "it waits");
+    let second = lab.obtain();
+    assert!(!second.first);
+    assert_eq!(second.init, first.init);
+    let _daemon = Daemon::serve(second.device);
+    assert!(reader.ended().success());
+    drop(holder);
+}
+
+#[test]
+fn privileged_the_holder_has_nothing_left_to_abuse() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let holder = lab.holder();
+    drop(lab.obtain());
+    for row in ["CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"] {
+        assert_eq!(u64::from_str_radix(&status_row(holder.pid(), row), 16), Ok(0), "{row}");
+    }
+    assert_eq!(status_row(holder.pid(), "NoNewPrivs"), "1");
+    assert_eq!(status_row(holder.pid(), "Seccomp"), "2");
+    assert_eq!(status_row(holder.pid(), "Threads"), "1");
+}
+
+#[test]
+fn privileged_a_second_holder_sees_the_first_and_leaves_in_peace() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let _first = lab.holder();
+    let held = lab.obtain();
+    let second = run(Command::new(HOLDER).arg("--root").arg(lab.layout.root()));
+    assert!(second.status.success());
+    let text = String::from_utf8_lossy(&second.stderr);
+    assert!(text.contains("another soci-mount holds"), "{text}");
+    // Looking does not count as handing out, and the first goes on.
+    let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+    assert!(!lab.obtain().first);
+}
+
+#[test]
+fn privileged_a_dead_mount_is_replaced() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder();
+    drop(lab.obtain());
+    holder.kill();
+    assert!(lab.mounted() && !answers(&lab), "holder and daemon are gone: ENOTCONN");
+    let _next = lab.holder();
+    let held = lab.obtain();
+    assert!(held.first, "it is a new mount");
+    let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+}
+
+#[test]
+fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder();
+    let Held { device, init, .. } = lab.obtain();
+    let spare = device.try_clone().expect("dup");
+    let daemon = Daemon::serve(device);
+    holder.kill();
+    assert!(answers(&lab), "the daemon needs no holder to serve");
+    let _next = lab.holder();
+    let kept = eventually("the new holder listens", || holder::ensure_kept(&lab.layout, spare.as_fd(), &init).ok());
+    assert_eq!(kept, Keeping::HandedIn);
+    assert_eq!(holder::ensure_kept(&lab.layout, spare.as_fd(), &init).expect("asked"), Keeping::Already);
+    drop((daemon, spare));
+    let held = lab.obtain();
+    assert!(!held.first);
+    assert_eq!(held.init, init);
+    let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+}
+
+#[test]
+fn privileged_when_daemon_and_holder_are_both_replaced_the_next_start_mounts_anew() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder();
+    let daemon = Daemon::serve(lab.obtain().device);
+    holder.kill();
+    let mut empty = Command::new(HOLDER);
+    empty.arg("--root").arg(lab.layout.root()).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut empty = Killed(empty.spawn().expect("spawn"));
+    let mut line = String::new();
+    BufReader::new(empty.0.stderr.take().expect("piped")).read_line(&mut line).expect("a line");
+    assert!(line.contains("waiting for the daemon"), "{line}");
+    drop(daemon);
+    // The daemon that starts now finds an empty holder, which ends, and starts another.
+    let held = holder::obtain(&lab.layout, How::SpawnChild).expect("a new mount");
+    assert!(held.first);
+    assert!(!empty.ended().success());
+    let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+}
+
+#[test]
+fn privileged_a_daemon_without_systemd_starts_its_holder_in_a_session_of_its_own() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let held = holder::obtain(&lab.layout, How::SpawnChild).expect("started");
+    assert!(held.first);
+    let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+    let pid = fs::read_dir("/proc").expect("proc").flatten().find_map(|entry| {
+        let command = fs::read(entry.path().join("cmdline")).ok()?;
+        let ours = command.split(|b| *b == 0).any(|word| word == lab.layout.root().as_os_str().as_encoded_bytes());
+        ours.then(|| entry.file_name().to_str()?.parse::<i32>().ok())?
+    });
+    let pid = rustix::process::Pid::from_raw(pid.expect("running"));
+    assert_eq!(rustix::process::getsid(pid).ok(), pid);
+    assert!(lab.unmount().success());
+    assert!(!lab.mounted() && !lab.layout.holder_socket().exists());
+}
+
+#[test]
+fn privileged_unmounting_ends_the_holder_and_is_harmless_twice() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder();
+    drop(lab.obtain());
+    assert!(lab.unmount().success());
+    assert!(holder.ended().success());
+    assert!(!lab.mounted());
+    assert!(lab.unmount().success());
+}
+
+#[test]
+fn privileged_other_users_are_not_given_the_descriptor() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let _holder = lab.holder();
+    drop(lab.obtain());
+    fs::set_permissions(lab.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+    fs::set_permissions(lab.layout.holder_socket(), fs::Permissions::from_mode(0o666)).expect("chmod");
+    assert!(!somebody_else_is_answered(&lab.layout.holder_socket()));
+    assert!(!lab.obtain().first, "root still is");
+}
