@@ -2,6 +2,7 @@
 mod architecture;
 mod cli;
 mod config;
+mod e2e;
 mod formats;
 mod fs;
 mod fuzz;
