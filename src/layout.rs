@@ -6,7 +6,7 @@
 //!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
-//!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json, implied
+//!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
 //!   holder.sock                   the holder of the FUSE descriptor
 //!   custodian.sock                the custodian, where systemd does not provide it
 //! ```
@@ -87,13 +87,9 @@ impl Layout {
     pub fn snapshot_work(&self, id: SnapshotId) -> PathBuf {
         self.snapshot(id).join("work")
     }
-    /// What is needed to serve a lazy layer again after a restart: layer, zTOC, image.
+    /// What is needed to serve a lazy layer again after a restart: layer, zTOC, image, attributes of implied directories.
     pub fn snapshot_lazy_record(&self, id: SnapshotId) -> PathBuf {
         self.snapshot(id).join("lazy.json")
-    }
-    /// Attributes of directories that the layer implies but does not list.
-    pub fn snapshot_implied(&self, id: SnapshotId) -> PathBuf {
-        self.snapshot(id).join("implied")
     }
     /// Target of the `fs` symlink of a lazy layer, relative to the snapshot's directory.
     pub fn lazy_link(id: SnapshotId) -> PathBuf {

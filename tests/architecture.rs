@@ -23,7 +23,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("snapshot", &["oci", "layout"]),
     ("grpc", &["oci", "layout", "snapshot", "layers", "registry"]),
     ("config", &["layout", "oci"]),
-    ("telemetry", &["oci"]),
+    ("telemetry", &["oci", "sys"]),
     ("custodian", &["layout", "sys", "snapshot"]),
     ("holder", &["layout", "sys", "fs"]),
     ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index"]),
@@ -44,7 +44,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("fuser", &["fs"]),
     ("toml_edit", &["config"]),
     ("redb", &["snapshot"]),
-    ("clap", &["cli", "config"]),
+    ("clap", &["cli", "config", "custodian", "holder"]),
 ];
 
 struct Names(BTreeSet<String>, BTreeSet<String>);

@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("soci-custodian: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }
@@ -81,7 +81,7 @@ fn run(args: &Args) -> io::Result<()> {
         Service::One(socket) => server.serve_one(socket),
         Service::Every(listener) => {
             if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                eprintln!("soci-custodian: telling systemd that we are ready: {error}");
+                complain(format_args!("telling systemd that we are ready: {error}"));
             }
             server.serve_every(listener.as_fd())
         }
@@ -98,6 +98,10 @@ fn receive_socket(args: &Args) -> io::Result<Service> {
         (Some(_), more) => Err(io::Error::other(format!("systemd passed {} sockets; expected one", more + 1))),
         (None, _) => Err(io::Error::other("no socket: start with --stdin, or by its systemd socket unit")),
     }
+}
+
+fn complain(message: impl std::fmt::Display) {
+    sys::process::complain("soci-custodian", message);
 }
 
 /// From most to least power: each step needs what the next one takes away.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
+    complain,
     protocol::{Operation, Outcome, Reply, Request, Usage},
     tree::Snapshots,
 };
@@ -16,12 +17,16 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
+    time::Duration,
 };
 
 /// Requests of one connection that run at the same time. Removing is limited by the disk long before it is by this.
 const WORKERS: usize = 4;
 /// Connections served at the same time: the daemon's, and the next daemon's while the old one drains.
 const CONNECTIONS: usize = 4;
+
+/// How long to wait when the machine cannot give us a connection.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// The custodian at work.
 pub(super) struct Server {
@@ -53,18 +58,26 @@ impl Server {
     }
 
     /// Serves whoever connects as our own user, for ever.
-    pub(super) fn serve_every(&self, listener: BorrowedFd<'_>) -> io::Result<()> {
+    pub(super) fn serve_every(&self, listener: BorrowedFd<'_>) -> ! {
         let mut connections: Vec<Vec<thread::JoinHandle<()>>> = Vec::new();
         loop {
-            let socket = seqpacket::accept(listener)?;
+            let socket = match seqpacket::accept(listener) {
+                Ok(socket) => socket,
+                Err(error) => {
+                    // Out of descriptors or memory: requests that are being served give some back.
+                    complain(format_args!("accepting: {error}"));
+                    thread::sleep(ACCEPT_AGAIN);
+                    continue;
+                }
+            };
             connections.retain(|workers| workers.iter().any(|worker| !worker.is_finished()));
             if connections.len() >= CONNECTIONS {
-                eprintln!("soci-custodian: refused a connection: {CONNECTIONS} are being served");
+                complain(format_args!("refused a connection: {CONNECTIONS} are being served"));
                 continue;
             }
             match seqpacket::require_own_user(socket.as_fd()).and_then(|()| self.start_workers(socket)) {
                 Ok(workers) => connections.push(workers),
-                Err(error) => eprintln!("soci-custodian: refused a connection: {error}"),
+                Err(error) => complain(format_args!("refused a connection: {error}")),
             }
         }
     }
@@ -90,14 +103,14 @@ impl Shared {
                 // Too long: answered like any other garbage.
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => &buffer[..],
                 Err(error) => {
-                    eprintln!("soci-custodian: receiving: {error}");
+                    complain(format_args!("receiving: {error}"));
                     return;
                 }
             };
             let reply = match Request::decode(bytes) {
                 Ok(request) => Reply { tag: request.tag, outcome: self.act(request.operation) },
                 Err(malformed) => {
-                    eprintln!("soci-custodian: refused a message: {malformed}");
+                    complain(format_args!("refused a message: {malformed}"));
                     Reply { tag: Request::tag_of(bytes), outcome: Outcome::Malformed }
                 }
             };

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
-    index::{ImageTarget, Indexes, NoIndex},
+    index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor},
     layers::{Layer, LayerStore, RegistrySource, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -25,7 +25,7 @@ use crate::{
 use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -35,6 +35,26 @@ use std::{
 struct Mounted {
     layer: Arc<Layer>,
     shown: Arc<Shown>,
+}
+
+/// Stands for the Prepare that is going to come: no snapshot has this number.
+const NOBODY: SnapshotId = SnapshotId(0);
+/// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
+const CLAIM: Duration = Duration::from_secs(120);
+
+/// Connections to open at first: as many as the first seconds of an image use.
+const CONNECTIONS: usize = 5;
+
+fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
+    LazyRecord::new(
+        target.layer,
+        ztoc.digest,
+        target.manifest,
+        target.reference.clone(),
+        target.namespace.clone(),
+        ztoc.disable_xattrs,
+        depth,
+    )
 }
 
 /// Settings of the lazy side.
@@ -56,6 +76,10 @@ pub struct LazyMounts {
     pub observers: Arc<Observers>,
     pub settings: LazySettings,
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
+    /// Indexes whose layers were opened ahead of their Prepares, lately.
+    ahead: Mutex<HashSet<Digest>>,
+    /// Manifests of images for which connections were opened. 32 bytes each, for the life of the daemon.
+    warmed: Mutex<HashSet<Digest>>,
 }
 
 /// The parts of a [`LazyMounts`].
@@ -83,7 +107,54 @@ impl LazyMounts {
             observers,
             settings,
             mounted: Mutex::default(),
+            ahead: Mutex::default(),
+            warmed: Mutex::default(),
         }
+    }
+
+    /// Opens connections to where the image's layers are while its index is being looked for.
+    fn warm(&self, target: &Target) {
+        let first = self.warmed.lock().unwrap_or_else(PoisonError::into_inner).insert(target.manifest);
+        if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
+            let layer = target.layer;
+            tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
+        }
+    }
+
+    /// Opens and streams all layers of an image when the first of them is prepared: their Prepares come one after another, and the
+    /// link need not wait for them. Layers that nobody has claimed after [`CLAIM`] are given up.
+    fn open_ahead(self: &Arc<Self>, index: &SociIndex, target: &Target) {
+        if !self.ahead.lock().unwrap_or_else(PoisonError::into_inner).insert(index.digest) {
+            return;
+        }
+        let layers: Vec<(usize, Digest, ZtocDescriptor)> = index
+            .layers_in_order()
+            .enumerate()
+            .filter(|(_, (layer, _))| *layer != target.layer)
+            .map(|(depth, (layer, ztoc))| (depth, layer, ztoc))
+            .collect();
+        let (me, target, index) = (self.clone(), target.clone(), index.digest);
+        tokio::spawn(async move {
+            let mut opened = Vec::new();
+            for (depth, layer, ztoc) in layers {
+                let target = Target { layer, ..target.clone() };
+                match me.open(NOBODY, &record(&target, &ztoc, depth)).await {
+                    Ok(open) => {
+                        me.store.shared().scheduler.add(&open);
+                        opened.push(open);
+                    }
+                    // Its own Prepare will say so.
+                    Err(error) => tracing::debug!(%layer, error, "cannot open a layer ahead of its Prepare"),
+                }
+            }
+            tokio::time::sleep(CLAIM).await;
+            me.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
+            for layer in opened {
+                let digest = layer.digest();
+                drop(layer);
+                let _ = me.store.release(digest, NOBODY).await;
+            }
+        });
     }
 
     fn mounted(&self) -> MutexGuard<'_, HashMap<SnapshotId, Mounted>> {
@@ -137,7 +208,12 @@ impl LazyMounts {
         Ok(())
     }
 
-    async fn prepare(&self, id: SnapshotId, target: &Target, parents: &[SnapshotId]) -> Result<(), NotLazyReason> {
+    async fn make_lazy(
+        self: &Arc<Self>,
+        id: SnapshotId,
+        target: &Target,
+        parents: &[SnapshotId],
+    ) -> Result<(), NotLazyReason> {
         let image = target.reference.to_string();
         let unresolved = |why: String| NotLazyReason::Unresolved { layer: target.layer, image: image.clone(), why };
         let wanted = ImageTarget {
@@ -146,23 +222,19 @@ impl LazyMounts {
             explicit: target.index.clone(),
         };
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
+        self.warm(target);
         let local = self.local(&target.namespace, target.layer);
         let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
         let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
-        let record = LazyRecord::new(
-            target.layer,
-            ztoc.digest,
-            target.manifest,
-            target.reference.clone(),
-            target.namespace.clone(),
-            ztoc.disable_xattrs,
-            parents.len(),
-        );
+        self.open_ahead(&index, target);
+        let record = record(target, ztoc, parents.len());
         let layer = self.open(id, &record).await.map_err(unresolved)?;
         if is_local {
             layer.add_source(Arc::new(local));
         }
+        // The link works while the rest is being written down.
+        self.store.shared().scheduler.add(&layer);
         let kept = self.keep(id, &record, parents, &layer).await.map_err(|e| e.to_string());
         if let Err(why) = kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string())) {
             let _ = self.store.release(target.layer, id).await;
@@ -205,7 +277,7 @@ impl LazyMounts {
     }
 }
 
-impl LazyLayers for LazyMounts {
+impl LazyLayers for Arc<LazyMounts> {
     fn prepare<'a>(
         &'a self,
         id: SnapshotId,
@@ -215,10 +287,10 @@ impl LazyLayers for LazyMounts {
         Box::pin(async move {
             let started = Instant::now();
             let result = match self.settings.mount_timeout {
-                Some(limit) => tokio::time::timeout(limit, LazyMounts::prepare(self, id, target, parents))
+                Some(limit) => tokio::time::timeout(limit, self.make_lazy(id, target, parents))
                     .await
                     .unwrap_or(Err(NotLazyReason::Timeout(target.layer))),
-                None => LazyMounts::prepare(self, id, target, parents).await,
+                None => self.make_lazy(id, target, parents).await,
             };
             if result.is_ok() {
                 self.observers.prepared(&target.layer, started.elapsed());
@@ -233,6 +305,7 @@ impl LazyLayers for LazyMounts {
     }
 
     fn remove(&self, id: SnapshotId) {
+        self.store.shared().scheduler.way_is_free(u64::from(id.0));
         let Some(mounted) = self.mounted().remove(&id) else { return };
         self.tree.remove(id);
         self.observers.unmounted(id);
@@ -251,7 +324,13 @@ impl LazyLayers for LazyMounts {
         layer.map_or(Usage::default(), |layer| Usage { size: layer.files().disk_usage(), inodes: u64::from(layer.toc().len()) })
     }
 
-    fn not_lazy(&self, _id: SnapshotId, reason: &NotLazyReason) {
+    fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
         self.observers.not_lazy(reason);
+        // containerd fetches it now, and the pull waits for that: what we stream meanwhile is less urgent.
+        self.store.shared().scheduler.make_way(u64::from(id.0));
+    }
+
+    fn committed(&self, id: SnapshotId) {
+        self.store.shared().scheduler.way_is_free(u64::from(id.0));
     }
 }

@@ -8,7 +8,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, fs, io, io::Write, path::Path};
 
-/// Version of both files. A newer one is refused: it was written by a newer daemon, which knows why.
+/// Version of the file. A newer one is refused: it was written by a newer daemon, which knows why.
 const VERSION: u32 = 1;
 
 /// The image and layer behind a lazy snapshot.
@@ -54,25 +54,39 @@ impl LazyRecord {
         LazyRecord { version: VERSION, layer, ztoc, manifest, image, namespace, no_xattrs, depth }
     }
 
-    /// Writes the record and the attributes of implied directories, durably: the record last, so that it vouches for both.
+    /// Writes the record with the attributes of implied directories, durably: containerd is told only afterwards.
     pub fn write(&self, layout: &Layout, id: SnapshotId, implied: &HashMap<u32, ImpliedAttrs>) -> io::Result<()> {
-        let implied: Vec<(&u32, &ImpliedAttrs)> = implied.iter().collect();
-        write_durably(&layout.snapshot_implied(id), &serde_json::to_vec(&implied)?)?;
-        write_durably(&layout.snapshot_lazy_record(id), &serde_json::to_vec(self)?)
+        let file = File { record: self.clone(), implied: implied.iter().map(|(n, a)| (*n, a.clone())).collect() };
+        write_durably(&layout.snapshot_lazy_record(id), &serde_json::to_vec(&file)?)
     }
 
     /// Reads both back.
     pub fn read(layout: &Layout, id: SnapshotId) -> io::Result<(LazyRecord, HashMap<u32, ImpliedAttrs>)> {
         let path = layout.snapshot_lazy_record(id);
         let invalid = |e: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {e}", path.display()));
-        let record: LazyRecord = serde_json::from_slice(&fs::read(&path)?).map_err(|e| invalid(e.to_string()))?;
-        if record.version > VERSION {
-            return Err(invalid(format!("written by a newer version (format {}, this one knows {VERSION})", record.version)));
+        let bytes = fs::read(&path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        let version: Version = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+        if version.version > VERSION {
+            let found = version.version;
+            return Err(invalid(format!("written by a newer version (format {found}, this one knows {VERSION})")));
         }
-        let implied: Vec<(u32, ImpliedAttrs)> =
-            serde_json::from_slice(&fs::read(layout.snapshot_implied(id))?).map_err(|e| invalid(e.to_string()))?;
-        Ok((record, implied.into_iter().collect()))
+        let file: File = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+        Ok((file.record, file.implied.into_iter().collect()))
     }
+}
+
+/// The file: pairs instead of a map, because JSON has no numbers as keys.
+#[derive(Serialize, Deserialize)]
+struct File {
+    #[serde(flatten)]
+    record: LazyRecord,
+    implied: Vec<(u32, ImpliedAttrs)>,
+}
+
+/// Read first: what else is in the file depends on it.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {

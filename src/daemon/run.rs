@@ -158,7 +158,9 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     let held = holder::obtain(&layout, How::SpawnChild)?;
     let custodian = custodian::start(&layout)?;
     let listening = listen::listen(&options.address)?;
+    let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
+    sys::seccomp::confine(sys::seccomp::Role::Daemon, &alone).map_err(StartError::Confine)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("soci")
@@ -192,7 +194,7 @@ async fn serve(
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
     let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, lazy.clone(), disk).await?;
+    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
     recover(&snapshotter, &lazy).await?;
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
@@ -277,7 +279,7 @@ async fn keep_held(layout: Layout, held: Held) {
         let (layout, held) = (layout.clone(), held.clone());
         let kept = tokio::task::spawn_blocking(move || {
             use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init)
+            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, How::SpawnChild)
         });
         match kept.await {
             Ok(Ok(holder::Keeping::Already)) => said = false,

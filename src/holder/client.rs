@@ -42,7 +42,7 @@ pub struct Held {
 pub enum How {
     /// Wait for one: systemd runs it.
     Connect,
-    /// Start one, in its own session, so that it outlives us.
+    /// Start one, as nobody's child, so that it outlives us.
     SpawnChild,
 }
 
@@ -53,10 +53,10 @@ pub enum HolderError {
     NotInstalled(#[from] process::HelperNotFound),
     #[error("cannot start {}", .program.display())]
     Start { program: PathBuf, source: io::Error },
-    #[error("soci-mount ended ({0}) before it mounted anything; its own message says why")]
+    #[error("soci-mount failed ({0}); its own message says why")]
     Ended(ExitStatus),
-    #[error("no soci-mount answers at {} within {} seconds", .socket.display(), .waited.as_secs())]
-    Nobody { socket: PathBuf, waited: Duration, source: io::Error },
+    #[error("no soci-mount answers at {}", .socket.display())]
+    Nobody { socket: PathBuf, source: io::Error },
     #[error("soci-mount gave an answer that makes no sense")]
     Protocol(#[source] io::Error),
 }
@@ -73,11 +73,11 @@ pub fn obtain(layout: &Layout, how: How) -> Result<Held, HolderError> {
             Err(error) => error,
         };
         if Instant::now() > deadline {
-            return Err(HolderError::Nobody { socket: layout.holder_socket(), waited: START, source: error });
+            return Err(HolderError::Nobody { socket: layout.holder_socket(), source: error });
         }
         if how == How::SpawnChild {
             match child.as_mut().map(Child::try_wait) {
-                // Success: it saw that another holder is there, which will answer.
+                // A holder answered it, and will answer us; if not, we start over.
                 Some(Ok(Some(status))) if status.success() => child = None,
                 Some(Ok(Some(status))) => return Err(HolderError::Ended(status)),
                 Some(Ok(None) | Err(_)) => {}
@@ -97,17 +97,37 @@ pub enum Keeping {
     HandedIn,
 }
 
-/// Sees to it that a holder has the descriptor besides us. To be called every now and then: a holder that died and was restarted has none.
-pub fn ensure_kept(layout: &Layout, device: BorrowedFd<'_>, init: &InitParams) -> io::Result<Keeping> {
-    match ask_status(layout)? {
+/// Sees to it that a holder has the descriptor besides us. To be called every now and then (it blocks, so not on a runtime's thread): a holder that
+/// died and was restarted has none.
+///
+/// A daemon without systemd restarts it itself. That takes no capability, because there is nothing to mount.
+pub fn ensure_kept(
+    layout: &Layout,
+    device: BorrowedFd<'_>,
+    init: &InitParams,
+    how: How,
+) -> Result<Keeping, HolderError> {
+    let status = match (ask_status(layout), how) {
+        (Err(error), How::SpawnChild) if absent(&error) => {
+            let mut child = spawn(layout)?;
+            match child.wait() {
+                Ok(status) if !status.success() => return Err(HolderError::Ended(status)),
+                _ => ask_status(layout),
+            }
+        }
+        (other, _) => other,
+    };
+    match status.map_err(|source| HolderError::Nobody { socket: layout.holder_socket(), source })? {
         Status::Holding => return Ok(Keeping::Already),
         Status::Empty => {}
     }
     let mut message = Request::Keep.encode().to_vec();
-    message.extend(serde_json::to_vec(init).map_err(io::Error::other)?);
-    match converse(layout, &message, &[device])? {
-        (Reply::Done, ..) => Ok(Keeping::HandedIn),
-        (other, ..) => Err(unexpected(other)),
+    let parameters = serde_json::to_vec(init).map_err(|e| HolderError::Protocol(e.into()))?;
+    message.extend(parameters);
+    match converse(layout, &message, &[device]) {
+        Ok((Reply::Done, ..)) => Ok(Keeping::HandedIn),
+        Ok((other, ..)) => Err(HolderError::Protocol(unexpected(other))),
+        Err(error) => Err(HolderError::Protocol(error)),
     }
 }
 

@@ -30,7 +30,6 @@ mod server;
 
 pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
 
-
 use crate::{
     layout::Layout,
     sys::{self, fuse, mountinfo, seqpacket},
@@ -69,9 +68,12 @@ struct Args {
     /// Detach the mount and end the process that holds it, instead of becoming it.
     #[arg(long, conflicts_with = "detach")]
     unmount: bool,
-    /// Leave the session of whoever started us.
+    /// Return when the holder runs, in a session of its own.
     #[arg(long)]
     detach: bool,
+    /// What --detach starts.
+    #[arg(long, hide = true)]
+    new_session: bool,
     /// Exit with 0 if somebody serves the mount on this path, with 1 if nobody does. A separate process because the question may never be answered.
     #[arg(long, hide = true, value_name = "PATH")]
     probe: Option<PathBuf>,
@@ -81,24 +83,56 @@ struct Args {
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let layout = Layout::new(&args.root);
-    let result = match (&args.probe, args.unmount) {
-        (Some(point), _) => return probe(point),
-        (None, true) => unmount(&layout),
-        (None, false) => hold(&layout, args.detach),
+    if let Some(point) = &args.probe {
+        return probe(point);
+    }
+    let result = match (args.unmount, args.detach) {
+        (true, _) => unmount(&layout),
+        (false, true) => start_detached(&layout),
+        (false, false) => hold(&layout, args.new_session),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("soci-mount: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
-    if detach {
-        // EPERM means that we lead a process group, and so are in nobody else's way already.
-        let _ = rustix::process::setsid();
+fn complain(message: impl std::fmt::Display) {
+    sys::process::complain("soci-mount", message);
+}
+
+/// Starts the holder as nobody's child, in a session of its own, and returns when it answers: neither a signal to our group nor our end concerns it,
+/// and the daemon has no dead child to bury one day.
+fn start_detached(layout: &Layout) -> io::Result<()> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .arg("--root")
+        .arg(layout.root())
+        .arg("--new-session")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let deadline = Instant::now() + INIT_PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return match status.success() {
+                true => Ok(()), // another one answers
+                false => Err(io::Error::other(format!("the holder ended: {status}"))),
+            };
+        }
+        match client::ask_status(layout) {
+            Ok(_) => return Ok(()),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
+    if new_session {
+        rustix::process::setsid().map_err(|e| sys::context("starting a session", e))?;
     }
     std::fs::DirBuilder::new().recursive(true).mode(0o711).create(layout.snapshotter())?;
     let Some(lock) = lock_unless_held(layout)? else {
@@ -106,10 +140,10 @@ fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
     };
     let holding = match mount_state(&layout.lazy())? {
         MountState::Served => {
-            eprintln!(
-                "soci-mount: {} is mounted and served, but its holder is gone: waiting for the daemon to hand in the descriptor",
+            complain(format_args!(
+                "{} is mounted and served, but its holder is gone: waiting for the daemon to hand in the descriptor",
                 layout.lazy().display()
-            );
+            ));
             Holding::Empty
         }
         MountState::Absent => mount(layout)?,
@@ -119,7 +153,7 @@ fn hold(layout: &Layout, detach: bool) -> io::Result<()> {
     std::env::set_current_dir("/")?;
     sys::drop_all_capabilities()?;
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        eprintln!("soci-mount: telling systemd that we are ready: {error}");
+        complain(format_args!("telling systemd that we are ready: {error}"));
     }
     sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
     let ended = Server::new(listener, holding).serve();
@@ -151,7 +185,7 @@ fn lock_unless_held(layout: &Layout) -> io::Result<Option<OwnedFd>> {
                     Status::Holding => "holds",
                     Status::Empty => "waits for the descriptor of",
                 };
-                eprintln!("soci-mount: another soci-mount {what} {}; nothing to do", layout.lazy().display());
+                complain(format_args!("another soci-mount {what} {}; nothing to do", layout.lazy().display()));
                 return Ok(None);
             }
             Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
@@ -214,7 +248,7 @@ fn mount_state(point: &Path) -> io::Result<MountState> {
         if is_served(&point)? {
             return Ok(MountState::Served);
         }
-        eprintln!("soci-mount: detaching a dead mount from {}", point.display());
+        complain(format_args!("detaching a dead mount from {}", point.display()));
         fuse::detach(&point)?;
     }
     Err(io::Error::other(format!("more than {MAX_STACKED} dead mounts on {}", point.display())))
@@ -265,7 +299,7 @@ fn mount(layout: &Layout) -> io::Result<Holding> {
         Err(error) => {
             // Leave nothing behind that would answer ENOTCONN.
             if let Err(also) = fuse::detach(&point) {
-                eprintln!("soci-mount: {also}");
+                complain(also);
             }
             Err(error)
         }
@@ -280,7 +314,7 @@ fn negotiate(device: &OwnedFd, point: &Path) -> io::Result<InitParams> {
     rustix::io::write(device, &reply).map_err(|e| sys::context("answering INIT", e))?;
     if let Err(error) = fuse::set_read_ahead(point, READ_AHEAD_KB) {
         // Slower, not wrong: /sys may be read-only in a container.
-        eprintln!("soci-mount: {error}");
+        complain(error);
     }
     Ok(init)
 }

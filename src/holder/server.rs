@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    InitParams,
+    InitParams, complain,
     protocol::{MAX_MESSAGE, Reply, Request, Status},
 };
 use crate::sys::{
@@ -17,6 +17,9 @@ use std::{
 
 /// How long a peer may keep the holder waiting: it sends its question with its first breath.
 const PEER_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long to wait when the machine cannot give us a connection.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the holder has.
 pub(super) enum Holding {
@@ -49,7 +52,15 @@ impl Server {
 
     pub(super) fn serve(mut self) -> io::Result<()> {
         loop {
-            let peer = seqpacket::accept(self.listener.as_fd())?;
+            let peer = match seqpacket::accept(self.listener.as_fd()) {
+                Ok(peer) => peer,
+                // The machine is out of descriptors or memory. What we hold is worth waiting for better times.
+                Err(error) => {
+                    complain(format_args!("accepting: {error}"));
+                    std::thread::sleep(ACCEPT_AGAIN);
+                    continue;
+                }
+            };
             // One peer's trouble is not ours.
             match self.serve_peer(peer.as_fd()) {
                 Ok(Next::Serve) => {}
@@ -59,7 +70,7 @@ impl Server {
                         "the daemon was restarted while no holder had the descriptor: the mount is lost",
                     ));
                 }
-                Err(error) => eprintln!("soci-mount: {error}"),
+                Err(error) => complain(error),
             }
         }
     }

@@ -102,7 +102,8 @@ mod tests {
     fn the_annotation_is_read_and_anything_around_it_is_not() {
         let of = |text: String| annotation_of(&text.into());
         let digest = Digest::of(b"x");
-        let with = |value: &str| format!(r#"{{"config":7,"annotations":{{"a":1,"com.amazon.soci.index-digest":{value}}}}}"#);
+        let with =
+            |value: &str| format!(r#"{{"config":7,"annotations":{{"a":1,"com.amazon.soci.index-digest":{value}}}}}"#);
         assert_eq!(of(with(&format!("\"{digest}\""))), Ok(Some(digest)));
         assert_eq!(of(with("\"\"")), Ok(None));
         assert_eq!(of("{}".into()), Ok(None));

@@ -7,9 +7,7 @@
 
 use super::{
     BlobRef, ContentStore, DiscoverySettings, NoIndex, Observer, SociIndex, StoreError, ZtocDescriptor,
-    discover::Found,
-    prefetch,
-    store::Ingest,
+    discover::Found, prefetch, store::Ingest,
 };
 use crate::{
     oci::{Descriptor, Digest, Manifest, annotation, media_type},
@@ -48,7 +46,8 @@ pub(super) async fn index(
     let manifest = read(&manifest(repository, store, found).await?)?;
     let mut index = plan(found.digest, manifest, settings)?;
     let mut seen = HashSet::new();
-    let ztocs: Vec<_> = index.layers.iter().map(|(layer, z)| (*layer, BlobRef { digest: z.digest, size: z.size })).collect();
+    let ztocs: Vec<_> =
+        index.layers.iter().map(|(layer, z)| (*layer, BlobRef { digest: z.digest, size: z.size })).collect();
     let ztocs = ztocs.into_iter().filter(|(_, blob)| seen.insert(blob.digest));
     stream::iter(ztocs.map(Ok))
         .try_for_each_concurrent(BLOBS_AT_ONCE, |(layer, blob)| async move {
@@ -82,7 +81,7 @@ async fn manifest(repository: &Repository, store: &ContentStore, found: &Found) 
         return Ok(bytes);
     }
     tracing::info!(digest = %found.digest, "fetching SOCI index from remote registry");
-    let failed = |source| NoIndex::Index { index: found.digest, source };
+    let failed = |error| NoIndex::Index { index: found.digest, source: Box::new(error) };
     let fetched = repository.manifest(&found.digest.to_string()).await.map_err(failed)?;
     if let Some(size) = found.size
         && size != fetched.bytes.len() as u64
@@ -169,20 +168,26 @@ enum Origin {
 }
 
 /// Sees to it that a blob is in the store.
-async fn ensure(repository: &Repository, store: &ContentStore, index: Digest, blob: BlobRef) -> Result<Origin, NoIndex> {
+async fn ensure(
+    repository: &Repository,
+    store: &ContentStore,
+    index: Digest,
+    blob: BlobRef,
+) -> Result<Origin, NoIndex> {
     if store.holds(blob.digest, blob.size).await.map_err(NoIndex::Store)? {
         return Ok(Origin::Here);
     }
     tracing::info!(digest = %blob.digest, "fetching artifact from remote");
     let failed = |error| match error {
-        Error::Registry(source) => NoIndex::Blob { index, blob: blob.digest, source },
+        Error::Registry(error) => NoIndex::Blob { index, blob: blob.digest, source: Box::new(error) },
         Error::Store(error) => NoIndex::Store(error),
     };
     let first = fetch(repository, store, blob, &[]).await.map_err(failed)?;
     if let Fetched::Corrupt { from } = first {
         // From elsewhere, if there is an elsewhere; or once more.
         if let Fetched::Corrupt { .. } = fetch(repository, store, blob, &from).await.map_err(failed)? {
-            let what = format!("the bytes of blob {} of the SOCI index {index} are not what they should be", blob.digest);
+            let what =
+                format!("the bytes of blob {} of the SOCI index {index} are not what they should be", blob.digest);
             return Err(NoIndex::Invalid { what });
         }
     }
@@ -207,7 +212,8 @@ async fn fetch(
 ) -> Result<Fetched, Error> {
     let ingest = store.ingest(blob.digest).await.map_err(Error::Store)?;
     let download = Download { repository, blob, avoid, ingest: &ingest, from: Mutex::default() };
-    let pieces = stream::iter(pieces(blob.size).map(Ok)).try_for_each_concurrent(None, |range| download.piece(range)).await;
+    let pieces =
+        stream::iter(pieces(blob.size).map(Ok)).try_for_each_concurrent(None, |range| download.piece(range)).await;
     match pieces {
         Err(Error::Registry(RegistryError::RangesUnsupported { .. })) => download.piece(0..blob.size).await?,
         other => other?,

@@ -20,7 +20,7 @@ mod store;
 pub use store::{ContentStore, StoreError};
 
 use crate::{
-    oci::{Digest, Manifest, Reference},
+    oci::{Digest, Manifest, Reference, annotation},
     registry::{Registry, RegistryError},
 };
 use flights::{Belief, Flights};
@@ -82,6 +82,15 @@ pub struct SociIndex {
     pub prefetch: HashMap<Digest, BlobRef>,
 }
 
+impl SociIndex {
+    /// Indexed layers with their zTOCs, in the order of the index: bottom first.
+    pub fn layers_in_order(&self) -> impl Iterator<Item = (Digest, ZtocDescriptor)> {
+        let listed = self.manifest.layers.iter().filter_map(|l| l.annotations.get(annotation::LAYER_DIGEST)?.parse().ok());
+        let mut seen = std::collections::HashSet::new();
+        listed.filter(move |layer| seen.insert(*layer)).filter_map(|layer: Digest| Some((layer, *self.layers.get(&layer)?)))
+    }
+}
+
 /// The zTOC of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ZtocDescriptor {
@@ -110,9 +119,9 @@ pub enum NoIndex {
     #[error("cannot ask the registry for the SOCI index")]
     Discovery(#[source] RegistryError),
     #[error("cannot fetch the SOCI index {index}")]
-    Index { index: Digest, source: RegistryError },
+    Index { index: Digest, source: Box<RegistryError> },
     #[error("cannot fetch blob {blob} of the SOCI index {index}")]
-    Blob { index: Digest, blob: Digest, source: RegistryError },
+    Blob { index: Digest, blob: Digest, source: Box<RegistryError> },
     #[error("{what}")]
     Invalid { what: String },
     #[error("cannot keep the SOCI index")]

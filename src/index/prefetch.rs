@@ -91,6 +91,9 @@ mod tests {
         assert_eq!(parse(br#"{"version":"1.0","prefetch_spans":[]}"#), Err(PrefetchError::Empty));
         assert_eq!(parse(br#"{"version":"2.0"}"#), Err(PrefetchError::Version("2.0".into())));
         assert_eq!(parse(b"nonsense"), Err(PrefetchError::Malformed));
-        assert_eq!(parse(br#"{"version":"1.0","prefetch_spans":[{"start_span":1e99}]}"#), Err(PrefetchError::Malformed));
+        assert_eq!(
+            parse(br#"{"version":"1.0","prefetch_spans":[{"start_span":1e99}]}"#),
+            Err(PrefetchError::Malformed)
+        );
     }
 }

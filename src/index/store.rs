@@ -178,7 +178,8 @@ impl OciLayout {
     fn sweep(&self) {
         let Ok(entries) = fs::read_dir(self.ingest()) else { return };
         for entry in entries.flatten() {
-            let age = entry.metadata().and_then(|m| m.modified()).ok().and_then(|m| SystemTime::now().duration_since(m).ok());
+            let age =
+                entry.metadata().and_then(|m| m.modified()).ok().and_then(|m| SystemTime::now().duration_since(m).ok());
             if age.is_some_and(|age| age > STALE) {
                 let _ = fs::remove_file(entry.path());
             }

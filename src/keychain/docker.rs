@@ -229,7 +229,8 @@ mod tests {
         let path = dir.path().join("config.json");
         // The helper is found through PATH, which tests share; a name with a directory is not possible.
         let bin = std::env::var_os("PATH").unwrap_or_default();
-        let joined = std::env::join_paths(std::iter::once(dir.path().to_owned()).chain(std::env::split_paths(&bin))).unwrap();
+        let joined =
+            std::env::join_paths(std::iter::once(dir.path().to_owned()).chain(std::env::split_paths(&bin))).unwrap();
         let status = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "keychain::docker::tests::helper_child", "--ignored", "--nocapture"])
             .env("PATH", joined)

@@ -90,7 +90,11 @@ async fn run(name: &str, server: &str) -> Result<Option<Credential>, HelperError
     if !status.success() {
         // The one failure that has a defined text: nothing is known about this server.
         let text = String::from_utf8_lossy(&output);
-        return if text.trim() == "credentials not found in native keychain" { Ok(None) } else { Err(HelperError::Status(status)) };
+        return if text.trim() == "credentials not found in native keychain" {
+            Ok(None)
+        } else {
+            Err(HelperError::Status(status))
+        };
     }
     let answer: Answer = serde_json::from_slice(&output).map_err(|_| HelperError::Answer)?;
     Ok(match answer {

@@ -43,7 +43,10 @@ impl fmt::Debug for Secret {
 /// What proves who we are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credential {
-    Password { user: String, password: Secret },
+    Password {
+        user: String,
+        password: Secret,
+    },
     /// An OAuth 2 refresh token.
     Identity(Secret),
 }
@@ -167,7 +170,8 @@ mod tests {
         let reference = "h/r".parse().unwrap();
         let query = Query { host: "h", reference: &reference };
         let found = Credential::Identity(Secret::new("x"));
-        let keychain = Keychain::new(vec![Arc::new(Broken), Arc::new(Fixed(None)), Arc::new(Fixed(Some(found.clone())))]);
+        let keychain =
+            Keychain::new(vec![Arc::new(Broken), Arc::new(Fixed(None)), Arc::new(Fixed(Some(found.clone())))]);
         assert_eq!(keychain.lookup(&query).await, Some(found));
         assert_eq!(Keychain::default().lookup(&query).await, None);
     }

@@ -8,6 +8,7 @@ use super::{
     scheduler::{OnTheirWay, Scheduler, backoff},
     source::{Remedy, Source, SourceError},
     spans::Span,
+    split,
 };
 use crate::{fs::ReadError, oci::Digest, registry::HostId};
 use bytes::{Bytes, BytesMut};
@@ -43,12 +44,15 @@ impl Failure {
 /// Fetches `run` for readers that wait: retries within the budget, then tells them why not.
 pub(super) async fn demand(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>) {
     let range = layer.blob_range(&run);
-    persist(scheduler, &layer, run, scheduler.asked(range.end - range.start)).await;
+    let (begun, bytes) = (Instant::now(), range.end - range.start);
+    persist(scheduler, &layer, run.clone(), scheduler.asked(bytes)).await;
+    let (rate, window, waiting) = scheduler.link();
+    tracing::debug!(layer = %layer.digest(), first = run.start, spans = run.len(), bytes, took = ?begun.elapsed(), rate, window, waiting, "demand");
 }
 
 /// Fetches `run` because it may be read. If that fails it is left for later, unless a reader has come to wait for it meanwhile.
 pub(super) async fn background(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>, ticket: OnTheirWay) {
-    let mut attempt = Attempt::new(&layer);
+    let mut attempt = Attempt::new(&layer, Urgency::Background);
     match attempt.run(&run, ticket).await {
         Ok(()) => {
             scheduler.succeeded(&layer);
@@ -70,7 +74,7 @@ async fn persist(scheduler: &Scheduler, layer: &Arc<Layer>, run: Range<usize>, t
     let settings = scheduler.settings();
     let begun = Instant::now();
     let (mut failures, mut mismatches) = (0, 0);
-    let mut attempt = Attempt::new(layer);
+    let mut attempt = Attempt::new(layer, Urgency::Demand);
     let mut ticket = Some(ticket);
     loop {
         let Some(left) = still_fetching(layer, &run) else { return };
@@ -120,9 +124,17 @@ fn still_fetching(layer: &Layer, run: &Range<usize>) -> Option<Range<usize>> {
     Some(first..last + 1)
 }
 
+/// Whether somebody waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    Demand,
+    Background,
+}
+
 /// Attempts at one run, and what they have learnt.
 struct Attempt {
     layer: Arc<Layer>,
+    urgency: Urgency,
     sources: Vec<Arc<dyn Source>>,
     source: usize,
     avoid: Vec<HostId>,
@@ -132,8 +144,8 @@ struct Attempt {
 static DISK_TROUBLE: AtomicBool = AtomicBool::new(false);
 
 impl Attempt {
-    fn new(layer: &Arc<Layer>) -> Attempt {
-        Attempt { layer: layer.clone(), sources: layer.sources(), source: 0, avoid: Vec::new() }
+    fn new(layer: &Arc<Layer>, urgency: Urgency) -> Attempt {
+        Attempt { layer: layer.clone(), urgency, sources: layer.sources(), source: 0, avoid: Vec::new() }
     }
 
     /// Goes on to the next source; false after the last.
@@ -147,7 +159,10 @@ impl Attempt {
         let source = self.sources.get(self.source).cloned().ok_or_else(gone).map_err(Failure::Source)?;
         let range = self.layer.blob_range(run);
         let started = Instant::now();
-        let opened = source.open(range.clone(), &self.avoid).await;
+        let opened = match self.urgency {
+            Urgency::Demand => split::open(&source, range.clone(), &self.avoid).await,
+            Urgency::Background => source.open(range.clone(), &self.avoid).await,
+        };
         self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
         let mut body = opened.map_err(Failure::Source)?;
         ticket.begun();

@@ -87,8 +87,6 @@ pub struct Parts {
     pub toc: Arc<Toc>,
     pub files: LayerFiles,
     pub ranked: Vec<Ranked>,
-    /// Multiplies the value of this layer's spans: upper layers before lower ones.
-    pub boost: f32,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
 }
@@ -98,9 +96,8 @@ impl Layer {
     pub fn new(parts: Parts, shared: Arc<Shared>) -> Arc<Layer> {
         let count = parts.table.spans.len();
         let mut values = vec![0.0; count];
-        let mut ranked = parts.ranked;
-        for rank in &mut ranked {
-            rank.value *= parts.boost;
+        let ranked = parts.ranked;
+        for rank in &ranked {
             if let Some(value) = values.get_mut(rank.span) {
                 *value = rank.value;
             }
@@ -329,7 +326,9 @@ impl Layer {
         let layer = self.arc().ok_or(ReadError::Fetch { reason: "the layer is being removed".into() })?;
         // A damaged span is fetched again at most as often as it takes to know that the disk is the trouble.
         for _ in 0..3 {
+            let asked = Instant::now();
             let fetched = self.compressed(span).await?;
+            let waited = asked.elapsed();
             let layer = layer.clone();
             let inflating = self.shared.runtime.spawn_blocking(move || {
                 let on_disk;
@@ -349,7 +348,10 @@ impl Layer {
                 Ok(Some(Bytes::from(out)))
             });
             match inflating.await {
-                Ok(Ok(Some(bytes))) => return Ok(bytes),
+                Ok(Ok(Some(bytes))) => {
+                    tracing::debug!(layer = %self.digest, span, waited = ?waited, took = ?asked.elapsed(), "span inflated");
+                    return Ok(bytes);
+                }
                 Ok(Ok(None)) => continue,
                 Ok(Err(error)) => return Err(error),
                 Err(_) => return Err(ReadError::Fetch { reason: "the daemon is stopping".into() }),

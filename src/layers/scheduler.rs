@@ -15,7 +15,7 @@ use super::{
     window::{MIN_BYTES, Window},
 };
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
@@ -28,6 +28,9 @@ const MAX_NEAR: usize = 256;
 const DEMAND_PER_LAYER: usize = 16;
 /// Largest background request. A request costs about a round trip of nobody's time, and a blocked read waits behind it.
 const MAX_REQUEST: u64 = 8 << 20;
+
+/// How long another's download may hold the background back. A layer that is not worth an index (10 MB) needs seconds on a slow link.
+const MAKE_WAY: Duration = Duration::from_secs(20);
 
 /// How fast the background may stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +77,8 @@ struct State {
     allowance: f64,
     refilled: Option<Instant>,
     next_tick: Option<Instant>,
+    /// Downloads of somebody else on this node that are more urgent than streaming, until when at the latest.
+    others: HashMap<u64, Instant>,
 }
 
 struct Inner {
@@ -154,6 +159,19 @@ impl Scheduler {
         self.inner.wake.notify_one();
     }
 
+    /// Somebody else on this node begins a download that a pull waits for: until [`Scheduler::way_is_free`], streaming goes on with one
+    /// request at a time, so that both have a fair share of the link.
+    pub fn make_way(&self, who: u64) {
+        self.lock().others.insert(who, Instant::now() + MAKE_WAY);
+    }
+
+    /// That download is over.
+    pub fn way_is_free(&self, who: u64) {
+        if self.lock().others.remove(&who).is_some() {
+            self.inner.wake.notify_one();
+        }
+    }
+
     /// Bytes that were asked for and have not arrived; dropped with the request.
     pub(super) fn asked(&self, bytes: u64) -> OnTheirWay {
         self.lock().on_their_way += bytes;
@@ -183,6 +201,10 @@ impl Scheduler {
         let settings = &self.inner.settings;
         let mut state = self.lock();
         if settings.pace == Pace::Off || state.on_their_way >= state.window.bytes() {
+            return Next::Wait;
+        }
+        state.others.retain(|_, until| *until > now);
+        if state.on_their_way > 0 && !state.others.is_empty() {
             return Next::Wait;
         }
         if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
@@ -272,10 +294,10 @@ impl Scheduler {
         }
     }
 
-    /// Best recent rate, and bytes on their way: for status and metrics.
-    pub fn link(&self) -> (u64, u64) {
+    /// Best recent rate (bytes/s), the window, and bytes on their way: for logs.
+    pub(super) fn link(&self) -> (u64, u64, u64) {
         let state = self.lock();
-        (state.window.rate(), state.on_their_way)
+        (state.window.rate(), state.window.bytes(), state.on_their_way)
     }
 
     /// Layers with something missing.

@@ -39,8 +39,11 @@ const CLIENT_ID: &str = "containerd-client";
 /// The grants of all hosts and repositories.
 pub(super) struct Auth {
     keychain: Arc<Keychain>,
-    doors: Mutex<Bounded<(super::HostId, Arc<str>), Arc<Door>>>,
+    doors: Mutex<Bounded<DoorKey, Arc<Door>>>,
 }
+
+/// A host, and the name of a repository on it.
+type DoorKey = (super::HostId, Arc<str>);
 
 /// One host and repository.
 #[derive(Default)]
@@ -210,7 +213,8 @@ async fn bearer(
             what: "the registry names a login service without TLS, which is not told who asks".into(),
         }));
     }
-    let scope = if scope.is_empty() { format!("repository:{}:pull", visitor.reference.repository) } else { scope.clone() };
+    let scope =
+        if scope.is_empty() { format!("repository:{}:pull", visitor.reference.repository) } else { scope.clone() };
     if let Some(credential) = credential {
         match post(visitor, &realm, service, &scope, credential).await? {
             Posted::Answer(body) => return grant(visitor, challenge, &body).map(Some),
@@ -350,7 +354,8 @@ struct Answer {
 
 fn grant(visitor: &Visitor<'_>, challenge: &Challenge, body: &[u8]) -> Result<Grant, Failure> {
     // What serde says about the text could quote it.
-    let malformed = || Failure::malformed(visitor.request, "the login service gave an answer that cannot be understood");
+    let malformed =
+        || Failure::malformed(visitor.request, "the login service gave an answer that cannot be understood");
     let answer: Answer = serde_json::from_slice(body).map_err(|_| malformed())?;
     let text = if answer.access_token.is_empty() { answer.token } else { answer.access_token };
     if text.is_empty() {

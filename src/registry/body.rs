@@ -188,7 +188,15 @@ mod tests {
     fn content_ranges_are_read_and_nonsense_is_not() {
         assert_eq!(content_range("bytes 0-1/10"), Some((0, 1, Some(10))));
         assert_eq!(content_range("bytes 5-5/*"), Some((5, 5, None)));
-        for bad in ["", "bytes */10", "bytes 2-1/10", "bytes 0-10/10", "bytes 0-/10", "0-1/10", "bytes 0-99999999999999999999/*"] {
+        for bad in [
+            "",
+            "bytes */10",
+            "bytes 2-1/10",
+            "bytes 0-10/10",
+            "bytes 0-/10",
+            "0-1/10",
+            "bytes 0-99999999999999999999/*",
+        ] {
             assert_eq!(content_range(bad), None, "{bad}");
         }
     }

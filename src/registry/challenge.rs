@@ -96,7 +96,9 @@ mod tests {
     #[test]
     fn registries_write_their_challenges_in_many_ways() {
         assert_eq!(
-            parse(r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a/b:pull,push""#),
+            parse(
+                r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a/b:pull,push""#
+            ),
             [bearer("https://auth.docker.io/token", "registry.docker.io", "repository:a/b:pull,push")]
         );
         assert_eq!(parse(r#"basic realm="r, \"x\"", charset=UTF-8"#), [Challenge::Basic]);
@@ -109,7 +111,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_no_challenge() {
-        for text in ["", "Negotiate", r#"Bearer realm="unterminated"#, "Bearer", "=x", r#"Bearer realm="a\"#, "\"", "🦀"] {
+        for text in
+            ["", "Negotiate", r#"Bearer realm="unterminated"#, "Bearer", "=x", r#"Bearer realm="a\"#, "\"", "🦀"]
+        {
             assert_eq!(parse(text), [], "{text}");
         }
         assert_eq!(parse(&"a".repeat(100_000)), []);

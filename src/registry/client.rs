@@ -347,7 +347,9 @@ impl Pass {
     /// allowed to serve what we may not fetch from the registry may be back soon.
     fn result(self) -> Verdict {
         match (self.no, self.trouble) {
-            (Some(no), _) if !self.last_had_trouble && matches!(no, RegistryError::NotFound { .. }) => Verdict::Final(no),
+            (Some(no), _) if !self.last_had_trouble && matches!(no, RegistryError::NotFound { .. }) => {
+                Verdict::Final(no)
+            }
             (_, Some((error, after))) => Verdict::Trouble(error, after),
             (Some(no), None) => Verdict::Final(no),
             (None, None) => Verdict::Final(RegistryError::Setup { what: "there is no host to ask".into() }),

@@ -241,8 +241,10 @@ mod tests {
     use super::*;
 
     fn bases(image_host: &str, mirrors: &[(&str, Security)]) -> Vec<String> {
-        let mirrors: Vec<Mirror> =
-            mirrors.iter().map(|(host, security)| Mirror { host: (*host).into(), security: *security, ..Mirror::default() }).collect();
+        let mirrors: Vec<Mirror> = mirrors
+            .iter()
+            .map(|(host, security)| Mirror { host: (*host).into(), security: *security, ..Mirror::default() })
+            .collect();
         list(image_host, &mirrors).unwrap().iter().map(|e| e.url("r", "x").unwrap().to_string()).collect()
     }
 

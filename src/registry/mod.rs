@@ -100,11 +100,8 @@ impl Registry {
 
     /// The repository that `reference` names. Asks nobody.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
-        let endpoints = self
-            .client
-            .hosts
-            .of(&reference.host)
-            .map_err(|error| RegistryError::Setup { what: error.to_string() })?;
+        let endpoints =
+            self.client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
         Ok(Repository {
             site: Site {
                 client: self.client.clone(),
@@ -207,7 +204,9 @@ impl Repository {
                         .and_then(|(_, _, total)| total),
                     _ => stated_length(&body),
                 };
-                size.ok_or_else(|| Failure::malformed(body.request(), "the registry does not say how large the blob is"))
+                size.ok_or_else(|| {
+                    Failure::malformed(body.request(), "the registry does not say how large the blob is")
+                })
             })
             .await;
         match sized {

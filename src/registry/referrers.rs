@@ -47,19 +47,23 @@ async fn api(
     manifest: Digest,
     artifact_type: &str,
 ) -> Result<Option<Vec<Descriptor>>, Failure> {
-    let query = ::url::form_urlencoded::Serializer::new(String::new()).append_pair("artifactType", artifact_type).finish();
+    let query =
+        ::url::form_urlencoded::Serializer::new(String::new()).append_pair("artifactType", artifact_type).finish();
     let mut path = format!("referrers/{manifest}?{query}");
     let first = site.url(endpoint, &path)?;
     let prefix = site.url(endpoint, "")?;
     let mut out = Vec::new();
     for _ in 0..MAX_PAGES {
-        let ask = Ask { kind: Kind::Referrers, path: &path, accept: Some(media_type::OCI_INDEX), range: None, blob: None };
+        let ask =
+            Ask { kind: Kind::Referrers, path: &path, accept: Some(media_type::OCI_INDEX), range: None, blob: None };
         let body = match site.open(endpoint, places, &ask).await {
             Ok(body) => body,
             // A name that is not known has no fallback tag either; everything else here is how registries say "what API?".
             Err(failure) => {
                 return match failure.error {
-                    RegistryError::NotFound { .. } | RegistryError::Refused { status: 400 | 405 | 406 | 501, .. } => Ok(None),
+                    RegistryError::NotFound { .. } | RegistryError::Refused { status: 400 | 405 | 406 | 501, .. } => {
+                        Ok(None)
+                    }
                     _ => Err(failure),
                 };
             }
@@ -73,7 +77,9 @@ async fn api(
         let here = body.response().url().clone();
         let request = body.request().clone();
         let bytes = body.read(site.client.settings.manifest_max).await?;
-        out.extend(descriptors(&bytes).ok_or_else(|| Failure::malformed(&request, "the list of referrers is not an index"))?);
+        out.extend(
+            descriptors(&bytes).ok_or_else(|| Failure::malformed(&request, "the list of referrers is not an index"))?,
+        );
         let Some(next) = link.and_then(|link| here.join(&link).ok()) else { break };
         let below = next.path().strip_prefix(prefix.path());
         let Some(below) = below.filter(|_| same_origin(&first, &next)) else { break };

@@ -16,11 +16,7 @@ pub struct RetrySettings {
 impl Default for RetrySettings {
     /// The defaults of `[http]` and `[blob]`.
     fn default() -> RetrySettings {
-        RetrySettings {
-            max_retries: 8,
-            min_wait: Duration::from_millis(30),
-            max_wait: Duration::from_millis(300_000),
-        }
+        RetrySettings { max_retries: 8, min_wait: Duration::from_millis(30), max_wait: Duration::from_millis(300_000) }
     }
 }
 

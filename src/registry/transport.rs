@@ -101,7 +101,8 @@ impl Transport {
                 .pool_idle_timeout(POOL_IDLE)
                 .pool_max_idle_per_host(settings.idle_connections)
         };
-        let build = |builder: reqwest::ClientBuilder| builder.build().map_err(|e| RegistryError::Setup { what: chain(&e) });
+        let build =
+            |builder: reqwest::ClientBuilder| builder.build().map_err(|e| RegistryError::Setup { what: chain(&e) });
         Ok(Transport {
             talk: build(builder())?,
             bulk: build(builder().http1_only())?,
@@ -216,9 +217,9 @@ impl ErrorReply {
     /// ECR's way of asking for new credentials: a 403 with this text.
     pub fn is_expired_login(&self) -> bool {
         self.status == StatusCode::FORBIDDEN
-            && self.error_field("message").is_some_and(|message| {
-                message == "Your authorization token has expired. Reauthenticate and try again."
-            })
+            && self
+                .error_field("message")
+                .is_some_and(|message| message == "Your authorization token has expired. Reauthenticate and try again.")
     }
 
     /// S3's way of saying that a signed URL is too old: a 400 with this code.
@@ -280,7 +281,10 @@ fn transport_failure(request: &Request, error: &reqwest::Error) -> Failure {
         } else {
             ""
         };
-        return Failure::elsewhere(RegistryError::Untrusted { request: request.clone(), what: format!("{what}{hint}") });
+        return Failure::elsewhere(RegistryError::Untrusted {
+            request: request.clone(),
+            what: format!("{what}{hint}"),
+        });
     }
     if error.is_builder() {
         return Failure::elsewhere(RegistryError::Malformed { request: request.clone(), what });
@@ -335,6 +339,8 @@ mod tests {
         let text = r#"{"errors":[{"code":"DENIED","message":"your password hunter2"}]}"#;
         let shown = reply(403, text).failure(&request).error.to_string();
         assert_eq!(shown, r#"GET "https://h/v2/a": access denied: 403 Forbidden (DENIED)"#);
-        assert!(!reply(418, r#"{"errors":[{"code":"hunter2"}]}"#).failure(&request).error.to_string().contains("hunter2"));
+        assert!(
+            !reply(418, r#"{"errors":[{"code":"hunter2"}]}"#).failure(&request).error.to_string().contains("hunter2")
+        );
     }
 }

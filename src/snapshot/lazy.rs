@@ -117,8 +117,13 @@ pub trait LazyLayers: Send + Sync {
     /// What the layer holds on disk.
     fn usage(&self, id: SnapshotId) -> Usage;
 
-    /// A layer extraction was not lazy, for this reason: called once for each. For counters.
+    /// A layer extraction was not lazy, for this reason: called once for each. containerd now fetches and unpacks that layer.
     fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
         let _ = (id, reason);
+    }
+
+    /// containerd has committed what it unpacked into `id`.
+    fn committed(&self, id: SnapshotId) {
+        let _ = id;
     }
 }

@@ -207,6 +207,7 @@ impl Snapshotter {
                 return Err(SnapshotError::NotActive(key));
             }
             let usage = inner.disk_usage(info.id).await?;
+            inner.lazy.committed(info.id);
             inner.store.commit(&key, &name, labels, usage, Timestamp::now()).await
         })
         .await

@@ -44,9 +44,16 @@ pub fn keep_only(kept: &[Capability]) -> io::Result<()> {
     if before.ambient != 0 {
         caps::clear(None, CapSet::Ambient).map_err(|e| io::Error::other(format!("clearing the ambient set: {e}")))?;
     }
-    change(CapSet::Inheritable, &CapsHashSet::new())?;
-    change(CapSet::Effective, &set)?;
-    change(CapSet::Permitted, &set)?;
+    // Only what is not so already: a process that has nothing may also be forbidden to call capset.
+    if before.inheritable != 0 {
+        change(CapSet::Inheritable, &CapsHashSet::new())?;
+    }
+    if before.effective != mask {
+        change(CapSet::Effective, &set)?;
+    }
+    if before.permitted != mask {
+        change(CapSet::Permitted, &set)?;
+    }
 
     let after = Rows::read()?;
     let wanted =

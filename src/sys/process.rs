@@ -3,7 +3,8 @@
 use super::context;
 use std::{
     ffi::OsString,
-    io,
+    fmt::Display,
+    io::{self, Write},
     marker::PhantomData,
     os::fd::{FromRawFd, OwnedFd},
     path::{Path, PathBuf},
@@ -41,6 +42,15 @@ pub fn inherited_sockets() -> io::Result<Vec<OwnedFd>> {
     // SAFETY: systemd's protocol says that descriptors 3.. belong to the process named by LISTEN_PID, which `listen_fds` checked to be us, and
     // nothing in this process has opened or closed them: by this function's contract it runs once, before anything else uses descriptors.
     Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+}
+
+/// Says something on standard error, for the helpers that have no log of their own.
+///
+/// Unlike `eprintln!` it does not panic when nobody reads standard error any more: a holder must not die of having been talkative.
+pub fn complain(program: &str, message: impl Display) {
+    let line = format!("{program}: {message}\n");
+    // There is nobody left to tell.
+    let _ = io::stderr().lock().write_all(line.as_bytes());
 }
 
 /// No helper of that name is installed.

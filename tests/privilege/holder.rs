@@ -212,16 +212,41 @@ fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
     let daemon = Daemon::serve(device);
     holder.kill();
     assert!(answers(&lab), "the daemon needs no holder to serve");
-    let _next = lab.holder();
-    let kept = eventually("the new holder listens", || holder::ensure_kept(&lab.layout, spare.as_fd(), &init).ok());
+    let mut next = lab.holder();
+    let keep = |how| holder::ensure_kept(&lab.layout, spare.as_fd(), &init, how);
+    let kept = eventually("the new holder listens", || keep(How::Connect).ok());
     assert_eq!(kept, Keeping::HandedIn);
-    assert_eq!(holder::ensure_kept(&lab.layout, spare.as_fd(), &init).expect("asked"), Keeping::Already);
+    assert_eq!(keep(How::Connect).expect("asked"), Keeping::Already);
+    // Without systemd the daemon starts the next one itself.
+    next.kill();
+    assert!(keep(How::Connect).is_err());
+    assert_eq!(keep(How::SpawnChild).expect("started"), Keeping::HandedIn);
     drop((daemon, spare));
     let held = lab.obtain();
     assert!(!held.first);
     assert_eq!(held.init, init);
     let _daemon = Daemon::serve(held.device);
     assert!(answers(&lab));
+}
+
+#[test]
+fn privileged_a_daemon_without_any_capability_can_start_a_holder_for_what_it_serves() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder();
+    let Held { device, init, .. } = lab.obtain();
+    let spare = device.try_clone().expect("dup");
+    let _daemon = Daemon::serve(device);
+    holder.kill();
+    // As the daemon's child would be: no capability to inherit, none to gain.
+    let mut started = Command::new("setpriv");
+    started.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", HOLDER, "--detach", "--root"]);
+    let mut started = Killed(started.arg(lab.layout.root()).spawn().expect("spawn"));
+    assert!(started.ended().success());
+    let kept = holder::ensure_kept(&lab.layout, spare.as_fd(), &init, How::Connect).expect("kept");
+    assert_eq!(kept, Keeping::HandedIn);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! Needs root and FUSE; without them every test here passes without doing anything, and says so.
 
 mod custodian;
+mod daemon;
 mod holder;
 
 use std::{
