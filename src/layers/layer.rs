@@ -284,6 +284,17 @@ impl Layer {
         })
     }
 
+    /// Takes the first run of absent spans within `listed`, of at most `max_bytes`.
+    pub(super) fn take_listed(&self, listed: Range<usize>, max_bytes: u64) -> Option<Range<usize>> {
+        let mut map = self.map();
+        let first = listed.clone().find(|span| map.get(*span) == spans::Span::Absent)?;
+        let mut bytes = self.span_bytes(first);
+        map.take_run(first, |span| {
+            bytes += self.span_bytes(span);
+            span < listed.end && bytes <= max_bytes
+        })
+    }
+
     /// Whether this process has compared the digest of `span`, which is present.
     pub(super) fn is_checked(&self, span: usize) -> bool {
         self.checked.get(span).is_some_and(|checked| checked.load(Ordering::Acquire))
