@@ -10,6 +10,7 @@ mod fuzz;
 mod grpc;
 mod index;
 mod lab;
+mod layers;
 mod licences;
 mod privilege;
 mod referrers;

@@ -85,9 +85,10 @@ struct Active {
 enum Disk {
     #[default]
     HasRoom,
+    /// One request then, to see.
     Full {
         until: Instant,
-        failures: u32,
+        tries: u32,
     },
 }
 
@@ -217,17 +218,10 @@ impl Scheduler {
     /// What was fetched could not be stored.
     pub(super) fn no_room(&self, error: &std::io::Error) {
         let mut state = self.lock();
-        let failures = match state.disk {
-            Disk::HasRoom => {
-                tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
-                0
-            }
-            // What was sent before the first failure was known says nothing new.
-            Disk::Full { until, .. } if until > Instant::now() => return,
-            Disk::Full { failures, .. } => failures,
-        };
-        let until = Instant::now() + backoff(MIN_FULL, MAX_FULL, failures + 1);
-        state.disk = Disk::Full { until, failures: (failures + 1).min(16) };
+        if let Disk::HasRoom = state.disk {
+            tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
+            state.disk = Disk::Full { until: Instant::now() + MIN_FULL, tries: 0 };
+        }
     }
 
     /// What was fetched could be stored.
@@ -342,6 +336,10 @@ impl Scheduler {
         let range = layer.blob_range(run);
         // Counted here and handed to the fetch, so that the next decision already sees it.
         state.on_their_way += range.end - range.start;
+        if let Disk::Full { until, tries } = &mut state.disk {
+            *tries = (*tries + 1).min(16);
+            *until = Instant::now() + backoff(MIN_FULL, MAX_FULL, *tries);
+        }
         if self.inner.settings.max_bytes_per_sec.is_some() {
             state.allowance -= (range.end - range.start) as f64;
         }
