@@ -209,12 +209,16 @@ impl Source for Script {
             if let Some(remedy) = act.refuse {
                 return Err(SourceError { reason: "refused, as told".into(), remedy });
             }
-            let mut data = self.blob[range.start as usize..range.end as usize].to_vec();
-            for offset in act.corrupt.iter().filter(|offset| range.contains(offset)) {
-                data[(offset - range.start) as usize] ^= 0x55;
+            let mut data = self.blob.slice(range.start as usize..range.end as usize);
+            if !act.corrupt.is_empty() || act.extra > 0 {
+                let mut changed = data.to_vec();
+                for offset in act.corrupt.iter().filter(|offset| range.contains(offset)) {
+                    changed[(offset - range.start) as usize] ^= 0x55;
+                }
+                changed.resize(changed.len() + act.extra, 0);
+                data = changed.into();
             }
-            data.resize(data.len() + act.extra, 0);
-            Ok(Box::new(Sending { data: data.into(), at: 0, act, sent: self.sent.clone() }) as Box<dyn Body>)
+            Ok(Box::new(Sending { data, at: 0, act, sent: self.sent.clone() }) as Box<dyn Body>)
         })
     }
 
