@@ -251,7 +251,8 @@ fn the_former_name_of_the_fallback_works_with_a_warning_and_must_not_contradict_
     let error = error(&both);
     assert!(error.contains("t.toml:5:1") && error.contains("(line 4)"), "{error}");
     let same = format!("{table}parallel_pull_as_fallback = true\nexperimental_parallel_pull_as_fallback = true");
-    assert_eq!(loaded(&same).warnings.len(), 1);
+    let deprecated = |warning: &&Warning| matches!(warning.kind, WarningKind::Deprecated { .. });
+    assert_eq!(loaded(&same).warnings.iter().filter(deprecated).count(), 1);
 }
 
 #[test]
@@ -309,9 +310,34 @@ fn decompressors_and_mirrors_are_kept_as_written_and_survive_a_dump() {
     assert_eq!(mirrors.len(), 2);
     assert!(!mirrors[0].insecure && mirrors[0].request_timeout == RequestTimeout::Inherit);
     assert!(mirrors[1].insecure && mirrors[1].request_timeout == RequestTimeout::Never);
-    assert_eq!(loaded(&render(&c)).warnings, []);
+    assert!(loaded(&render(&c)).warnings.iter().all(|w| matches!(w.kind, WarningKind::NotYet { .. })));
     assert_eq!(config(&render(&c)), c);
     assert_eq!(config(&documented(&c)), c);
+}
+
+#[test]
+fn what_is_asked_for_and_not_there_yet_is_said_once_with_its_line() {
+    let text = "
+        [content_store]
+        type = 'containerd'
+        [pull_modes.parallel_pull_unpack]
+        parallel_pull_as_fallback = true
+        [cri_keychain]
+        enable_keychain = true
+        [kubeconfig_keychain]
+        enable_keychain = true
+    ";
+    let lines = warnings(text);
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for (line, start) in lines.iter().zip([
+        "t.toml:5:9: pull_modes.parallel_pull_unpack.parallel_pull_as_fallback: not implemented yet; layers are",
+        "t.toml:7:9: cri_keychain.enable_keychain: not implemented yet; logins come from the docker configuration",
+        "t.toml:9:9: kubeconfig_keychain.enable_keychain: not implemented yet; logins come from",
+    ]) {
+        assert!(line.starts_with(start), "{line}");
+    }
+    assert!(loaded(text).strict().is_err());
+    assert_eq!(warnings(&text.replace("true", "false")), Vec::<String>::new());
 }
 
 #[test]

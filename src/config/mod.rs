@@ -72,6 +72,8 @@ pub enum WarningKind {
     UnknownKey { key: String, nearest: Option<String> },
     Deprecated { key: String, now: String },
     UnknownDecompressor { name: String },
+    /// The key is known and asks for something that this version does not do.
+    NotYet { key: &'static str, instead: &'static str },
 }
 
 impl fmt::Display for Warning {
@@ -83,6 +85,7 @@ impl fmt::Display for Warning {
             }
             WarningKind::UnknownKey { key, nearest: None } => write!(f, "{key}: unknown key, ignored"),
             WarningKind::Deprecated { key, now } => write!(f, "{key}: deprecated; the key is now {now}"),
+            WarningKind::NotYet { key, instead } => write!(f, "{key}: not implemented yet; {instead}"),
             WarningKind::UnknownDecompressor { name } => {
                 write!(
                     f,
@@ -260,6 +263,19 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     for name in pull.decompress_streams.keys().filter(|name| !matches!(name.as_str(), "gzip" | "zstd")) {
         let kind = WarningKind::UnknownDecompressor { name: name.clone() };
         warnings.push(Warning { at: at("decompress_streams"), kind });
+    }
+    let pull = &config.pull_modes.parallel_pull_unpack;
+    let left = "layers are left to containerd";
+    let elsewhere = "logins come from the docker configuration of the daemon's user only";
+    let asked = [
+        (pull.enable, "pull_modes.parallel_pull_unpack.enable", left),
+        (pull.parallel_pull_as_fallback, "pull_modes.parallel_pull_unpack.parallel_pull_as_fallback", left),
+        (config.kubeconfig_keychain.enable_keychain, "kubeconfig_keychain.enable_keychain", elsewhere),
+        (config.cri_keychain.enable_keychain, "cri_keychain.enable_keychain", elsewhere),
+    ];
+    for (_, key, instead) in asked.into_iter().filter(|(on, ..)| *on) {
+        let at = reader.written.get(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
+        warnings.push(Warning { at, kind: WarningKind::NotYet { key, instead } });
     }
     reader.unusable.extend(problems);
     reader.warnings.extend(warnings);

@@ -86,7 +86,7 @@ settings! {
         metrics_network: Network = OneOf(Network::Tcp) => "metrics_network";
         /// Do not serve metrics, whatever metrics_address says.
         no_prometheus: bool = Flag(false) => "no_prometheus";
-        /// host:port of the debug listener. Empty: none.
+        /// host:port of the debug listener. Empty: none. It says which Go profiles do not exist here.
         debug_address: String = Words("") => "debug_address";
         /// Accepted for compatibility (db or db-multi); no effect here because file metadata is not kept in a database.
         metadata_store: MetadataStore = OneOf(MetadataStore::Db) => "metadata_store";
@@ -94,7 +94,7 @@ settings! {
         metadata_db_no_sync: bool = Flag(false) => "metadata_db_no_sync";
         /// Accepted for compatibility; no effect here because file metadata is not kept in a database.
         metadata_insertion_chunk_size: i64 = Unused(0) => "metadata_insertion_chunk_size";
-        /// Do not try at start whether the root directory can carry an overlay.
+        /// Do not try at start whether overlay filesystems can live below the root directory.
         skip_check_snapshotter_supported: bool = Flag(false) => "skip_check_snapshotter_supported";
 
         tables {
@@ -136,7 +136,8 @@ settings! {
 settings! {
     /// Reading layers from registries.
     struct Blob {
-        /// Seconds for which a layer that could be reached counts as reachable. Negative: none.
+        /// Accepted for compatibility; no effect here because nobody has to be asked whether a layer is available: what
+        /// serving it takes is on local disk.
         valid_interval: Duration = delay_s(60) => "valid_interval";
         /// Seconds for one request. Negative: no limit.
         fetching_timeout: Timeout = timeout_s(300) => "fetching_timeout_sec";
@@ -146,7 +147,7 @@ settings! {
         min_wait: Duration = delay_ms(30) => "min_wait_msec";
         /// Milliseconds before any later retry, at most. 0: as http.MaxWaitMsec.
         max_wait: Duration = delay_ms(300_000) => "max_wait_msec";
-        /// Always ask whether a layer can be reached, whatever valid_interval says.
+        /// Accepted for compatibility; no effect here, as valid_interval.
         check_always: bool = Flag(false) => "check_always";
         /// Accepted for compatibility; no effect here because one request always asks for one range.
         force_single_range_mode: bool = Flag(false) => "force_single_range_mode";
@@ -195,11 +196,12 @@ settings! {
         /// fast as the link allows while no container waits for something else; any other is obeyed. Negative: as fast
         /// as the link allows.
         pace: Pace = pace() => "fetch_period_msec";
-        /// Layers waiting for the background. Negative: unlimited.
+        /// Accepted for compatibility; no effect here because layers do not queue: whatever is missing of any image is
+        /// fetched, the likeliest spans first.
         max_queue_size: Limit = limit(300) => "max_queue_size";
-        /// Which layer leaves a full queue: newest or oldest.
+        /// Accepted for compatibility (newest or oldest); no effect here because layers do not queue.
         drop_policy: DropPolicy = OneOf(DropPolicy::Newest) => "drop_policy";
-        /// Seconds between two reports of the queue's size.
+        /// Seconds between two reports of how many layers are incomplete.
         emit_metric_period: Duration = delay_s(10) => "emit_metric_period_sec";
         /// Bytes per second that the background may fetch on this machine. 0 or negative: unlimited.
         /// This setting does not exist in the Go snapshotter.
@@ -210,9 +212,10 @@ settings! {
 settings! {
     /// SOCI indexes and zTOCs.
     struct ContentStore {
-        /// soci (an OCI layout below the root directory) or containerd.
+        /// soci: an OCI layout below the root directory. containerd: what containerd's content store has of an image's index
+        /// and zTOCs is copied from there into that layout and need not be in a registry.
         kind: ContentStoreType = OneOf(ContentStoreType::Soci) => "type";
-        /// containerd's socket.
+        /// containerd's socket. Layers that containerd has already are read from there, whatever the type is.
         containerd_address: String = SocketPath("/run/containerd/containerd.sock") => "containerd_address";
     }
 }
@@ -222,7 +225,7 @@ settings! {
     struct Prefetch {
         /// Fetch what the prefetch artifacts of an index name before anything else.
         enable: bool = Flag(false) => "enable";
-        /// Layers prefetched at the same time. 0 or negative: unlimited.
+        /// Accepted for compatibility; no effect here because one scheduler fills the link, however many layers there are.
         max_concurrency: Limit = no_limit() => "max_concurrency";
     }
 }
@@ -255,12 +258,14 @@ settings! {
 }
 
 settings! {
-    /// Eager pulls: layers downloaded and unpacked by this daemon, many at once.
+    /// Eager pulls: layers downloaded and unpacked by this daemon, many at once. Not implemented yet.
     struct ParallelPullUnpack {
-        /// Pull every image eagerly; lazy loading is not tried. Not implemented yet: layers are left to containerd.
+        /// Pull every image eagerly; lazy loading is not tried. Not implemented yet: reported at start, and layers are left
+        /// to containerd.
         enable: bool = Flag(false) => "enable";
         /// Pull an image eagerly when it has no SOCI index, instead of leaving it to containerd. No effect with enable.
-        /// Formerly experimental_parallel_pull_as_fallback. Not implemented yet: layers are left to containerd.
+        /// Formerly experimental_parallel_pull_as_fallback. Not implemented yet: reported at start, and layers are left to
+        /// containerd.
         parallel_pull_as_fallback: bool = Flag(false)
             => "parallel_pull_as_fallback" | "experimental_parallel_pull_as_fallback";
         /// Range requests in flight, all images together. 0 or negative: unlimited.
@@ -284,9 +289,9 @@ settings! {
 }
 
 settings! {
-    /// Registry logins from Kubernetes secrets.
+    /// Registry logins from Kubernetes secrets. Not implemented yet.
     struct KubeconfigKeychain {
-        /// Use the secrets of type dockerconfigjson that this kubeconfig may read.
+        /// Use the secrets of type dockerconfigjson that this kubeconfig may read. Not implemented yet: reported at start.
         enable_keychain: bool = Flag(false) => "enable_keychain";
         /// Path of the kubeconfig. Empty: $KUBECONFIG, else ~/.kube/config.
         kubeconfig_path: String = Words("") => "kubeconfig_path";
@@ -294,9 +299,9 @@ settings! {
 }
 
 settings! {
-    /// Registry logins from the CRI image service, which is then also served on the daemon's own socket.
+    /// Registry logins from the CRI image service, which is then also served on the daemon's own socket. Not implemented yet.
     struct CriKeychain {
-        /// Proxy the CRI image service and use the logins that pass through it.
+        /// Proxy the CRI image service and use the logins that pass through it. Not implemented yet: reported at start.
         enable_keychain: bool = Flag(false) => "enable_keychain";
         /// Socket of the CRI image service.
         image_service_path: String = SocketPath("/run/containerd/containerd.sock") => "image_service_path";
@@ -304,11 +309,12 @@ settings! {
 }
 
 settings! {
-    /// Which registries are asked, and how logins are kept.
+    /// Which registries are asked.
     struct Resolver {
-        /// Seconds for which a registry session is kept. Negative: for ever.
+        /// Accepted for compatibility; no effect here because a session lasts as long as the registry lets it, and a login
+        /// that is refused is looked up again.
         auth_client_ttl: Timeout = timeout_s(3600) => "auth_client_ttl_sec";
-        /// Let all images of one registry share a session.
+        /// Accepted for compatibility; no effect here because images of one registry share its connections anyway.
         enable_auth_client_sharing: bool = Flag(false) => "enable_auth_client_sharing";
         /// Mirrors, asked in this order before the registry that the image names. None by default. Example:
         ///   [[resolver.host."docker.io".mirrors]]
@@ -320,7 +326,7 @@ settings! {
 }
 
 settings! {
-    /// Which layers become lazy snapshots.
+    /// Which layers are loaded lazily.
     struct SnapshotterTable {
         /// Compressed bytes below which a layer is not loaded lazily. Needs the label soci.size, which only nerdctl sends.
         /// 0 or negative: off.
@@ -334,6 +340,6 @@ settings! {
     /// Layers on disk. These settings do not exist in the Go snapshotter.
     struct LayerStore {
         /// Mebibytes of memory for inflated spans.
-        cache_memory_bytes: u64 = mebibytes(48) => "cache_memory_mb";
+        cache_memory_bytes: u64 = mebibytes(16) => "cache_memory_mb";
     }
 }

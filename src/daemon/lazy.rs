@@ -6,8 +6,11 @@
 //! ```
 //!
 //! Invariant: a layer is in the tree only after its record is on disk, so whatever containerd was told survives a crash.
+//! Invariant: what a snapshot has claimed of the layer store is let go when the snapshot goes, or when it turns out not to be lazy,
+//! however far it had come: [`LazyMounts::let_go`] is the only way back, and works from everywhere.
 
 use super::{
+    artifacts::Artifacts,
     implied::{self, Below, Shown},
     observe::Observers,
     record::LazyRecord,
@@ -15,7 +18,7 @@ use super::{
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
-    index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor},
+    index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor, prefetch::Prefetch},
     layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -35,10 +38,15 @@ use std::{
 struct Mounted {
     layer: Arc<Layer>,
     shown: Arc<Shown>,
+    /// Where it was prepared; containerd's content belongs to namespaces.
+    namespace: String,
 }
 
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
 const CLAIM: Duration = Duration::from_secs(120);
+
+/// Connections to open at first: as many as the first seconds of an image use.
+const CONNECTIONS: usize = 5;
 
 fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
     LazyRecord::new(
@@ -50,34 +58,6 @@ fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
         ztoc.disable_xattrs,
         depth,
     )
-}
-
-/// A layer that is opened for a snapshot. Given back when the snapshot does not come to use it.
-struct Opening {
-    store: Arc<LayerStore>,
-    layer: Digest,
-    id: SnapshotId,
-    kept: bool,
-}
-
-impl Opening {
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        if self.kept {
-            return;
-        }
-        let (store, layer, id) = (self.store.clone(), self.layer, self.id);
-        self.store.shared().runtime.spawn(async move {
-            if let Err(error) = store.release(layer, id).await {
-                tracing::warn!(%layer, %error, "cannot remove the layer from disk");
-            }
-        });
-    }
 }
 
 /// Settings of the lazy side.
@@ -94,13 +74,21 @@ pub struct LazyMounts {
     pub registry: Registry,
     pub indexes: Indexes,
     pub containerd: ContainerdContent,
+    /// Where containerd's content store is also asked for indexes and zTOCs.
+    pub artifacts: Option<Artifacts>,
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
     pub settings: LazySettings,
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
+    /// The layer that each snapshot uses in the store, from before it is opened until it is let go. Leaf lock.
+    claims: Mutex<HashMap<SnapshotId, Digest>>,
+    /// One at a time shows again what could not be shown at start.
+    healing: tokio::sync::Mutex<()>,
     /// Indexes whose layers were opened ahead of their Prepares, lately.
     ahead: Mutex<HashSet<Digest>>,
+    /// Manifests of images for which connections were opened. 32 bytes each, for the life of the daemon.
+    warmed: Mutex<HashSet<Digest>>,
 }
 
 /// The parts of a [`LazyMounts`].
@@ -109,6 +97,8 @@ pub struct Parts {
     pub registry: Registry,
     pub indexes: Indexes,
     pub containerd: ContainerdContent,
+    /// Where containerd's content store is also asked for indexes and zTOCs.
+    pub artifacts: Option<Artifacts>,
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
@@ -117,18 +107,31 @@ pub struct Parts {
 
 impl LazyMounts {
     pub fn new(parts: Parts) -> LazyMounts {
-        let Parts { layout, registry, indexes, containerd, store, tree, observers, settings } = parts;
+        let Parts { layout, registry, indexes, containerd, artifacts, store, tree, observers, settings } = parts;
         LazyMounts {
             layout,
             registry,
             indexes,
             containerd,
+            artifacts,
             store,
             tree,
             observers,
             settings,
             mounted: Mutex::default(),
+            claims: Mutex::default(),
+            healing: tokio::sync::Mutex::default(),
             ahead: Mutex::default(),
+            warmed: Mutex::default(),
+        }
+    }
+
+    /// Opens connections to where the image's layers are while its index is being looked for.
+    fn warm(&self, target: &Target) {
+        let first = self.warmed.lock().unwrap_or_else(PoisonError::into_inner).insert(target.manifest);
+        if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
+            let layer = target.layer;
+            tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
         }
     }
 
@@ -152,11 +155,18 @@ impl LazyMounts {
                 let target = Target { layer, ..target.clone() };
                 match me.open(claim, &record(&target, &ztoc, depth)).await {
                     Ok(open) => {
+                        let local = me.local(&target.namespace, layer);
+                        if local.is_there().await {
+                            open.add_source(Arc::new(local));
+                        }
                         me.store.shared().scheduler.add(&open);
                         opened.push(open);
                     }
-                    // Its own Prepare will say so.
-                    Err(error) => tracing::debug!(%layer, error, "cannot open a layer ahead of its Prepare"),
+                    Err(error) => {
+                        // Its own Prepare will say so.
+                        tracing::debug!(%layer, error, "cannot open a layer ahead of its Prepare");
+                        let _ = me.store.release(layer, claim).await;
+                    }
                 }
             }
             tokio::time::sleep(CLAIM).await;
@@ -182,11 +192,64 @@ impl LazyMounts {
         self.show(id, &record, implied, layer).map_err(|e| e.to_string())
     }
 
+    /// Tries once more what failed at start: a disk that was full or slow, descriptors that had run out.
+    async fn heal(&self, id: SnapshotId) -> bool {
+        let _one = self.healing.lock().await;
+        if self.mounted().contains_key(&id) {
+            return true;
+        }
+        match self.recover(id).await {
+            Ok(()) => {
+                tracing::info!(snapshot = id.to_string(), "the remote snapshot that could not be restored at start is back");
+                true
+            }
+            Err(error) => {
+                tracing::warn!(snapshot = id.to_string(), error, "the remote snapshot still cannot be restored");
+                false
+            }
+        }
+    }
+
+    /// Forgets everything that is done for `id`: takes its layer out of the tree, and off the disk if nobody else uses it.
+    fn let_go(&self, id: SnapshotId) {
+        if self.mounted().remove(&id).is_some() {
+            self.tree.remove(id);
+            self.observers.unmounted(id);
+        }
+        let Some(layer) = self.claims.lock().unwrap_or_else(PoisonError::into_inner).remove(&id) else { return };
+        // What becomes an ordinary snapshot has no such record; where the directory goes, it goes with it.
+        let _ = std::fs::remove_file(self.layout.snapshot_lazy_record(id));
+        let store = self.store.clone();
+        self.store.shared().runtime.spawn(async move {
+            if let Err(error) = store.release(layer, id).await {
+                tracing::warn!(%layer, %error, "cannot remove the layer from disk; the next start of the daemon will");
+            }
+        });
+    }
+
+    /// Layers of an earlier daemon that containerd has by now are read from there.
+    pub async fn find_local_copies(&self) {
+        let incomplete: Vec<(Arc<Layer>, String)> = {
+            let mounted = self.mounted();
+            mounted.values().filter(|m| !m.layer.is_complete()).map(|m| (m.layer.clone(), m.namespace.clone())).collect()
+        };
+        for (layer, namespace) in incomplete {
+            let local = self.local(&namespace, layer.digest());
+            if local.is_there().await {
+                layer.add_source(Arc::new(local));
+            }
+        }
+    }
+
     fn local(&self, namespace: &str, blob: Digest) -> ContainerdBlob {
         ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
     }
 
     async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, String> {
+        let user = user.into();
+        if let User::Snapshot(id) = user {
+            self.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id, record.layer);
+        }
         let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
         let registry = Arc::new(RegistrySource { repository, blob: record.layer });
         let wanted = Wanted {
@@ -218,7 +281,7 @@ impl LazyMounts {
         self.tree.add(in_tree)?;
         self.observers.mounted(id, record.manifest, &layer, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
-        self.mounted().insert(id, Mounted { layer, shown });
+        self.mounted().insert(id, Mounted { layer, shown, namespace: record.namespace.clone() });
         Ok(())
     }
 
@@ -235,26 +298,38 @@ impl LazyMounts {
             manifest: target.manifest,
             explicit: target.index.clone(),
         };
+        if let Some(artifacts) = &self.artifacts {
+            artifacts.bring(&target.namespace, target.manifest, target.index.as_deref()).await;
+        }
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
+        self.warm(target);
         let local = self.local(&target.namespace, target.layer);
         let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
         let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         self.open_ahead(&index, target);
         let record = record(target, ztoc, parents.len());
-        // Prepare may be given up at any await; the layer must not be held then for a snapshot that does not use it.
-        let opening = Opening { store: self.store.clone(), layer: target.layer, id, kept: false };
         let layer = self.open(id, &record).await.map_err(unresolved)?;
         if is_local {
             layer.add_source(Arc::new(local));
         }
         // The link works while the rest is being written down.
         self.store.shared().scheduler.add(&layer);
-        let kept = self.keep(id, &record, parents, &layer).await.map_err(|e| e.to_string());
-        kept.and_then(|implied| self.show(id, &record, implied, layer).map_err(|e| e.to_string()))
-            .map_err(|why| NotLazyReason::Unserved { layer: target.layer, why })?;
-        opening.keep();
+        let unserved = |why: String| NotLazyReason::Unserved { layer: target.layer, why };
+        let implied = self.keep(id, &record, parents, &layer).await.map_err(|e| unserved(e.to_string()))?;
+        self.show(id, &record, implied, layer.clone()).map_err(|e| unserved(e.to_string()))?;
+        if let Some(wanted) = self.indexes.prefetch(&index, &target.layer).await {
+            self.prefetch(&layer, &wanted);
+        }
         Ok(())
+    }
+
+    /// Has the spans fetched that the author of the index wants first.
+    fn prefetch(&self, layer: &Arc<Layer>, wanted: &Prefetch) {
+        let Some(last) = layer.table().spans.len().checked_sub(1).and_then(|last| u32::try_from(last).ok()) else { return };
+        for range in wanted.ranges(last) {
+            self.store.shared().scheduler.prefetch(layer, *range.start() as usize..*range.end() as usize + 1);
+        }
     }
 
     /// Works out what the layer takes from those below, and writes down how to serve it.
@@ -300,37 +375,46 @@ impl LazyLayers for Arc<LazyMounts> {
     ) -> BoxFuture<'a, Result<(), NotLazyReason>> {
         Box::pin(async move {
             let started = Instant::now();
-            let result = match self.settings.mount_timeout {
-                Some(limit) => tokio::time::timeout(limit, self.make_lazy(id, target, parents))
-                    .await
-                    .unwrap_or(Err(NotLazyReason::Timeout(target.layer))),
-                None => self.make_lazy(id, target, parents).await,
+            // In a task of its own: cut off in the middle, it would leave a layer half opened.
+            let (me, wanted, below) = (self.clone(), target.clone(), parents.to_vec());
+            let mut work = tokio::spawn(async move { me.make_lazy(id, &wanted, &below).await });
+            let ended = match self.settings.mount_timeout {
+                Some(limit) => tokio::time::timeout(limit, &mut work).await,
+                None => Ok((&mut work).await),
             };
-            if result.is_ok() {
-                self.observers.prepared(&target.layer, started.elapsed());
+            match ended {
+                Ok(Ok(Ok(()))) => {
+                    self.observers.prepared(&target.layer, started.elapsed());
+                    Ok(())
+                }
+                Ok(Ok(Err(reason))) => {
+                    self.let_go(id);
+                    Err(reason)
+                }
+                Ok(Err(_)) => {
+                    self.let_go(id);
+                    Err(NotLazyReason::Unserved { layer: target.layer, why: "the work ended early".into() })
+                }
+                Err(_) => {
+                    // containerd unpacks the layer; what comes of the work is not wanted any more.
+                    let me = self.clone();
+                    tokio::spawn(async move {
+                        let _ = work.await;
+                        me.let_go(id);
+                    });
+                    Err(NotLazyReason::Timeout(target.layer))
+                }
             }
-            result
         })
     }
 
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool> {
         let here = self.mounted().contains_key(&id);
-        Box::pin(async move { here })
+        Box::pin(async move { here || self.heal(id).await })
     }
 
     fn remove(&self, id: SnapshotId) {
-        self.store.shared().scheduler.way_is_free(u64::from(id.0));
-        let Some(mounted) = self.mounted().remove(&id) else { return };
-        self.tree.remove(id);
-        self.observers.unmounted(id);
-        let (store, digest) = (self.store.clone(), mounted.layer.digest());
-        let runtime = store.shared().runtime.clone();
-        drop(mounted);
-        runtime.spawn(async move {
-            if let Err(error) = store.release(digest, id).await {
-                tracing::warn!(layer = %digest, error = %error, "cannot remove the layer from disk");
-            }
-        });
+        self.let_go(id);
     }
 
     fn usage(&self, id: SnapshotId) -> Usage {

@@ -1,9 +1,11 @@
 //! The daemon's life, in order.
 
 use super::{
+    artifacts::Artifacts,
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
+    root::{self, RootError},
 };
 use crate::{
     config::{
@@ -13,9 +15,9 @@ use crate::{
     custodian, fs as lazyfs,
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
-    index::{ContentStore, DiscoverySettings, Indexes},
+    index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{DockerConfig, Keychain},
-    layers::{InflatedCache, LayerStore, Pace, Scheduler, Settings, Shared},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
@@ -28,24 +30,29 @@ use crate::{
     ztoc::Limits,
 };
 use std::{
-    fs, io,
-    os::unix::fs::DirBuilderExt,
+    io,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::Duration,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-/// How long requests under way may take after SIGTERM. systemd kills after 90 s by default.
-const DRAIN: Duration = Duration::from_secs(10);
+/// How long reads under way may take after SIGTERM, and before them gRPC requests. Users of the Go daemon give it five seconds in all
+/// (I-RN11); what is not answered by then is the next daemon's, or containerd's to repeat.
+const DRAIN: Duration = Duration::from_millis(2500);
+/// See [`DRAIN`].
+const LAST_REQUESTS: Duration = Duration::from_millis(1500);
 /// How often the holder is asked whether it still has the descriptor.
 const HOLDER_CHECK: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    #[error("cannot prepare the root directory {path}")]
-    Root { path: String, source: io::Error },
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error("cannot use the content store")]
+    Content(#[from] index::StoreError),
     #[error("cannot get the FUSE mount")]
     Holder(#[from] holder::HolderError),
     #[error("cannot get the custodian")]
@@ -66,8 +73,13 @@ enum StartError {
     Fuse(#[source] io::Error),
     #[error("cannot serve {address}")]
     Serve { address: String, source: Box<dyn std::error::Error + Send + Sync> },
-    #[error("cannot serve metrics on {0:?}")]
-    Metrics(String, #[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("cannot serve {what} on {address:?}: change {key} in the configuration")]
+    Endpoint {
+        what: &'static str,
+        key: &'static str,
+        address: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
 }
@@ -151,10 +163,15 @@ fn start(options: Options) -> ExitCode {
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
 fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+    sys::process::tame_allocator();
     let layout = Layout::new(absolute(&options.root)?);
-    let root = |source| StartError::Root { path: layout.root().display().to_string(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(layout.root()).map_err(root)?;
-    snapshot::make_parents(&layout).map_err(root)?;
+    let _claim = root::claim(&layout)?;
+    if config.skip_check_snapshotter_supported {
+        tracing::warn!("skipped snapshotter is supported check");
+    } else if root::check_overlay(&layout)? == root::Checked::MayNotMount {
+        tracing::debug!("whether overlay filesystems can live below the root directory cannot be tried without CAP_SYS_ADMIN");
+    }
+    raise_descriptor_limit();
     let held = holder::obtain(&layout, How::SpawnChild)?;
     let custodian = custodian::start(&layout)?;
     let listening = listen::listen(&options.address)?;
@@ -174,8 +191,19 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     result
 }
 
-fn absolute(path: &std::path::Path) -> Result<std::path::PathBuf, StartError> {
-    std::path::absolute(path).map_err(|source| StartError::Root { path: path.display().to_string(), source })
+fn absolute(path: &Path) -> Result<PathBuf, RootError> {
+    std::path::absolute(path).map_err(|source| RootError::Prepare { path: path.to_owned(), source })
+}
+
+/// As many open files as the system lets us have: each lazy layer takes two or three, and shells give programs 1024.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::warn!(%error, limit = ?current, "cannot raise the limit of open files: some hundred lazy layers may be too many");
+    }
 }
 
 async fn serve(
@@ -196,6 +224,10 @@ async fn serve(
     let options = snapshot::Options::new(layout.clone(), config.into());
     let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
     recover(&snapshotter, &lazy).await?;
+    tokio::spawn({
+        let lazy = lazy.clone();
+        async move { lazy.find_local_copies().await }
+    });
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
@@ -217,14 +249,23 @@ async fn serve(
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(address, "soci-snapshotter-grpc successfully started");
+    let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("Got terminated"),
             _ = interrupt.recv() => tracing::info!("Got interrupt"),
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        told.notify_one();
     };
-    grpc::serve(listener, snapshotter, grpc::Limits::default(), stop).await.map_err(|e| failed(e.into()))?;
+    let patience = async {
+        told.notified().await;
+        tokio::time::sleep(LAST_REQUESTS).await;
+    };
+    tokio::select! {
+        served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        () = patience => tracing::warn!("gRPC requests that take long are cut off; containerd repeats them"),
+    }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
     if let Ok(lazyfs::Drained { unanswered }) = drained
         && unanswered > 0
@@ -247,7 +288,8 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
                     if let Err(error) = &result {
                         tracing::error!(
                             snapshot = id.to_string(), error,
-                            "failed to restore remote snapshot; what reads it gets ESTALE until it is removed and pulled again"
+                            "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
+                             started from it; if that does not help, remove the image and pull it again"
                         );
                     }
                     usize::from(result.is_ok())
@@ -307,17 +349,26 @@ fn lazy_side(
         prefetch: config.prefetch.enable,
         ..DiscoverySettings::default()
     };
-    let store = ContentStore::soci(layout).map_err(|error| StartError::Root {
-        path: layout.content().display().to_string(),
-        source: io::Error::other(error),
-    })?;
+    let store = ContentStore::soci(layout)?;
+    let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
+    let artifacts = match config.content_store.kind {
+        config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
+        config::ContentStoreType::Soci => None,
+    };
     let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
-    let shared = Arc::new(Shared::new(
+    let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
         Scheduler::new(scheduling(config)),
         tokio::runtime::Handle::current(),
         observers.clone(),
-    ));
+    );
+    let shared = Arc::new(match spill(layout) {
+        Ok(spill) => shared.spilling(spill),
+        Err(error) => {
+            tracing::warn!(root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
+            shared
+        }
+    });
     let headers = match config.disable_verification {
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,
@@ -326,7 +377,8 @@ fn lazy_side(
         layout: layout.clone(),
         registry,
         indexes,
-        containerd: ContainerdContent::new(config.content_store.containerd_address.clone()),
+        containerd,
+        artifacts,
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
@@ -415,13 +467,15 @@ async fn serve_telemetry(config: &Config, metrics: Metrics) -> Result<(), StartE
     };
     let mut endpoints = Vec::new();
     if !config.metrics_address.is_empty() && !config.no_prometheus {
-        endpoints.push((network, &config.metrics_address, http::Content::Metrics(metrics)));
+        endpoints.push(("metrics", "metrics_address", network, &config.metrics_address, http::Content::Metrics(metrics)));
     }
     if !config.debug_address.is_empty() {
-        endpoints.push(("tcp", &config.debug_address, http::Content::Debug));
+        endpoints.push(("the debug listener", "debug_address", "tcp", &config.debug_address, http::Content::Debug));
     }
-    for (network, address, content) in endpoints {
-        let failed = |e: Box<dyn std::error::Error + Send + Sync>| StartError::Metrics(address.clone(), e);
+    for (what, key, network, address, content) in endpoints {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
+            StartError::Endpoint { what, key, address: address.clone(), source }
+        };
         let endpoint = http::Endpoint::new(network, address).map_err(|e| failed(e.into()))?;
         let listener = endpoint.bind().await.map_err(|e| failed(e.into()))?;
         tokio::spawn(http::serve(listener, content));
@@ -434,6 +488,18 @@ async fn report_queue(metrics: Metrics, scheduler: Scheduler, period: Duration) 
         metrics.set_background_queue(scheduler.queue_length() as u64);
         tokio::time::sleep(period.max(Duration::from_millis(100))).await;
     }
+}
+
+/// The second level behind the memory cache. Some filesystems have no unnamed files.
+fn spill(layout: &Layout) -> io::Result<Spill> {
+    Ok(Spill { scratch: Scratch::create(layout.root(), scratch_bytes())?, ahead: Ahead::start()? })
+}
+
+/// Room for inflated spans on disk, which is page cache while it is fresh: an eighth of the memory, within reason.
+fn scratch_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    (memory / 8).clamp(64 << 20, 1 << 30)
 }
 
 fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {

@@ -118,10 +118,12 @@ impl ContainerdContent {
         let mut stream = self.within(self.client.clone().read(request)).await?.map_err(refused)?.into_inner();
         let mut out = Vec::new();
         while let Some(chunk) = self.within(stream.message()).await?.map_err(refused)? {
-            let at = range.start + out.len() as u64;
-            let got = u64::try_from(chunk.offset).unwrap_or(0);
+            let so_far = out.len() as u64;
+            let got = u64::try_from(chunk.offset).unwrap_or(u64::MAX);
+            // containerd counts from where the read began; the protocol's description can be read as "within the blob", too.
+            let is_next = got == so_far || got == range.start + so_far;
             let got = got..got.saturating_add(chunk.data.len() as u64);
-            if got.start != at || got.end > range.end {
+            if !is_next || so_far + chunk.data.len() as u64 > wanted {
                 return Err(wrong(got));
             }
             out.extend_from_slice(&chunk.data);

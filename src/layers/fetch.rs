@@ -14,6 +14,7 @@ use super::{
     scheduler::{OnTheirWay, Scheduler, backoff},
     source::{Body, Remedy, Source, SourceError},
     spans::Span,
+    split,
 };
 use crate::{fs::ReadError, registry::HostId};
 use futures::future::BoxFuture;
@@ -284,7 +285,12 @@ impl<'a> Attempts<'a> {
         let source = self.sources.get(self.source).cloned().ok_or_else(none)?;
         let started = Instant::now();
         self.host = None;
-        let opened = self.patiently(source.open(range, &self.avoid), run, &mut ticket).await;
+        let avoid = self.avoid.clone();
+        let opening: BoxFuture<'_, _> = match self.urgency {
+            Urgency::Reader { .. } => Box::pin(split::open(&source, range, &avoid)),
+            Urgency::Nobody => source.open(range, &avoid),
+        };
+        let opened = self.patiently(opening, run, &mut ticket).await;
         if source.is_remote() {
             self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
         }

@@ -5,12 +5,14 @@
 //! Lock order: the scheduler's state before `order` before `map`; all for moments, never across an await.
 
 use super::{
+    ahead::Ahead,
     cache::InflatedCache,
     files::LayerFiles,
     large::Placings,
     prior::Ranked,
     receive::Partial,
     scheduler::Scheduler,
+    scratch::Scratch,
     source::Source,
     spans::{self, SpanMap},
     toc::Toc,
@@ -18,7 +20,7 @@ use super::{
 use crate::{
     fs::ReadError,
     oci::Digest,
-    ztoc::{Span, SpanTable},
+    ztoc::{Compression, Span, SpanTable},
 };
 use bytes::Bytes;
 use std::{
@@ -64,6 +66,14 @@ pub struct Shared {
     inflating: Arc<Semaphore>,
     /// Completed layers are read back one at a time: nobody waits for that.
     completing: Semaphore,
+    /// Where inflated spans go that memory has no room for.
+    spill: Option<Spill>,
+}
+
+/// The second level behind the memory cache, and who fills it ahead of reads.
+pub struct Spill {
+    pub scratch: Scratch,
+    pub ahead: Ahead,
 }
 
 impl Shared {
@@ -74,7 +84,16 @@ impl Shared {
         observer: Arc<dyn super::Observer>,
     ) -> Shared {
         let inflating = Arc::new(Semaphore::new((MAX_INFLATING >> 10) as usize));
-        Shared { cache, scheduler, runtime, observer, inflating, completing: Semaphore::new(1) }
+        Shared { cache, scheduler, runtime, observer, inflating, completing: Semaphore::new(1), spill: None }
+    }
+
+    /// The same with a second level.
+    pub fn spilling(self, spill: Spill) -> Shared {
+        Shared { spill: Some(spill), ..self }
+    }
+
+    pub(super) fn scratch(&self) -> Option<&Scratch> {
+        self.spill.as_ref().map(|spill| &spill.scratch)
     }
 
     /// Waits until so much memory may be used for inflating.
@@ -132,8 +151,6 @@ pub struct Parts {
     pub toc: Arc<Toc>,
     pub files: LayerFiles,
     pub ranked: Vec<Ranked>,
-    /// Multiplies the value of this layer's spans: upper layers before lower ones.
-    pub boost: f32,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
 }
@@ -143,9 +160,8 @@ impl Layer {
     pub fn new(parts: Parts, shared: Arc<Shared>) -> Arc<Layer> {
         let count = parts.table.spans.len();
         let mut values = vec![0.0; count];
-        let mut ranked = parts.ranked;
-        for rank in &mut ranked {
-            rank.value *= parts.boost;
+        let ranked = parts.ranked;
+        for rank in &ranked {
             if let Some(value) = values.get_mut(rank.span) {
                 *value = rank.value;
             }
@@ -268,6 +284,17 @@ impl Layer {
         })
     }
 
+    /// Takes the first run of absent spans within `listed`, of at most `max_bytes`.
+    pub(super) fn take_listed(&self, listed: Range<usize>, max_bytes: u64) -> Option<Range<usize>> {
+        let mut map = self.map();
+        let first = listed.clone().find(|span| map.get(*span) == spans::Span::Absent)?;
+        let mut bytes = self.span_bytes(first);
+        map.take_run(first, |span| {
+            bytes += self.span_bytes(span);
+            span < listed.end && bytes <= max_bytes
+        })
+    }
+
     /// Whether this process has compared the digest of `span`, which is present.
     pub(super) fn is_checked(&self, span: usize) -> bool {
         self.checked.get(span).is_some_and(|checked| checked.load(Ordering::Acquire))
@@ -286,6 +313,12 @@ impl Layer {
             let is_news = map.get(span) != spans::Span::Present;
             (map.arrived(span), is_news, map.missing())
         };
+        if waiting.is_empty()
+            && self.table.compression == Compression::Gzip
+            && let Some(spill) = &self.shared.spill
+        {
+            spill.ahead.arrived(self.me.clone(), span);
+        }
         for waiter in waiting {
             let _ = waiter.send(Ok(arrival.clone()));
         }
@@ -445,5 +478,8 @@ fn share(table: &SpanTable, span: usize) -> u64 {
 impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.cache.forget(self.number);
+        if let Some(scratch) = self.shared.scratch() {
+            scratch.forget(self.number);
+        }
     }
 }

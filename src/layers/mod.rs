@@ -10,6 +10,7 @@
 //! Absent on purpose: snapshots, mounts, eviction of parts of a layer (a layer goes when its last snapshot goes).
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod cache;
 mod fetch;
 mod files;
@@ -20,15 +21,19 @@ pub mod prior;
 mod read;
 mod receive;
 mod scheduler;
+mod scratch;
 mod source;
 mod spans;
+mod split;
 mod store;
 pub mod toc;
 mod window;
 
+pub use ahead::Ahead;
 pub use cache::InflatedCache;
-pub use layer::{Layer, Shared};
+pub use layer::{Layer, Shared, Spill};
 pub use scheduler::{Pace, Scheduler, Settings};
+pub use scratch::Scratch;
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
 pub use store::LayerStore;
 

@@ -10,8 +10,10 @@
 pub enum Likelihood {
     /// The dynamic loader, the C library, shells, the configuration that every start reads.
     Always,
-    /// Programs, shared libraries, compiled modules of interpreters.
+    /// Shared libraries, compiled modules of interpreters.
     Code,
+    /// Programs: a layer may have hundreds, and a container runs a few.
+    Programs,
     /// Source modules, configuration, small data.
     Modules,
     /// Everything not told apart.
@@ -20,15 +22,22 @@ pub enum Likelihood {
     Rarely,
 }
 
+const CLASSES: usize = 6;
+
 impl Likelihood {
-    /// Relative value of a byte of this class. Ratios matter, not units: a span with one megabyte of code beats four of other data.
-    fn weight(self) -> f32 {
+    /// How likely one of `count` files of this class in a layer is to be read while a container starts.
+    ///
+    /// What a start reads of a class does not grow with the layer: a base image has hundreds of programs and runs a handful. So the
+    /// expected number is shared among them. Interpreters' modules are read in proportion: whole packages at a time.
+    fn probability(self, count: f32) -> f32 {
+        let share = |expected: f32| (expected / count.max(1.0)).min(0.5);
         match self {
-            Likelihood::Always => 16.0,
-            Likelihood::Code => 8.0,
-            Likelihood::Modules => 4.0,
-            Likelihood::Other => 1.5,
-            Likelihood::Rarely => 0.1,
+            Likelihood::Always => 0.7,
+            Likelihood::Code => share(10.0).max(0.02),
+            Likelihood::Programs => share(1.5),
+            Likelihood::Modules => share(2.0).max(0.02),
+            Likelihood::Other => share(1.0).max(0.001),
+            Likelihood::Rarely => 0.0002,
         }
     }
 }
@@ -58,17 +67,26 @@ pub fn likelihood(path: &[u8], mode: u32) -> Likelihood {
     {
         return Likelihood::Rarely;
     }
-    if starts_any(name, &["ld-linux", "libc.so", "libm.so", "libpthread", "libdl.so", "libselinux", "libpcre2-8", "libtinfo"])
-        || matches!(name, b"sh" | b"dash" | b"bash" | b"env" | b"libz.so.1" | b"ld.so.cache" | b"passwd" | b"group" | b"nsswitch.conf" | b"busybox")
+    if has_any(path, &["/gconv/"]) && extension == b"so" {
+        return Likelihood::Rarely;
+    }
+    if starts_any(path, &["usr/lib/locale/C."]) {
+        return Likelihood::Always;
+    }
+    if starts_any(name, &["ld-linux", "libnss_", "libgcc_s", "libstdc++.so", "libcrypt.so", "libexpat.so", "librt.so", "libresolv.so", "libc.so", "libm.so", "libpthread", "libdl.so", "libselinux", "libpcre2-8", "libtinfo"])
+        || matches!(name, b"sh" | b"dash" | b"bash" | b"env" | b"libz.so.1" | b"ld.so.cache" | b"passwd" | b"group" | b"nsswitch.conf" | b"busybox" | b"gconv-modules.cache" | b"localtime")
     {
         return Likelihood::Always;
+    }
+    if has_any(path, &["/perl/", "/perl5/", "/perl-base/"]) {
+        return Likelihood::Other;
     }
     let library = extension == b"so" || has_any(name, &[".so."]);
     if library || matches!(extension, b"pyc" | b"beam" | b"jar" | b"node" | b"mjs" | b"ko" | b"jsa" | b"app") {
         return Likelihood::Code;
     }
     if mode & 0o111 != 0 {
-        return Likelihood::Code;
+        return Likelihood::Programs;
     }
     if matches!(extension, b"py" | b"js" | b"cjs" | b"rb" | b"pl" | b"pm" | b"lua" | b"php" | b"json" | b"conf" | b"sql" | b"bki" | b"cfg" | b"toml" | b"yaml" | b"yml" | b"control" | b"html")
         || starts_any(path, &["etc/", "opt/", "app/", "srv/", "home/"])
@@ -88,55 +106,65 @@ pub struct File<'a> {
     pub size: u64,
 }
 
-/// Sums up how valuable the spans of a layer are.
+/// Sums up how likely each span of a layer is to be read.
 ///
-/// A span's value is the mean weight of its bytes; equal values keep the order of the layer, so that neighbours merge.
+/// A span is needed as soon as one of its files is, so its value is the probability of that: `1 - e^-sum`, with a little of the sum
+/// itself to tell apart those that are all but certain.
 pub struct Values<'a> {
     ends: &'a [u64],
-    value: Vec<f32>,
+    /// Files of each class that have bytes in each span.
+    files: Vec<[f32; CLASSES]>,
+    /// Files of each class in the layer.
+    totals: [f32; CLASSES],
 }
 
 impl<'a> Values<'a> {
     /// `ends[i]` is where span `i` ends in the uncompressed layer, ascending.
     pub fn new(ends: &'a [u64]) -> Values<'a> {
-        Values { ends, value: vec![0.0; ends.len()] }
+        Values { ends, files: vec![[0.0; CLASSES]; ends.len()], totals: [0.0; CLASSES] }
     }
 
     /// Counts one file.
     pub fn add(&mut self, file: File<'_>) {
-        let weight = likelihood(file.path, file.mode).weight();
-        let mut at = file.offset;
+        if file.size == 0 {
+            return;
+        }
+        let class = likelihood(file.path, file.mode) as usize;
+        self.totals[class] += 1.0;
         let end = file.offset.saturating_add(file.size);
-        let mut span = self.ends.partition_point(|&e| e <= at);
-        while at < end && span < self.ends.len() {
-            let part = end.min(self.ends[span]) - at;
-            self.value[span] += weight * part as f32;
-            at += part;
-            span += 1;
+        let first = self.ends.partition_point(|&e| e <= file.offset);
+        let mut start = file.offset;
+        for (span, &span_end) in self.ends.iter().enumerate().skip(first) {
+            if start >= end {
+                break;
+            }
+            self.files[span][class] += 1.0;
+            start = span_end;
         }
     }
 
-    /// The order in which to stream the spans.
-    pub fn order(self) -> Vec<Ranked> {
-        let mut start = 0;
+    /// The order in which to stream the spans. `interest` multiplies how much of the layer is expected to be read.
+    pub fn order(self, interest: f32) -> Vec<Ranked> {
+        let classes =
+            [Likelihood::Always, Likelihood::Code, Likelihood::Programs, Likelihood::Modules, Likelihood::Other, Likelihood::Rarely];
+        let chance: Vec<f32> = classes.iter().zip(self.totals).map(|(c, n)| c.probability(n) * interest).collect();
         let mut ranked: Vec<Ranked> = self
-            .ends
+            .files
             .iter()
-            .zip(self.value)
             .enumerate()
-            .map(|(span, (&end, value))| {
-                let length = end.saturating_sub(start).max(1);
-                start = end;
-                Ranked { span, value: value / length as f32 }
+            .map(|(span, files)| {
+                let sum: f32 = files.iter().zip(&chance).map(|(n, p)| n * p).sum();
+                Ranked { span, value: 1.0 - (-sum).exp() + 0.02 * sum.ln_1p() }
             })
             .collect();
-        // Steps of a half keep runs of similar spans together: contiguous ranges are cheaper than a perfect order.
-        ranked.sort_by(|a, b| ((b.value * 2.0) as u32).cmp(&((a.value * 2.0) as u32)).then(a.span.cmp(&b.span)));
+        // Steps keep runs of similar spans together: contiguous ranges are cheaper than a perfect order.
+        let step = |value: f32| (value * 20.0) as u32;
+        ranked.sort_by(|a, b| step(b.value).cmp(&step(a.value)).then(a.span.cmp(&b.span)));
         ranked
     }
 }
 
-/// A span and the mean weight of its bytes.
+/// A span, and how likely it is to be read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ranked {
     pub span: usize,
@@ -151,7 +179,7 @@ mod tests {
     fn what_starts_a_container_comes_before_what_documents_it() {
         let of = |path: &str, mode| likelihood(path.as_bytes(), mode);
         assert_eq!(of("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", 0o755), Likelihood::Always);
-        assert_eq!(of("usr/bin/redis-server", 0o755), Likelihood::Code);
+        assert_eq!(of("usr/bin/redis-server", 0o755), Likelihood::Programs);
         assert_eq!(of("usr/lib/libssl.so.3", 0o644), Likelihood::Code);
         assert_eq!(of("usr/lib/python3/dist-packages/numpy/core/multiarray.py", 0o644), Likelihood::Modules);
         assert_eq!(of("usr/share/doc/redis/changelog", 0o644), Likelihood::Rarely);
@@ -170,7 +198,7 @@ mod tests {
         ];
         let mut values = Values::new(&ends);
         files.into_iter().for_each(|file| values.add(file));
-        let spans: Vec<usize> = values.order().iter().map(|r| r.span).collect();
+        let spans: Vec<usize> = values.order(1.0).iter().map(|r| r.span).collect();
         assert_eq!(spans, [1, 2, 0]);
     }
 }

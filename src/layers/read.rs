@@ -11,6 +11,7 @@ use super::{
     fetch::Taken,
     layer::{Arrival, Layer, MAX_IN_MEMORY},
     receive::MAX_BUFFERED,
+    scratch::Put,
     spans,
 };
 use crate::{
@@ -157,8 +158,41 @@ impl Layer {
         let mut out = vec![0; (entry.uncompressed.end - entry.uncompressed.start) as usize];
         let window = self.files.ztoc().get(entry.window.clone()).unwrap_or_default();
         match inflate::inflate_span(entry.bits, window, &compressed, 0, &mut out) {
-            Ok(()) => Ok(Some(out.into())),
+            Ok(()) => {
+                if let Some(scratch) = self.shared().scratch() {
+                    scratch.put((self.number, span), &out, Put::Wanted);
+                }
+                Ok(Some(out.into()))
+            }
             Err(error) => self.suspect(span, entry, was_on_disk, &error).map(|()| None),
+        }
+    }
+
+    /// A part of a span that was inflated before and is still in the scratch file.
+    async fn spilled(&self, span: usize, part: &Range<u64>) -> Option<Bytes> {
+        let key = (self.number, span);
+        if !self.shared().scratch()?.holds(key) {
+            return None;
+        }
+        let part = part.clone();
+        let read = self.blocking(move |layer| Ok(layer.shared().scratch().and_then(|scratch| scratch.read(key, part))));
+        read.await.ok().flatten()
+    }
+
+    /// Inflates `span` into the scratch file while there is room, for the thread that does this with idle time.
+    pub(super) fn inflate_ahead(&self, span: usize) {
+        let (Ok(entry), Some(scratch)) = (self.entry(span), self.shared().scratch()) else { return };
+        let (length, key) = (entry.uncompressed.end - entry.uncompressed.start, (self.number, span));
+        let is_ordinary = matches!(self.way(entry), Way::Ordinary);
+        if length == 0 || !is_ordinary || !scratch.has_room(length) || scratch.holds(key) || self.is_removed() {
+            return;
+        }
+        let Some(compressed) = self.load(span, entry) else { return };
+        let mut out = vec![0; length as usize];
+        let window = self.files.ztoc().get(entry.window.clone()).unwrap_or_default();
+        // What does not inflate is left for a reader to find.
+        if inflate::inflate_span(entry.bits, window, &compressed, 0, &mut out).is_ok() {
+            scratch.put(key, &out, Put::Ahead);
         }
     }
 
@@ -250,6 +284,9 @@ impl Layer {
             Way::Plain => self.plain(span, part).await,
             Way::Large => self.large(span, part).await,
             Way::Ordinary => {
+                if let Some(bytes) = self.spilled(span, &part).await {
+                    return Ok(bytes);
+                }
                 let inflated = self.shared().cache.get_or_inflate((self.number, span), || self.inflated(span)).await?;
                 Ok(inflated.slice(part.start as usize..part.end as usize))
             }
@@ -291,10 +328,13 @@ impl LayerData for Layer {
         if first != last {
             return None;
         }
-        let inflated = self.shared().cache.get((self.number, first))?;
         let part = part(self.table.spans.get(first)?, &range);
+        let bytes = match self.shared().cache.get((self.number, first)) {
+            Some(inflated) => inflated.slice(part.start as usize..part.end as usize),
+            None => self.shared().scratch()?.try_read((self.number, first), part)?,
+        };
         self.hint(first, last);
-        Some(inflated.slice(part.start as usize..part.end as usize))
+        Some(bytes)
     }
 
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ReadError>> {

@@ -1,6 +1,7 @@
 //! Who may use the network next: one scheduler for all layers of the node.
 //!
 //! * **Demand**: a reader waits. Sent at once, ahead of everything, never limited.
+//! * **Listed**: what the author of an index wants fetched first, whatever the pace of the background.
 //! * **Near**: what follows what was just read. Next in line.
 //! * **Background**: everything else of every mounted image, most likely first.
 //!
@@ -24,6 +25,8 @@ use tokio::sync::Notify;
 
 /// Hints kept; older ones are forgotten. Two per core of a large node.
 const MAX_NEAR: usize = 256;
+/// Ranges of prefetch artifacts kept; what does not fit is background like the rest. An artifact names a few files of a layer.
+const MAX_LISTED: usize = 4096;
 /// Largest background request. A request costs about a round trip of nobody's time, and a blocked read waits behind it.
 const MAX_REQUEST: u64 = 8 << 20;
 
@@ -95,6 +98,7 @@ enum Disk {
 #[derive(Default)]
 struct State {
     active: Vec<Active>,
+    listed: VecDeque<(Weak<Layer>, Range<usize>)>,
     near: VecDeque<(Weak<Layer>, usize)>,
     window: Window,
     /// Bytes asked for that are expected, those of silent requests not counted.
@@ -163,6 +167,16 @@ impl Scheduler {
             fetch::demand(&scheduler, taken, since).await;
             scheduler.wake();
         });
+    }
+
+    /// `spans` of `layer` are wanted before anything else that nobody waits for.
+    pub fn prefetch(&self, layer: &Arc<Layer>, spans: Range<usize>) {
+        let mut state = self.lock();
+        if state.listed.len() < MAX_LISTED {
+            state.listed.push_back((Arc::downgrade(layer), spans));
+        }
+        drop(state);
+        self.wake();
     }
 
     /// Something may be fetched that could not be, or was not there, a moment ago.
@@ -258,7 +272,8 @@ impl Scheduler {
     fn next(&self, now: Instant) -> Next {
         let settings = &self.inner.settings;
         let mut state = self.lock();
-        if settings.pace == Pace::Off || state.on_their_way >= state.window.bytes() {
+        let idle = settings.pace == Pace::Off && state.listed.is_empty();
+        if idle || state.on_their_way >= state.window.bytes() {
             return Next::Wait;
         }
         state.others.retain(|_, until| *until > now);
@@ -273,11 +288,6 @@ impl Scheduler {
         {
             return Next::WaitUntil(until);
         }
-        if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
-            && tick > now
-        {
-            return Next::WaitUntil(tick);
-        }
         if let Some(limit) = settings.max_bytes_per_sec {
             let passed = state.refilled.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
             state.refilled = Some(now);
@@ -287,11 +297,27 @@ impl Scheduler {
                 return Next::WaitUntil(now + Duration::from_secs_f64((-state.allowance / limit as f64).clamp(0.001, 60.0)));
             }
         }
+        let largest = (state.window.bytes() / 2).clamp(MIN_BYTES, MAX_REQUEST);
+        while let Some((listed, spans)) = state.listed.pop_front() {
+            let Some(layer) = listed.upgrade() else { continue };
+            let Some(run) = layer.take_listed(spans.clone(), largest) else { continue };
+            if run.end < spans.end {
+                state.listed.push_front((listed, run.end..spans.end));
+            }
+            self.charge(&mut state, &layer, &run);
+            return Next::Fetch(layer, run);
+        }
         let max_bytes = match settings.pace {
-            Pace::LineRate => (state.window.bytes() / 2).clamp(MIN_BYTES, MAX_REQUEST),
-            Pace::Every { .. } | Pace::Off => 0,
+            Pace::LineRate => largest,
+            Pace::Every { .. } => 0,
+            Pace::Off => return Next::Wait,
         };
         let max_bytes = settings.max_bytes_per_sec.map_or(max_bytes, |limit| max_bytes.min(limit / REQUESTS_PER_SECOND));
+        if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
+            && tick > now
+        {
+            return Next::WaitUntil(tick);
+        }
         while let Some((layer, span)) = state.near.pop_front() {
             let Some(layer) = layer.upgrade() else { continue };
             if state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(&layer) && !a.is_welcome(now)) {

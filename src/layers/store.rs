@@ -136,9 +136,8 @@ impl LayerStore {
         drop(ztoc);
         files.settle();
         let present = files.present(table.spans.len()).map_err(failed(&directory))?;
-        let ranked = rank(&table, &toc);
-        // Upper layers hold what the image is for; the base's shells and libraries keep their own, higher class.
-        let boost = if wanted.depth == 0 { 1.0 } else { 1.5 };
+        // Upper layers hold what the image is for.
+        let ranked = rank(&table, &toc, if wanted.depth == 0 { 1.0 } else { 3.0 });
         let parts = layer::Parts {
             number: self.numbers.fetch_add(1, Ordering::Relaxed),
             digest: wanted.layer,
@@ -146,7 +145,6 @@ impl LayerStore {
             toc: Arc::new(toc),
             files,
             ranked,
-            boost,
             present,
             source: wanted.source.clone(),
         };
@@ -290,7 +288,7 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-fn rank(table: &SpanTable, toc: &toc::Toc) -> Vec<prior::Ranked> {
+fn rank(table: &SpanTable, toc: &toc::Toc, interest: f32) -> Vec<prior::Ranked> {
     let ends: Vec<u64> = table.spans.iter().map(|s| s.uncompressed.end).collect();
     let mut value = prior::Values::new(&ends);
     // Files of a directory are neighbours in the table, so its path is put together once.
@@ -308,5 +306,5 @@ fn rank(table: &SpanTable, toc: &toc::Toc) -> Vec<prior::Ranked> {
         value.add(prior::File { path: &path, mode: file.mode & 0o7777, offset: file.offset, size: file.size });
         path.truncate(length);
     }
-    value.order()
+    value.order(interest)
 }

@@ -76,11 +76,9 @@ pub fn link_to_lazy(layout: &Layout, id: SnapshotId) -> io::Result<()> {
         // Restores what the deferred layer will be unpacked into; if even that fails, its mounts will.
         let _ = make(&path, FS_MODE);
     })?;
-    // A committed layer is never written to.
-    match fs::remove_dir(layout.snapshot_work(id)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+    // A committed layer is never written to. Where it stays, nobody looks at it, and it goes with the snapshot.
+    let _ = fs::remove_dir(layout.snapshot_work(id));
+    Ok(())
 }
 
 /// Numbers of all snapshot directories.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
-/// Holds one blob in the namespace `k8s.io`, and lies about every range that starts at 13.
+/// Holds one blob in the namespace `k8s.io`, and lies about every range that starts at 13. Offsets of what it sends count from the
+/// start of the read, as containerd's do; for ranges that start at 999, from the start of the blob.
 struct Store(Vec<u8>);
 
 #[tonic::async_trait]
@@ -35,7 +36,8 @@ impl Content for Store {
             .chunks(1000)
             .enumerate()
             .map(|(i, data)| {
-                let offset = offset + lie + (i * 1000) as i64;
+                let base = if offset == 999 { offset } else { 0 };
+                let offset = base + lie + (i * 1000) as i64;
                 Ok(ReadContentResponse { offset, data: data.to_vec().into() })
             })
             .collect();
