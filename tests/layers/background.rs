@@ -56,7 +56,8 @@ async fn at_a_pace_one_span_comes_per_period_after_the_silence() {
     for (before, after) in requests.iter().zip(&requests[1..]) {
         assert!(after.at - before.at >= period - Duration::from_millis(20));
     }
-    let spans = |request: &Request| (0..image.spans.len()).filter(|span| request.range.contains(&image.middle(*span))).count();
+    let spans =
+        |request: &Request| (0..image.spans.len()).filter(|span| request.range.contains(&image.middle(*span))).count();
     assert!(requests.iter().all(|request| spans(request) == 1));
 }
 
@@ -146,4 +147,33 @@ async fn what_follows_a_read_comes_next() {
     layer.read(image.of_span(middle)).await.unwrap();
     until("the next span is asked for", || source.asked_for(image.middle(middle + 1)) == 1).await;
     assert!(!layer.is_complete());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_index_lists_is_fetched_whatever_the_pace_and_a_stuck_source_holds_nobody() {
+    let directory = tempdir().unwrap();
+    let lab = Lab::at(directory.path(), quiet());
+    let big = Image::of_noise(41, 40, 500_000, 400_000);
+    let stuck = Script::new(&big, |_| Act { stall: Some(1000), ..Act::default() });
+    let layer = lab.open(&big, stuck.clone()).await;
+    for span in 0..big.spans.len() {
+        lab.scheduler.prefetch(&layer, span..span + 1);
+    }
+    let image = Image::gzip(42, 50_000);
+    let failing = Script::new(&image, |request| Act {
+        refuse: (request.number == 0).then_some(Remedy::Retry(None)),
+        ..Act::default()
+    });
+    let other = lab.try_open(&image, failing.clone(), 2).await.unwrap();
+    lab.scheduler.prefetch(&other, 0..1);
+    lab.scheduler.prefetch(&other, 2..5);
+    lab.scheduler.prefetch(&other, image.spans.len() - 1..usize::MAX);
+    let last = image.spans.len() - 1;
+    until("the other layer's are here", || {
+        [2, 3, 4, last].iter().all(|span| failing.asked_for(image.middle(*span)) > 0)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(failing.asked_for(image.middle(6)), 0, "what is not listed is not fetched");
+    assert!(stuck.requests().len() < 30, "{}", stuck.requests().len());
 }

@@ -9,8 +9,8 @@ use flate2::{Compression as Level, write::GzEncoder};
 use futures::future::BoxFuture;
 use soci::{
     layers::{
-        Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Remedy, Scheduler, Settings, Shared, Source,
-        SourceError, Wanted,
+        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Remedy, Scheduler, Scratch, Settings,
+        Shared, Source, SourceError, Spill, Wanted,
     },
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -167,12 +167,24 @@ pub struct Script {
     blob: Bytes,
     behaviour: Behaviour,
     log: Mutex<Vec<Request>>,
-    pub sent: Arc<AtomicUsize>,
+    sent: Arc<AtomicUsize>,
+    place: Place,
+}
+
+/// Where a [`Script`] is. What is remote is asked for in several pieces by readers that wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Here,
+    Remote,
 }
 
 impl Script {
     pub fn new(image: &Image, behaviour: impl Fn(&Request) -> Act + Send + Sync + 'static) -> Arc<Script> {
+        Script::at(Place::Here, image, behaviour)
+    }
+    pub fn at(place: Place, image: &Image, behaviour: impl Fn(&Request) -> Act + Send + Sync + 'static) -> Arc<Script> {
         Arc::new(Script {
+            place,
             blob: image.blob.clone(),
             behaviour: Box::new(behaviour),
             log: Mutex::default(),
@@ -223,7 +235,7 @@ impl Source for Script {
     }
 
     fn is_remote(&self) -> bool {
-        false
+        self.place == Place::Remote
     }
 }
 
@@ -308,6 +320,9 @@ impl Observer for Seen {
     }
 }
 
+/// Too small for any layer here, so that spans are inflated again.
+const CACHE: u64 = 200_000;
+
 /// A store with a scheduler that runs: one life of the daemon.
 pub struct Lab {
     pub layout: Layout,
@@ -320,10 +335,21 @@ pub struct Lab {
 impl Lab {
     /// The daemon starts with what is at `root`.
     pub fn at(root: &Path, settings: Settings) -> Lab {
+        Lab::sharing(root, settings, |shared| shared)
+    }
+
+    /// The same with a scratch file of that size.
+    pub fn spilling(root: &Path, settings: Settings, bytes: u64) -> Lab {
+        let scratch = Scratch::create(root, bytes).unwrap();
+        Lab::sharing(root, settings, |shared| shared.spilling(Spill { scratch, ahead: Ahead::start().unwrap() }))
+    }
+
+    fn sharing(root: &Path, settings: Settings, with: impl FnOnce(Shared) -> Shared) -> Lab {
         let layout = Layout::new(root);
         let (seen, scheduler) = (Arc::new(Seen::default()), Scheduler::new(settings));
         let runtime = tokio::runtime::Handle::current();
-        let shared = Shared::new(InflatedCache::new(1 << 20), scheduler.clone(), runtime, seen.clone());
+        let cache = InflatedCache::new(CACHE);
+        let shared = with(Shared::new(cache, scheduler.clone(), runtime, seen.clone()));
         let store = Arc::new(LayerStore::new(layout.clone(), Arc::new(shared), Limits::default()));
         let running = tokio::spawn(scheduler.clone().run());
         Lab { layout, store, seen, scheduler, running }

@@ -48,10 +48,15 @@ fn reset_peak() {
 fn a_span_of_200_mb_is_inflated_once_and_not_in_memory() {
     let module = module_path!().split_once("::").unwrap().1;
     let test = format!("{module}::ignored_in_a_process_of_its_own");
-    let output = Command::new(std::env::current_exe().unwrap()).args(["--exact", &test, "--ignored", "--nocapture"]).output();
+    let output =
+        Command::new(std::env::current_exe().unwrap()).args(["--exact", &test, "--ignored", "--nocapture"]).output();
     let output = output.unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -84,7 +89,11 @@ async fn ignored_in_a_process_of_its_own() {
     assert!(grown < 32, "memory grew by {grown} MiB");
     assert_eq!(source.requests().len(), 1);
     let data = fs::metadata(lab.layout.layer(&image.layer).join("data")).unwrap();
-    assert!(data.len() >= image.size && data.blocks() * 512 < 150_000_000, "zeros take no room: {}", data.blocks() * 512);
+    assert!(
+        data.len() >= image.size && data.blocks() * 512 < 150_000_000,
+        "zeros take no room: {}",
+        data.blocks() * 512
+    );
     // Every read after that is one from a file.
     let begun = Instant::now();
     for _ in 0..20 {
@@ -96,7 +105,10 @@ async fn ignored_in_a_process_of_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_span_that_breaks_off_goes_on_where_it_was() {
     // Does not compress: the span is large on the wire as well.
-    let tar = TarWriter::of(Dialect::Pax, &[Member::file("large", random_bytes(81, 40_000_000)), Member::file("small", noise(1, 50_000))]);
+    let tar = TarWriter::of(
+        Dialect::Pax,
+        &[Member::file("large", random_bytes(81, 40_000_000)), Member::file("small", noise(1, 50_000))],
+    );
     for (compression, blob) in [(Compression::Gzip, gzip(&tar, 1)), (Compression::Uncompressed, tar.clone())] {
         let image = Image::of(tar.clone(), blob, compression, 1 << 40);
         for settings in [quiet(), streaming()] {

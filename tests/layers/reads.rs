@@ -3,8 +3,7 @@
 use super::lab::*;
 use bytes::Bytes;
 use soci::{fs::LayerData, ztoc::Compression};
-use std::sync::Arc;
-use std::time::Duration;
+use std::{path::Path, sync::Arc, time::Duration};
 use tempfile::tempdir;
 
 /// The same tar, compressed in ways that make spans differ.
@@ -30,9 +29,15 @@ fn images() -> Vec<(&'static str, Image)> {
 async fn any_range_of_any_layer_reads_as_the_tar_it_was_made_of() {
     for (name, image) in images() {
         assert!(name != "gzip" || image.spans.iter().any(|span| span.bits != 0), "spans that share bytes");
-        for settings in [quiet(), streaming()] {
+        let labs: [fn(&Path) -> Lab; 4] = [
+            |root| Lab::at(root, quiet()),
+            |root| Lab::at(root, streaming()),
+            |root| Lab::spilling(root, streaming(), 1 << 30),
+            |root| Lab::spilling(root, quiet(), 400_000),
+        ];
+        for lab in labs {
             let directory = tempdir().unwrap();
-            let lab = Lab::at(directory.path(), settings);
+            let lab = lab(directory.path());
             let layer = lab.open(&image, Script::good(&image)).await;
             let mut random = Random::new(7);
             for turn in 0..60 {
@@ -132,4 +137,46 @@ async fn a_second_snapshot_of_a_layer_shares_it() {
     let first = lab.try_open(&image, Script::good(&image), 1).await.unwrap();
     let second = lab.try_open(&image, Script::good(&image), 2).await.unwrap();
     assert!(Arc::ptr_eq(&first, &second));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrives_is_inflated_before_it_is_read() {
+    let image = Image::gzip(9, 50_000);
+    let directory = tempdir().unwrap();
+    let lab = Lab::spilling(directory.path(), streaming(), 1 << 30);
+    let layer = lab.open(&image, Script::good(&image)).await;
+    let middles = (0..image.spans.len()).map(|span| image.of_span(span)).filter(|range| !range.is_empty());
+    let middles: Vec<_> = middles.map(|range| range.start..range.start + 1).collect();
+    until("all of it is there at once", || middles.iter().all(|range| layer.try_read(range.clone()).is_some())).await;
+    for range in middles {
+        assert!(layer.try_read(range.clone()).unwrap() == image.bytes(range));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_asks_a_registry_in_several_pieces_and_gets_one_span() {
+    let image = Image::of_noise(10, 10, 1_500_000, 3_000_000);
+    let longest = (0..image.spans.len())
+        .max_by_key(|span| image.spans[*span].compressed.end - image.spans[*span].compressed.start);
+    let (longest, size) = (longest.unwrap(), image.blob.len() as u64);
+    let faults: [fn(&Request, u64) -> Act; 4] = [
+        |_, _| Act::default(),
+        |request, _| Act { extra: 100, cut: (request.number == 0).then_some(10_000), ..Act::default() },
+        |request, _| Act { cut: (request.number == 2).then_some(10_000), ..Act::default() },
+        |request, size| Act {
+            corrupt: if request.avoid.is_empty() { (0..size).step_by(100_000).collect() } else { Vec::new() },
+            host: Some(soci::registry::HostId::new("http://bad")),
+            ..Act::default()
+        },
+    ];
+    for fault in faults {
+        let directory = tempdir().unwrap();
+        let lab = Lab::at(directory.path(), quiet());
+        let source = Script::at(Place::Remote, &image, move |request| fault(request, size));
+        let layer = lab.open(&image, source.clone()).await;
+        let range = image.of_span(longest);
+        let bytes = within(SOON, layer.read(range.clone())).await.unwrap();
+        assert!(bytes == image.bytes(range));
+        assert!(source.requests().len() >= 2, "{}", source.requests().len());
+    }
 }

@@ -1,11 +1,7 @@
 //! When a layer is opened, by whom it is held, and when it goes.
 
 use super::lab::*;
-use soci::{
-    fs::LayerData,
-    layout::SnapshotId,
-    oci::Digest,
-};
+use soci::{fs::LayerData, layout::SnapshotId, oci::Digest};
 use std::{fs, sync::Arc, time::Duration};
 use tempfile::tempdir;
 
@@ -84,7 +80,8 @@ async fn who_gives_up_opening_holds_nothing() {
     let lab = Lab::at(directory.path(), quiet());
     for wait in 0..20 {
         let opening = lab.try_open(&image, Script::good(&image), 1);
-        let _ = tokio::time::timeout(Duration::from_micros(wait * 500), opening).await.map(|result| drop(result.unwrap()));
+        let _ =
+            tokio::time::timeout(Duration::from_micros(wait * 500), opening).await.map(|result| drop(result.unwrap()));
         // The one that came in time is a user.
         lab.store.release(image.layer, SnapshotId(1)).await.unwrap();
         let path = lab.layout.layer(&image.layer);
