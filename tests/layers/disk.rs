@@ -263,10 +263,7 @@ async fn privileged_a_full_disk_fails_no_read_and_is_not_filled_in_a_loop() {
 #[tokio::test(flavor = "multi_thread")]
 async fn privileged_a_full_disk_fails_no_read_of_a_large_span() {
     // One span of 20 MB that has room nowhere.
-    let tar = tar_writer::TarWriter::of(
-        tar_writer::Dialect::Pax,
-        &[tar_writer::Member::file("f", random_bytes(60, 20_000_000))],
-    );
+    let tar = TarWriter::of(Dialect::Pax, &[Member::file("f", random_bytes(60, 20_000_000))]);
     for compression in [Compression::Gzip, Compression::Uncompressed] {
         let blob = if compression == Compression::Gzip { gzip(&tar, 1) } else { tar.clone() };
         let image = Image::of(tar.clone(), blob, compression, 1 << 30);

@@ -1,9 +1,6 @@
 //! Layers with all their zTOCs, a source that does what a test says, and a store to put both into.
 
-#[allow(dead_code)] // shared with others, who need more of it
-#[path = "../support/tar_writer.rs"]
-pub mod tar_writer;
-
+pub use crate::formats::tar_writer::{Dialect, Member, TarWriter};
 use bytes::Bytes;
 use flate2::{Compression as Level, write::GzEncoder};
 use futures::future::BoxFuture;
@@ -28,7 +25,6 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tar_writer::{Dialect, Member, TarWriter};
 
 /// Bytes that compress a little, different for each seed.
 pub fn noise(seed: u64, len: usize) -> Vec<u8> {

@@ -1,9 +1,6 @@
 //! Spans that memory must not hold.
 
-use super::lab::{
-    tar_writer::{Dialect, Member, TarWriter},
-    *,
-};
+use super::lab::*;
 use soci::{fs::LayerData, ztoc::Compression};
 use std::{
     fs::{self, OpenOptions},
