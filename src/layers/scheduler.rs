@@ -47,6 +47,11 @@ const MAX_FULL: Duration = Duration::from_secs(60);
 /// Under a limit, requests are cut so that so many make a second's worth.
 const REQUESTS_PER_SECOND: u64 = 4;
 
+/// So long after a reader had to wait, the next one is expected to: reads that miss come one after another.
+const CAUTION: Duration = Duration::from_millis(150);
+/// While nobody waits, so many windows may be on their way: the link must not run dry when a processor is busy elsewhere.
+const EASE: u64 = 3;
+
 /// How fast the background may stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
@@ -96,6 +101,8 @@ enum Disk {
 struct State {
     active: Vec<Active>,
     listed: VecDeque<(Weak<Layer>, Range<usize>)>,
+    /// When a reader last had to wait.
+    demanded: Option<Instant>,
     near: VecDeque<(Weak<Layer>, usize)>,
     window: Window,
     /// Bytes asked for that are expected, those of silent requests not counted.
@@ -160,6 +167,7 @@ impl Scheduler {
     /// Fetches what was taken, because a reader waits.
     pub(super) fn demand(&self, taken: Taken) {
         let (scheduler, since) = (self.clone(), Instant::now());
+        self.lock().demanded = Some(since);
         taken.layer().shared().runtime.clone().spawn(async move {
             fetch::demand(&scheduler, taken, since).await;
             scheduler.wake();
@@ -274,8 +282,14 @@ impl Scheduler {
         let settings = &self.inner.settings;
         let mut state = self.lock();
         let idle = settings.pace == Pace::Off && state.listed.is_empty();
-        if idle || state.on_their_way >= state.window.bytes() {
+        let calm = state.demanded.map(|at| at + CAUTION).filter(|calm| *calm > now);
+        if idle || state.on_their_way >= state.window.bytes() * EASE {
             return Next::Wait;
+        }
+        if let Some(calm) = calm
+            && state.on_their_way >= state.window.bytes()
+        {
+            return Next::WaitUntil(calm);
         }
         state.others.retain(|_, until| *until > now);
         if state.on_their_way > 0 && !state.others.is_empty() {
@@ -507,7 +521,7 @@ impl OnTheirWay {
             self.left -= bytes;
             state.on_their_way = state.on_their_way.saturating_sub(bytes);
             state.window.arrived(bytes, Instant::now());
-            state.on_their_way < state.window.bytes()
+            state.on_their_way < state.window.bytes() * EASE
         };
         if room {
             scheduler.wake();
