@@ -12,6 +12,7 @@ mod fuzz;
 mod grpc;
 mod index;
 mod lab;
+mod layers;
 mod licences;
 mod privilege;
 mod referrers;

@@ -23,17 +23,11 @@ const SLICE: Duration = Duration::from_millis(100);
 const SLICES: usize = 50;
 
 /// The estimate. One per node: the first hop is what all requests share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Window {
     slices: VecDeque<u64>,
     current: (Option<Instant>, u64),
     first_bytes: VecDeque<(Instant, Duration)>,
-}
-
-impl Default for Window {
-    fn default() -> Window {
-        Window { slices: VecDeque::new(), current: (None, 0), first_bytes: VecDeque::new() }
-    }
 }
 
 impl Window {
