@@ -30,15 +30,31 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     (
         "daemon",
         &[
-            "oci", "layout", "config", "telemetry", "keychain", "registry", "index", "layers", "fs", "snapshot", "grpc", "custodian", "holder",
-            "sys", "ztoc",
+            "oci",
+            "layout",
+            "config",
+            "telemetry",
+            "keychain",
+            "registry",
+            "index",
+            "layers",
+            "fs",
+            "snapshot",
+            "grpc",
+            "custodian",
+            "holder",
+            "sys",
+            "ztoc",
         ],
     ),
 ];
 
 /// Crates that only some modules may name.
 const CRATES: &[(&str, &[&str])] = &[
-    ("tokio", &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"]),
+    (
+        "tokio",
+        &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"],
+    ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),
     ("fuser", &["fs"]),
@@ -180,7 +196,10 @@ fn unsafe_code_has_one_address_and_one_seam() {
 #[test]
 fn every_module_forbids_unsafe_code_at_its_head() {
     for (module, _) in MAY_NAME.iter().filter(|(name, _)| !matches!(*name, "sys" | "inflate")) {
-        let head = files_of(module).into_iter().find(|f| f.ends_with("mod.rs") || f.ends_with(format!("{module}.rs"))).unwrap();
+        let head = files_of(module)
+            .into_iter()
+            .find(|f| f.ends_with("mod.rs") || f.ends_with(format!("{module}.rs")))
+            .unwrap();
         assert!(fs::read_to_string(&head).unwrap().contains("#![forbid(unsafe_code)]"), "{}", head.display());
     }
 }

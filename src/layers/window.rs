@@ -55,7 +55,10 @@ impl Window {
     pub fn first_byte(&mut self, after: Duration, now: Instant) {
         self.first_bytes.push_back((now, after));
         while self.first_bytes.len() > 64
-            || self.first_bytes.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > Duration::from_secs(10))
+            || self
+                .first_bytes
+                .front()
+                .is_some_and(|(at, _)| now.saturating_duration_since(*at) > Duration::from_secs(10))
         {
             if self.first_bytes.len() == 1 {
                 break;
