@@ -426,6 +426,7 @@ impl LazyLayers for Arc<LazyMounts> {
     }
 
     fn remove(&self, id: SnapshotId) {
+        self.store.shared().scheduler.way_is_free(u64::from(id.0));
         self.let_go(id);
     }
 

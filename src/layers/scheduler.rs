@@ -222,17 +222,15 @@ impl Scheduler {
         OnTheirWay::new(self, layer, bytes)
     }
 
-    /// How long a request may be silent before that means something: all that is on its way may come first.
+    /// How long a request may be silent before that means something: all that is on its way may come first, and a registry that always
+    /// takes its time has a window to match.
     pub(super) fn patience(&self) -> Duration {
         let state = self.lock();
-        match state.window.rate() {
-            0 => MIN_PATIENCE,
-            rate => {
-                let queue =
-                    Duration::from_secs_f64((state.on_their_way as f64 / rate as f64).min(MAX_PATIENCE.as_secs_f64()));
-                (MIN_PATIENCE + 2 * queue).min(MAX_PATIENCE)
-            }
-        }
+        let queue = match state.window.rate() {
+            0 => 0.0,
+            rate => state.on_their_way.max(state.window.bytes()) as f64 / rate as f64,
+        };
+        (MIN_PATIENCE + Duration::from_secs_f64(2.0 * queue.min(MAX_PATIENCE.as_secs_f64()))).min(MAX_PATIENCE)
     }
 
     /// What was fetched could not be stored.

@@ -72,7 +72,8 @@ async fn the_limit_in_bytes_per_second_is_kept() {
     let layer = lab.open(&image, source.clone()).await;
     until("half of it is here", || source.sent() >= image.blob.len() / 2).await;
     let took = begun.elapsed().as_secs_f64();
-    assert!((1.5..2.4).contains(&took), "two seconds' worth took {took} s");
+    // Nothing is saved up at first, and a request may overdraw by a quarter of a second. Later than that only on a busy machine.
+    assert!((1.6..3.0).contains(&took), "two seconds' worth took {took} s");
     // Readers are not limited.
     let begun = Instant::now();
     layer.read(0..image.size).await.unwrap();
@@ -81,23 +82,24 @@ async fn the_limit_in_bytes_per_second_is_kept() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_is_served_at_once_while_the_background_is_at_its_window() {
-    // 12 MB of two layers that come slowly, so that more is asked for than comes.
-    let big = Image::of_noise(34, 24, 500_000, 400_000);
+    // More than a few windows, of which nothing comes for minutes.
+    let big = Image::of_noise(34, 48, 500_000, 400_000);
     let directory = tempdir().unwrap();
     let lab = Lab::at(directory.path(), streaming());
     let slow = Script::new(&big, |_| Act { delay: Duration::from_millis(400), ..Act::default() });
     let _layer = lab.open(&big, slow.clone()).await;
     let small = Image::gzip(35, 50_000);
-    until("the window is full", || slow.requests().len() >= 2).await;
-    let before = slow.requests().len();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(slow.requests().len(), before, "it is not full yet");
+    until("it has begun", || !slow.requests().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let asked: u64 = slow.requests().iter().map(|request| request.range.end - request.range.start).sum();
+    assert!(asked < big.blob.len() as u64, "the window holds all of it");
     let source = Script::good(&small);
     let layer = lab.try_open(&small, source.clone(), 2).await.unwrap();
     let begun = Instant::now();
     layer.read(small.of_span(2)).await.unwrap();
-    assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
-    assert!(source.requests()[0].at - begun < Duration::from_millis(100));
+    // On a machine that has other things to do.
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert_eq!(source.requests()[0].range, small.spans[2].compressed);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -153,7 +155,7 @@ async fn what_follows_a_read_comes_next() {
 async fn what_an_index_lists_is_fetched_whatever_the_pace_and_a_stuck_source_holds_nobody() {
     let directory = tempdir().unwrap();
     let lab = Lab::at(directory.path(), quiet());
-    let big = Image::of_noise(41, 40, 500_000, 400_000);
+    let big = Image::of_noise(41, 64, 500_000, 400_000);
     let stuck = Script::new(&big, |_| Act { stall: Some(1000), ..Act::default() });
     let layer = lab.open(&big, stuck.clone()).await;
     for span in 0..big.spans.len() {
@@ -175,5 +177,6 @@ async fn what_an_index_lists_is_fetched_whatever_the_pace_and_a_stuck_source_hol
     .await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(failing.asked_for(image.middle(6)), 0, "what is not listed is not fetched");
-    assert!(stuck.requests().len() < 30, "{}", stuck.requests().len());
+    let (asked, spans) = (stuck.requests().len(), big.spans.len());
+    assert!(asked < spans, "a window of a stuck source is asked for, not all {spans} spans: {asked}");
 }

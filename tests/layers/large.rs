@@ -1,9 +1,11 @@
 //! Spans that memory must not hold.
 
 use super::lab::*;
-use soci::{fs::LayerData, ztoc::Compression};
+use flate2::{Compression as Level, GzBuilder};
+use soci::{fs::LayerData, inflate::SpanInflater, ztoc::Compression};
 use std::{
     fs::{self, OpenOptions},
+    io::Write,
     os::unix::fs::{FileExt, MetadataExt},
     process::Command,
     sync::Arc,
@@ -186,4 +188,39 @@ async fn a_layer_that_is_removed_while_a_large_span_is_inflated_ends_it() {
     lab.store.release(image.layer, soci::layout::SnapshotId(1)).await.unwrap();
     let _ = within(SOON, reader).await.unwrap();
     assert!(!lab.layout.layer(&image.layer).exists());
+}
+
+#[test]
+fn a_span_inflates_the_same_in_pieces_of_any_size() {
+    let tar = tar(83, 8, 60_000);
+    let name = vec![b'n'; 400];
+    let member = |data: &[u8]| {
+        let mut encoder = GzBuilder::new().filename(&name[..]).extra(vec![7; 5000]).write(Vec::new(), Level::new(6));
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    };
+    let blob: Vec<u8> = tar.chunks(200_001).flat_map(member).collect();
+    let image = Image::of(tar, blob, Compression::Gzip, 9000);
+    assert!(image.spans.len() > 6 && image.spans.iter().any(|span| span.bits != 0));
+    for (pieces, room) in [(1, 1), (1, 1 << 16), (7, 13), (5000, 100), (1 << 20, 3), (1 << 20, 1 << 20)] {
+        for span in &image.spans {
+            let window = &image.ztoc[span.window.clone()];
+            let compressed = &image.blob[span.compressed.start as usize..span.compressed.end as usize];
+            let wanted = (span.uncompressed.end - span.uncompressed.start) as usize;
+            let mut inflater = SpanInflater::new(span.bits, window).unwrap();
+            let (mut out, mut buffer) = (Vec::new(), vec![0; room]);
+            for mut piece in compressed.chunks(pieces) {
+                while out.len() < wanted {
+                    let moved = inflater.inflate(piece, &mut buffer[..room.min(wanted - out.len())]).unwrap();
+                    piece = &piece[moved.read..];
+                    out.extend_from_slice(&buffer[..moved.written]);
+                    if moved.written == 0 {
+                        assert!(piece.is_empty(), "it has taken all there is");
+                        break;
+                    }
+                }
+            }
+            assert!(out == image.bytes(span.uncompressed.clone()), "pieces of {pieces}, room for {room}");
+        }
+    }
 }
