@@ -121,7 +121,7 @@ fn the_defaults_are_those_of_the_go_daemon() {
     assert_eq!((p.max_concurrent_unpacks, p.max_concurrent_unpacks_per_image), (Limit::Unlimited, Limit::At(1)));
     assert_eq!((p.concurrent_download_chunk_size, p.decompress_streams.len()), (ChunkSize::WholeLayer, 0));
     assert_eq!(c.resolver.auth_client_ttl, Timeout::After(Duration::from_secs(3600)));
-    assert_eq!((c.snapshotter.min_layer_size, c.layer_store.cache_memory_bytes), (MinLayerSize::Off, 48 << 20));
+    assert_eq!((c.snapshotter.min_layer_size, c.layer_store.cache_memory_bytes), (MinLayerSize::Off, 16 << 20));
 }
 
 #[test]
