@@ -231,7 +231,7 @@ async fn serve(
     let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session =
-        lazyfs::Session::start(device, held.init.clone(), tree, tokio::runtime::Handle::current(), session_options)
+        lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
             .map_err(StartError::Fuse)?;
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());

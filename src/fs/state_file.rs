@@ -68,7 +68,6 @@ fn render(error: Option<&str>, layer: &Layer) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::fs::testing::{Memory, layer_of};
     use std::sync::Arc;
     use std::sync::atomic::Ordering;
