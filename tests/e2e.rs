@@ -160,7 +160,7 @@ fn privileged_the_labels_of_ctr_remote_and_nerdctl_make_layers_lazy() {
 #[test]
 fn privileged_layers_below_min_layer_size_are_left_to_containerd_when_the_client_says_sizes() {
     let slot = Slot::take();
-    let node = Node::new(&slot, Version::V22, "min_layer_size = 2000000\n");
+    let node = Node::new(&slot, Version::V22, "[snapshotter]\nmin_layer_size = 2000000\n");
     let (_, _, reference) = node.publish("app", &bulk_image(3, 6));
     node.containerd.rpull("soci", &reference, &["-labels", "nerdctl"]).unwrap();
     // busybox is about a megabyte, the bulk about four.
@@ -258,7 +258,8 @@ fn privileged_a_container_reads_on_while_the_daemon_is_killed_and_restarted() {
     let mut command = node.containerd.run_command("soci", &reference, &name, &arguments);
     let log = node.root.join("container.log");
     let out = std::fs::File::create(&log).unwrap();
-    let mut container = command.stdout(out.try_clone().unwrap()).stderr(out).spawn().unwrap();
+    // ctr's own warnings go to standard error, and so do the container's.
+    let mut container = command.stdout(out).stderr(std::process::Stdio::null()).spawn().unwrap();
     for _ in 0..3 {
         std::thread::sleep(Duration::from_millis(700));
         node.daemon.crash_and_restart();

@@ -1,6 +1,7 @@
 //! The lab itself: what the end-to-end tests stand on holds.
 
 use crate::support::containerd::{Containerd, Options, Version};
+use crate::support::daemon::convert;
 use crate::support::grpc::cri;
 use crate::support::image::{Image, Layer, busybox, everything, noise, pause};
 use crate::support::link::{Link, Shape};
@@ -53,6 +54,30 @@ fn privileged_both_containerds_unpack_every_kind_of_entry_alike() {
     let missing = |path: &str| !trees[0].contains_key(std::path::Path::new(path));
     assert!(missing("stack/gone") && missing("stack/opaque/invisible") && !missing("stack/opaque/visible"));
     assert_eq!(trees[0][std::path::Path::new("kinds/exact-too")].links, 3);
+}
+
+#[test]
+fn privileged_a_converted_image_goes_to_every_registry_and_runs_on_a_plain_overlayfs() {
+    let slot = Slot::take();
+    let layouts = slot.root();
+    let (plain, indexed) = (layouts.join("plain"), layouts.join("indexed"));
+    everything(1).write(&plain);
+    convert(&plain, &indexed, &["--min-layer-size", "0"]);
+    for kind in [Kind::Docker28, Kind::Distribution3, Kind::Referrers] {
+        let root = slot.root();
+        let registry = Registry::start(kind, &root);
+        registry.push(&indexed, "lab/indexed", "v1");
+        let reference = registry.reference("lab/indexed", "v1");
+        let containerd = Containerd::start(&root, Version::V22, &Options::default());
+        containerd.pull("overlayfs", &reference).unwrap();
+        assert_eq!(
+            containerd.run("overlayfs", &reference, &["cat", "/stack/replaced"]).unwrap(),
+            "from above\n",
+            "{kind:?}"
+        );
+        let mount = containerd.mount("overlayfs", "default", &reference, &root.join("mnt"));
+        assert!(mount.path.join("stack/opaque/visible").exists());
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 mod architecture;
 mod cli;
 mod config;
+mod e2e;
 mod daemon;
 #[path = "support/fault_registry.rs"]
 mod fault_registry;

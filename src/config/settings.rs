@@ -340,6 +340,6 @@ settings! {
     /// Layers on disk. These settings do not exist in the Go snapshotter.
     struct LayerStore {
         /// Mebibytes of memory for inflated spans.
-        cache_memory_bytes: u64 = mebibytes(48) => "cache_memory_mb";
+        cache_memory_bytes: u64 = mebibytes(16) => "cache_memory_mb";
     }
 }

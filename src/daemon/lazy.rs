@@ -19,7 +19,7 @@ use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
     index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor, prefetch::Prefetch},
-    layers::{Layer, LayerStore, RegistrySource, Wanted},
+    layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
     registry::Registry,
@@ -42,8 +42,6 @@ struct Mounted {
     namespace: String,
 }
 
-/// Stands for the Prepare that is going to come: no snapshot has this number.
-const NOBODY: SnapshotId = SnapshotId(0);
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
 const CLAIM: Duration = Duration::from_secs(120);
 
@@ -151,10 +149,11 @@ impl LazyMounts {
             .collect();
         let (me, target, index) = (self.clone(), target.clone(), index.digest);
         tokio::spawn(async move {
+            let claim = me.store.claim();
             let mut opened = Vec::new();
             for (depth, layer, ztoc) in layers {
                 let target = Target { layer, ..target.clone() };
-                match me.open(NOBODY, &record(&target, &ztoc, depth)).await {
+                match me.open(claim, &record(&target, &ztoc, depth)).await {
                     Ok(open) => {
                         let local = me.local(&target.namespace, layer);
                         if local.is_there().await {
@@ -166,7 +165,7 @@ impl LazyMounts {
                     Err(error) => {
                         // Its own Prepare will say so.
                         tracing::debug!(%layer, error, "cannot open a layer ahead of its Prepare");
-                        let _ = me.store.release(layer, NOBODY).await;
+                        let _ = me.store.release(layer, claim).await;
                     }
                 }
             }
@@ -175,7 +174,9 @@ impl LazyMounts {
             for layer in opened {
                 let digest = layer.digest();
                 drop(layer);
-                let _ = me.store.release(digest, NOBODY).await;
+                if let Err(error) = me.store.release(digest, claim).await {
+                    tracing::warn!(layer = %digest, %error, "cannot remove the layer from disk");
+                }
             }
         });
     }
@@ -244,8 +245,9 @@ impl LazyMounts {
         ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
     }
 
-    async fn open(&self, id: SnapshotId, record: &LazyRecord) -> Result<Arc<Layer>, String> {
-        if id != NOBODY {
+    async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, String> {
+        let user = user.into();
+        if let User::Snapshot(id) = user {
             self.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id, record.layer);
         }
         let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
@@ -257,7 +259,7 @@ impl LazyMounts {
             depth: record.depth,
             source: registry,
         };
-        self.store.open(wanted, id).await.map_err(|e| crate::snapshot::chain(&e))
+        self.store.open(wanted, user).await.map_err(|e| crate::snapshot::chain(&e))
     }
 
     fn show(

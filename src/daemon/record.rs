@@ -89,6 +89,7 @@ struct Version {
     version: u32,
 }
 
+/// The content is on disk when this returns; the name is when the snapshot is committed, which syncs the same filesystem's journal.
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let mut file = fs::File::create(&temporary)?;

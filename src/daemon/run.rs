@@ -17,7 +17,7 @@ use crate::{
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{DockerConfig, Keychain},
-    layers::{InflatedCache, LayerStore, Pace, Scheduler, Settings, Shared},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
@@ -163,6 +163,7 @@ fn start(options: Options) -> ExitCode {
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
 fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+    sys::process::tame_allocator();
     let layout = Layout::new(absolute(&options.root)?);
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
@@ -355,11 +356,18 @@ fn lazy_side(
         config::ContentStoreType::Soci => None,
     };
     let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
-    let shared = Arc::new(Shared {
-        cache: InflatedCache::new(config.layer_store.cache_memory_bytes),
-        scheduler: Scheduler::new(scheduling(config)),
-        runtime: tokio::runtime::Handle::current(),
-        observer: observers.clone(),
+    let shared = Shared::new(
+        InflatedCache::new(config.layer_store.cache_memory_bytes),
+        Scheduler::new(scheduling(config)),
+        tokio::runtime::Handle::current(),
+        observers.clone(),
+    );
+    let shared = Arc::new(match spill(layout) {
+        Ok(spill) => shared.spilling(spill),
+        Err(error) => {
+            tracing::warn!(root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
+            shared
+        }
     });
     let headers = match config.disable_verification {
         true => lazyfs::HeaderCheck::Skipped,
@@ -480,6 +488,18 @@ async fn report_queue(metrics: Metrics, scheduler: Scheduler, period: Duration) 
         metrics.set_background_queue(scheduler.queue_length() as u64);
         tokio::time::sleep(period.max(Duration::from_millis(100))).await;
     }
+}
+
+/// The second level behind the memory cache. Some filesystems have no unnamed files.
+fn spill(layout: &Layout) -> io::Result<Spill> {
+    Ok(Spill { scratch: Scratch::create(layout.root(), scratch_bytes())?, ahead: Ahead::start()? })
+}
+
+/// Room for inflated spans on disk, which is page cache while it is fresh: an eighth of the memory, within reason.
+fn scratch_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    (memory / 8).clamp(64 << 20, 1 << 30)
 }
 
 fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {

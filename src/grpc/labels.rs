@@ -12,7 +12,19 @@ const MAX_NAMESPACE: usize = 76;
 
 /// The namespace of a request, if it has one that containerd could have sent.
 pub fn namespace(metadata: &MetadataMap) -> Option<&str> {
-    let name = metadata.get(NAMESPACE)?.to_str().ok()?;
+    valid(metadata.get(NAMESPACE)?.to_str().ok()?)
+}
+
+/// The namespace a snapshot key begins with: containerd's keys are `<namespace>/<number>/<client's key>`. containerd 1.6 sends no
+/// namespace with what clients ask its snapshot service for (ctr-remote, nerdctl), only with what its own CRI plugin asks.
+pub fn namespace_of_key(key: &str) -> Option<&str> {
+    let (name, rest) = key.split_once('/')?;
+    let (number, _) = rest.split_once('/')?;
+    (!number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())).then_some(())?;
+    valid(name)
+}
+
+fn valid(name: &str) -> Option<&str> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     ((1..=MAX_NAMESPACE).contains(&name.len()) && name.chars().all(allowed)).then_some(name)
 }

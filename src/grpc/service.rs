@@ -82,7 +82,8 @@ impl Snapshots for Service {
         let (metadata, _, message) = request.into_parts();
         let wire::PrepareSnapshotRequest { snapshotter: _, key, parent: name, labels } = message;
         tracing::debug!(key, parent = name, "prepare");
-        let extraction = labels::extraction(&labels, labels::namespace(&metadata)).map_err(|error| status(&error))?;
+        let namespace = labels::namespace(&metadata).or_else(|| labels::namespace_of_key(&key));
+        let extraction = labels::extraction(&labels, namespace).map_err(|error| status(&error))?;
         let prepared = self.snapshotter.prepare(key, parent(name), labels, extraction).await;
         answer(prepared, |m| wire::PrepareSnapshotResponse { mounts: vec![mount(m)] })
     }

@@ -1,8 +1,8 @@
 //! The one inflate core: everything that decompresses a layer, from its start or from a checkpoint, goes through here.
 //!
-//! [`inflate_span`] resumes at a checkpoint: some bits of a shared first byte, a window of the 32 KiB before, then
-//! DEFLATE data that may run through the ends and headers of gzip members. [`Raw`] is the engine below it, which can stop
-//! at block boundaries; [`gzip`] knows the wrapper around it.
+//! [`SpanInflater`] resumes at a checkpoint: some bits of a shared first byte, a window of the 32 KiB before, then
+//! DEFLATE data that may run through the ends and headers of gzip members; [`inflate_span`] is the same for a span that is in
+//! memory. [`Raw`] is the engine below them, which can stop at block boundaries; [`gzip`] knows the wrapper around it.
 //!
 //! All input is hostile: too little is an error, never zeros; a wrong window gives an error or wrong bytes, never
 //! undefined behaviour. A window is needed only as far back as data exists: a reference beyond it is an error.
@@ -12,8 +12,10 @@
 
 pub mod gzip;
 mod raw;
+mod span;
 
 pub use raw::{Progress, Raw, State, Stop};
+pub use span::{Moved, SpanInflater};
 
 /// How far back DEFLATE can refer, and so the size of a checkpoint's window.
 pub const WINDOW: usize = 32768;
@@ -50,19 +52,9 @@ pub enum InflateError {
 /// `bits != 0`. `window` is what the checkpoint stores, or as much of its end as there is data before the checkpoint: what
 /// refers back further is refused. Fills `out` with the uncompressed bytes `[skip, skip + out.len())` counted from the checkpoint.
 pub fn inflate_span(bits: u8, window: &[u8], compressed: &[u8], skip: u64, out: &mut [u8]) -> Result<(), InflateError> {
-    if bits > 7 || window.len() > WINDOW {
-        return Err(InflateError::Checkpoint);
-    }
+    let mut inflater = SpanInflater::new(bits, window)?;
     let mut input = compressed;
-    let mut raw = Raw::new();
-    if bits > 0 {
-        let (&shared, rest) = compressed.split_first().ok_or(InflateError::Short { missing: skip })?;
-        raw.prime(bits, shared >> (8 - bits));
-        input = rest;
-    }
-    raw.set_window(window);
-    let scratch_len = usize::try_from(skip).map_or(SCRATCH, |skip| skip.min(SCRATCH));
-    let mut scratch = vec![0; scratch_len];
+    let mut scratch = vec![0; usize::try_from(skip).map_or(SCRATCH, |skip| skip.min(SCRATCH))];
     let (mut skip, mut filled) = (skip, 0);
     while filled < out.len() {
         let target = if skip > 0 {
@@ -71,23 +63,15 @@ pub fn inflate_span(bits: u8, window: &[u8], compressed: &[u8], skip: u64, out: 
         } else {
             &mut out[filled..]
         };
-        let step = raw.inflate(input, target, Stop::Never).map_err(|raw::Corrupt| InflateError::Data)?;
-        input = &input[step.read..];
+        let moved = inflater.inflate(input, target)?;
+        input = &input[moved.read..];
         if skip > 0 {
-            skip -= step.written as u64;
+            skip -= moved.written as u64;
         } else {
-            filled += step.written;
+            filled += moved.written;
         }
-        let short = InflateError::Short { missing: skip + (out.len() - filled) as u64 };
-        match step.state {
-            State::End if filled < out.len() => {
-                input = input.get(gzip::TRAILER..).ok_or(short.clone())?;
-                let header = gzip::header_len(input).map_err(InflateError::Member)?.ok_or(short)?;
-                input = &input[header..];
-                raw.reset();
-            }
-            _ if step.read == 0 && step.written == 0 => return Err(short),
-            _ => {}
+        if moved.written == 0 {
+            return Err(InflateError::Short { missing: skip + (out.len() - filled) as u64 });
         }
     }
     Ok(())

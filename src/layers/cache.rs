@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::OnceCell;
@@ -16,15 +16,40 @@ pub type Key = (u64, usize);
 #[derive(Default)]
 struct Inner {
     entries: HashMap<Key, Entry>,
+    /// The filled ones by when they were read last, oldest first.
+    by_use: BTreeMap<u64, Key>,
     bytes: u64,
     clock: u64,
 }
 
 struct Entry {
     cell: Arc<OnceCell<Bytes>>,
-    /// Bytes counted for this entry; 0 until it is filled.
-    counted: u64,
-    used: u64,
+    /// Place in `by_use`; none until it is filled.
+    used: Option<u64>,
+}
+
+impl Inner {
+    /// `key` was read now.
+    fn touch(&mut self, key: Key) {
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        let Some(bytes) = entry.cell.get() else { return };
+        self.clock += 1;
+        match entry.used.replace(self.clock) {
+            Some(before) => {
+                self.by_use.remove(&before);
+            }
+            None => self.bytes += bytes.len() as u64,
+        }
+        self.by_use.insert(self.clock, key);
+    }
+
+    fn remove(&mut self, key: Key) {
+        let Some(entry) = self.entries.remove(&key) else { return };
+        if let Some(used) = entry.used {
+            self.by_use.remove(&used);
+            self.bytes -= entry.cell.get().map_or(0, |bytes| bytes.len() as u64);
+        }
+    }
 }
 
 /// The cache. One per node.
@@ -33,8 +58,28 @@ pub struct InflatedCache {
     max_bytes: u64,
 }
 
+/// Somebody who fills an entry or waits for it. The last one to leave takes an empty entry along: a failed one, or one whose readers
+/// were all interrupted.
+struct Visit<'a> {
+    cache: &'a InflatedCache,
+    key: Key,
+    cell: Arc<OnceCell<Bytes>>,
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.cache.lock();
+        // The table's and ours.
+        let is_last = Arc::strong_count(&self.cell) <= 2;
+        let is_mine = inner.entries.get(&self.key).is_some_and(|entry| Arc::ptr_eq(&entry.cell, &self.cell));
+        if is_last && is_mine && self.cell.get().is_none() {
+            inner.remove(self.key);
+        }
+    }
+}
+
 impl InflatedCache {
-    /// A cache of at most `max_bytes`, not counting what readers hold at the moment.
+    /// A cache of at most `max_bytes`, or of one span if that is larger, not counting what readers hold at the moment.
     pub fn new(max_bytes: u64) -> InflatedCache {
         InflatedCache { inner: Mutex::default(), max_bytes }
     }
@@ -46,11 +91,9 @@ impl InflatedCache {
     /// The span, if it is here now.
     pub fn get(&self, key: Key) -> Option<Bytes> {
         let mut inner = self.lock();
-        inner.clock += 1;
-        let clock = inner.clock;
-        let entry = inner.entries.get_mut(&key)?;
-        entry.used = clock;
-        entry.cell.get().cloned()
+        let bytes = inner.entries.get(&key)?.cell.get().cloned()?;
+        inner.touch(key);
+        Some(bytes)
     }
 
     /// The span, inflated by `inflate` unless it is here or somebody else is at it. If that one gives up, this one takes over.
@@ -59,59 +102,30 @@ impl InflatedCache {
         key: Key,
         inflate: impl FnOnce() -> F,
     ) -> Result<Bytes, E> {
-        let cell = {
+        let visit = {
             let mut inner = self.lock();
-            inner.clock += 1;
-            let clock = inner.clock;
-            let entry = inner.entries.entry(key).or_insert_with(|| Entry { cell: Arc::default(), counted: 0, used: 0 });
-            entry.used = clock;
-            entry.cell.clone()
+            let entry = inner.entries.entry(key).or_insert_with(|| Entry { cell: Arc::default(), used: None });
+            Visit { cache: self, key, cell: entry.cell.clone() }
         };
-        let result = cell.get_or_try_init(inflate).await.cloned();
+        let bytes = visit.cell.get_or_try_init(inflate).await?.clone();
         let mut inner = self.lock();
-        match &result {
-            Ok(bytes) => {
-                if let Some(entry) = inner.entries.get_mut(&key)
-                    && entry.counted == 0
-                    && Arc::ptr_eq(&entry.cell, &cell)
-                {
-                    entry.counted = bytes.len() as u64;
-                    inner.bytes += bytes.len() as u64;
-                }
-                self.evict(&mut inner, key);
-            }
-            Err(_) => {
-                // Nobody filled it and nobody else is at it: a failed entry must not stay for ever.
-                if inner.entries.get(&key).is_some_and(|e| e.counted == 0 && Arc::strong_count(&e.cell) <= 2) {
-                    inner.entries.remove(&key);
-                }
-            }
+        if inner.entries.get(&key).is_some_and(|entry| Arc::ptr_eq(&entry.cell, &visit.cell)) {
+            inner.touch(key);
         }
-        result
-    }
-
-    fn evict(&self, inner: &mut Inner, keep: Key) {
-        while inner.bytes > self.max_bytes {
-            let oldest = inner.entries.iter().filter(|(k, e)| e.counted > 0 && **k != keep).min_by_key(|(_, e)| e.used);
-            let Some((&key, _)) = oldest else { break };
-            if let Some(entry) = inner.entries.remove(&key) {
-                inner.bytes -= entry.counted;
-            }
+        // The newest stays whatever its size: the next piece of it is about to be asked for.
+        while inner.bytes > self.max_bytes && inner.by_use.len() > 1 {
+            let Some((_, &oldest)) = inner.by_use.first_key_value() else { break };
+            inner.remove(oldest);
         }
+        drop(inner);
+        Ok(bytes)
     }
 
     /// Forgets every span of `layer`.
     pub fn forget(&self, layer: u64) {
         let mut inner = self.lock();
-        let mut freed = 0;
-        inner.entries.retain(|key, entry| {
-            let keep = key.0 != layer;
-            if !keep {
-                freed += entry.counted;
-            }
-            keep
-        });
-        inner.bytes -= freed;
+        let keys: Vec<Key> = inner.entries.keys().filter(|key| key.0 == layer).copied().collect();
+        keys.into_iter().for_each(|key| inner.remove(key));
     }
 }
 
@@ -132,5 +146,30 @@ mod tests {
         assert!(cache.get_or_inflate((2, 0), || async { Ok::<_, ()>(Bytes::from_static(b"1")) }).await.is_ok());
         cache.forget(1);
         assert_eq!(cache.lock().bytes, 1);
+    }
+
+    #[tokio::test]
+    async fn an_interrupted_reader_leaves_nothing_and_the_next_one_takes_over() {
+        let cache = Arc::new(InflatedCache::new(10));
+        let stuck = cache.get_or_inflate((1, 0), || async { std::future::pending::<Result<Bytes, ()>>().await });
+        let waiting = cache.get_or_inflate((1, 0), || async { Ok::<_, ()>(Bytes::from_static(b"1")) });
+        tokio::select! {
+            biased;
+            _ = stuck => unreachable!("it never ends"),
+            _ = tokio::task::yield_now() => {}
+        }
+        assert!(waiting.await.is_ok());
+        let stuck = cache.get_or_inflate((1, 1), || async { std::future::pending::<Result<Bytes, ()>>().await });
+        assert!(futures::FutureExt::now_or_never(stuck).is_none());
+        assert_eq!(cache.lock().entries.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_span_larger_than_the_cache_stays_until_the_next_one() {
+        let cache = InflatedCache::new(3);
+        for span in 0..2 {
+            assert!(cache.get_or_inflate((1, span), || async { Ok::<_, ()>(Bytes::from_static(b"1234")) }).await.is_ok());
+        }
+        assert_eq!((cache.lock().bytes, cache.get((1, 0))), (4, None));
     }
 }

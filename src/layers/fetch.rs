@@ -1,35 +1,44 @@
 //! Moves spans from a source to the disk and to whoever waits for them.
 //!
-//! One request brings a run of neighbouring spans. Each is verified and stored as soon as its last byte is here, while the next
-//! one still arrives.
+//! One request brings a run of neighbouring spans. What goes wrong has an answer each:
+//!
+//! * a body that ends early or cannot be read is continued behind the last whole span, after a while if nothing came;
+//! * wrong bytes are asked for again from another host, or from another source;
+//! * a source that does not have the blob is asked last from then on;
+//! * a background request that is silent while a reader waits for it is made again as that reader's;
+//! * what does not fit on the disk is given to who waits, and forgotten.
 
 use super::{
     layer::Layer,
+    receive::{Incoming, Outcome},
     scheduler::{OnTheirWay, Scheduler, backoff},
-    source::{Remedy, Source, SourceError},
+    source::{Body, Remedy, Source, SourceError},
     spans::Span,
     split,
 };
-use crate::{fs::ReadError, oci::Digest, registry::HostId};
-use bytes::{Bytes, BytesMut};
+use crate::{fs::ReadError, registry::HostId};
+use futures::future::BoxFuture;
 use std::{
+    io,
     ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::task::JoinHandle;
 
-/// Spans of one request being verified and written while the next ones arrive.
-const MAX_VERIFYING: usize = 2;
+/// So many bytes of a large span are worth going on at once.
+const USEFUL: u64 = 1 << 20;
 
 /// Why an attempt ended early.
 enum Failure {
     Source(SourceError),
     /// The bytes of this span were not those the zTOC describes.
     Digest { span: usize },
+    /// A span that is too large for memory does not fit on the disk.
+    Storage(io::Error),
+    /// A reader waits, and the other side has sent nothing for too long.
+    Silent,
+    /// Nobody needs it any more.
+    Removed,
 }
 
 impl Failure {
@@ -37,208 +46,293 @@ impl Failure {
         match self {
             Failure::Source(error) => ReadError::Fetch { reason: error.reason.clone() },
             Failure::Digest { span } => ReadError::Digest { span: *span },
+            Failure::Storage(error) => ReadError::Storage { reason: error.to_string() },
+            Failure::Silent => ReadError::Fetch { reason: "the other side has stopped sending".into() },
+            Failure::Removed => ReadError::Removed,
         }
     }
 }
 
-/// Fetches `run` for readers that wait: retries within the budget, then tells them why not.
-pub(super) async fn demand(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>) {
-    let range = layer.blob_range(&run);
-    let (begun, bytes) = (Instant::now(), range.end - range.start);
-    persist(scheduler, &layer, run.clone(), scheduler.asked(bytes)).await;
-    let (rate, window, waiting) = scheduler.link();
-    tracing::debug!(layer = %layer.digest(), first = run.start, spans = run.len(), bytes, took = ?begun.elapsed(), rate, window, waiting, "demand");
-}
-
-/// Fetches `run` because it may be read. If that fails it is left for later, unless a reader has come to wait for it meanwhile.
-pub(super) async fn background(scheduler: &Scheduler, layer: Arc<Layer>, run: Range<usize>, ticket: OnTheirWay) {
-    let mut attempt = Attempt::new(&layer, Urgency::Background);
-    match attempt.run(&run, ticket).await {
-        Ok(()) => {
-            scheduler.succeeded(&layer);
-            layer.shared().observer.background_fetched(&layer.digest(), run.len());
-        }
-        Err(failure) => {
-            scheduler.failed(&layer);
-            let error = failure.as_read_error();
-            layer.shared().observer.background_failed(&layer.digest());
-            tracing::debug!(layer = %layer.digest(), error = %error, "background fetch failed, trying again later");
-            for span in layer.give_back(run) {
-                demand(scheduler, layer.clone(), span..span + 1).await;
-            }
-        }
-    }
-}
-
-async fn persist(scheduler: &Scheduler, layer: &Arc<Layer>, run: Range<usize>, ticket: OnTheirWay) {
-    let settings = scheduler.settings();
-    let begun = Instant::now();
-    let (mut failures, mut mismatches) = (0, 0);
-    let mut attempt = Attempt::new(layer, Urgency::Demand);
-    let mut ticket = Some(ticket);
-    loop {
-        let Some(left) = still_fetching(layer, &run) else { return };
-        let this = ticket.take().unwrap_or_else(|| {
-            let range = layer.blob_range(&left);
-            scheduler.asked(range.end - range.start)
-        });
-        let Err(failure) = attempt.run(&left, this).await else { return };
-        let error = failure.as_read_error();
-        let wait = match &failure {
-            Failure::Source(SourceError { remedy, .. }) => {
-                failures += 1;
-                let wait = backoff(settings.min_wait, settings.max_wait, failures);
-                match remedy {
-                    Remedy::Retry(hint) => (failures <= settings.retries).then(|| hint.unwrap_or(wait).min(settings.max_wait)),
-                    Remedy::OtherSource => attempt.next_source().then_some(Duration::ZERO),
-                }
-            }
-            Failure::Digest { .. } => {
-                mismatches += 1;
-                let wait = backoff(settings.min_wait, settings.max_wait, mismatches);
-                (mismatches <= settings.verification_retries.max(1)).then_some(wait)
-            }
-        };
-        match wait.filter(|wait| begun.elapsed() + *wait < settings.budget) {
-            Some(wait) => {
-                tracing::debug!(layer = %layer.digest(), error = %error, attempt = failures + mismatches, "fetching again");
-                tokio::time::sleep(wait).await;
-            }
-            None => {
-                for span in run {
-                    if layer.map().get(span) == Span::Fetching {
-                        layer.lost(span, Some(&error));
-                    }
-                }
-                return;
-            }
-        }
-    }
-}
-
-/// The smallest part of `run` that holds everything of it that is not here yet.
-fn still_fetching(layer: &Layer, run: &Range<usize>) -> Option<Range<usize>> {
-    let map = layer.map();
-    let first = run.clone().find(|s| map.get(*s) == Span::Fetching)?;
-    let last = run.clone().rev().find(|s| map.get(*s) == Span::Fetching)?;
-    Some(first..last + 1)
-}
-
-/// Whether somebody waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// On whose behalf something is fetched.
+#[derive(Clone, Copy)]
 enum Urgency {
-    Demand,
-    Background,
+    /// A reader has waited since then: worth retries until its budget ends.
+    Reader { since: Instant },
+    /// Nobody waits: what takes time is left for later.
+    Nobody,
 }
 
-/// Attempts at one run, and what they have learnt.
-struct Attempt {
+/// Spans that were taken. Those that did not arrive when their fetch ends, however it ends, are lost: nobody waits for ever.
+pub(super) struct Taken {
     layer: Arc<Layer>,
-    urgency: Urgency,
-    sources: Vec<Arc<dyn Source>>,
-    source: usize,
+    run: Range<usize>,
+    /// Hosts that have failed it before.
     avoid: Vec<HostId>,
 }
 
-/// Said once per process: every later line would say the same.
-static DISK_TROUBLE: AtomicBool = AtomicBool::new(false);
-
-impl Attempt {
-    fn new(layer: &Arc<Layer>, urgency: Urgency) -> Attempt {
-        Attempt { layer: layer.clone(), urgency, sources: layer.sources(), source: 0, avoid: Vec::new() }
+impl Taken {
+    pub fn new(layer: Arc<Layer>, run: Range<usize>) -> Taken {
+        Taken { layer, run, avoid: Vec::new() }
     }
 
-    /// Goes on to the next source; false after the last.
-    fn next_source(&mut self) -> bool {
-        self.source += 1;
-        self.source < self.sources.len()
+    pub fn layer(&self) -> &Arc<Layer> {
+        &self.layer
     }
 
-    async fn run(&mut self, run: &Range<usize>, mut ticket: OnTheirWay) -> Result<(), Failure> {
-        let gone = || SourceError { reason: "no source for the layer".into(), remedy: Remedy::Retry(None) };
-        let source = self.sources.get(self.source).cloned().ok_or_else(gone).map_err(Failure::Source)?;
-        let range = self.layer.blob_range(run);
-        let started = Instant::now();
-        let opened = match self.urgency {
-            Urgency::Demand => split::open(&source, range.clone(), &self.avoid).await,
-            Urgency::Background => source.open(range.clone(), &self.avoid).await,
-        };
-        self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
-        let mut body = opened.map_err(Failure::Source)?;
-        ticket.begun();
-        let host = body.host();
-        let mut buffer = BytesMut::new();
-        let mut start = range.start;
-        let mut span = run.start;
-        let mut verifying: std::collections::VecDeque<(usize, JoinHandle<bool>)> = Default::default();
-        let mut wrong = None;
-        while span < run.end {
-            let Some(chunk) = body.chunk().await.map_err(Failure::Source)? else { break };
-            ticket.arrived(chunk.len() as u64);
-            buffer.extend_from_slice(&chunk);
-            while span < run.end && start + buffer.len() as u64 >= self.layer.table().spans[span].compressed.end {
-                let end = self.layer.table().spans[span].compressed.end;
-                let bytes = buffer.split_to((end - start) as usize).freeze();
-                // A span that starts inside a byte shares it with the one before.
-                let shared = (span + 1 < run.end) && self.layer.table().spans[span + 1].compressed.start < end;
-                if shared {
-                    let mut rest = BytesMut::with_capacity(buffer.len() + 1);
-                    rest.extend_from_slice(&bytes[bytes.len() - 1..]);
-                    rest.extend_from_slice(&buffer);
-                    buffer = rest;
-                }
-                verifying.push_back((span, self.verify(span, start, bytes)));
-                start = if shared { end - 1 } else { end };
-                span += 1;
-                while verifying.len() > MAX_VERIFYING {
-                    wrong = wrong.or(oldest(&mut verifying).await);
-                }
+    /// The smallest part of the run that holds everything of it that is not here yet.
+    fn left(&self) -> Option<Range<usize>> {
+        let map = self.layer.map();
+        let first = self.run.clone().find(|span| map.get(*span) == Span::Fetching)?;
+        let last = self.run.clone().rev().find(|span| map.get(*span) == Span::Fetching)?;
+        Some(first..last + 1)
+    }
+
+    fn lose(&self, error: &ReadError) {
+        for span in self.run.clone() {
+            if self.layer.map().get(span) == Span::Fetching {
+                self.layer.lost(span, error);
             }
         }
-        while !verifying.is_empty() {
-            wrong = wrong.or(oldest(&mut verifying).await);
+    }
+
+    /// Gives back what nobody waits for; what somebody does is taken still, by whoever gets the result.
+    fn give_back(mut self, avoid: &[HostId]) -> Vec<Taken> {
+        let run = std::mem::replace(&mut self.run, 0..0);
+        let wanted = self.layer.give_back(run);
+        let taken = |run| Taken { layer: self.layer.clone(), run, avoid: avoid.to_vec() };
+        wanted.into_iter().map(taken).collect()
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.lose(&ReadError::Fetch { reason: "the fetch was given up".into() });
+    }
+}
+
+/// Fetches `taken` for readers who have waited `since`: retries within the budget, then tells them why not.
+pub(super) async fn demand(scheduler: &Scheduler, taken: Taken, since: Instant) {
+    let layer = taken.layer.clone();
+    // A connection for each reader of a dead registry would help nobody.
+    let waited = tokio::time::timeout(scheduler.settings().budget, layer.demands.acquire()).await;
+    let Ok(Ok(_permit)) = waited else {
+        let error = ReadError::Fetch { reason: "the registry answers none of the requests before this one".into() };
+        return taken.lose(&error);
+    };
+    let mut attempts = Attempts::new(scheduler, &taken, Urgency::Reader { since });
+    let result = attempts.run(&taken, None).await;
+    let (rate, window, waiting) = scheduler.link();
+    let (first, spans, took) = (taken.run.start, taken.run.len(), since.elapsed());
+    tracing::debug!(layer = %layer.digest(), first, spans, ?took, rate, window, waiting, "demand");
+    if let Err(failure) = result {
+        taken.lose(&failure.as_read_error());
+    }
+}
+
+/// Fetches `taken` because it may be read. If that fails it is left for later, unless a reader has come to wait for it meanwhile.
+pub(super) async fn background(scheduler: &Scheduler, taken: Taken, ticket: OnTheirWay) {
+    let layer = taken.layer.clone();
+    let mut attempts = Attempts::new(scheduler, &taken, Urgency::Nobody);
+    let spans = taken.run.len();
+    match attempts.run(&taken, Some(ticket)).await {
+        Ok(()) => {
+            scheduler.succeeded(&layer);
+            layer.shared().observer.background_fetched(&layer.digest(), spans);
         }
-        if let Some(span) = wrong {
-            if let Some(host) = host {
-                self.avoid.push(host);
+        Err(failure) => {
+            if !matches!(failure, Failure::Silent | Failure::Removed) {
+                scheduler.failed(&layer);
+                layer.shared().observer.background_failed(&layer.digest());
             }
-            return Err(Failure::Digest { span });
+            tracing::debug!(layer = %layer.digest(), error = %failure.as_read_error(), "background fetch failed, trying again later");
+            let mut avoid = attempts.avoid;
+            avoid.extend(attempts.host);
+            for wanted in taken.give_back(&avoid) {
+                scheduler.demand(wanted);
+            }
         }
-        if span < run.end {
-            let reason = format!("the response ended {} bytes early", range.end - start - buffer.len() as u64);
-            return Err(Failure::Source(SourceError { reason, remedy: Remedy::Retry(None) }));
+    }
+}
+
+/// Attempts at one run, and what they have learnt.
+struct Attempts<'a> {
+    scheduler: &'a Scheduler,
+    layer: &'a Arc<Layer>,
+    urgency: Urgency,
+    sources: Vec<Arc<dyn Source>>,
+    source: usize,
+    /// Who answers the current request, if it is known.
+    host: Option<HostId>,
+    avoid: Vec<HostId>,
+    /// Failures of this source in a row without anything of use.
+    failures: u32,
+    mismatches: u32,
+}
+
+impl<'a> Attempts<'a> {
+    fn new(scheduler: &'a Scheduler, taken: &'a Taken, urgency: Urgency) -> Attempts<'a> {
+        let (layer, avoid) = (&taken.layer, taken.avoid.clone());
+        let sources = layer.sources();
+        Attempts { scheduler, layer, urgency, sources, source: 0, host: None, avoid, failures: 0, mismatches: 0 }
+    }
+
+    async fn run(&mut self, taken: &Taken, mut ticket: Option<OnTheirWay>) -> Result<(), Failure> {
+        while let Some(left) = taken.left() {
+            if self.layer.is_removed() {
+                return Err(Failure::Removed);
+            }
+            let mut incoming = Incoming::new(self.layer, left.clone());
+            let range = incoming.missing();
+            let ticket = ticket.take().unwrap_or_else(|| self.scheduler.asked(self.layer, range.end - range.start));
+            let received = self.receive(&mut incoming, &left, ticket).await;
+            let (missing, outcome) = incoming.finish().await;
+            let useful = outcome.kept > 0 || missing.start.saturating_sub(range.start) >= USEFUL;
+            let Err(failure) = self.judge(received, missing, outcome) else { continue };
+            match self.wait_after(&failure, useful) {
+                Some(wait) => {
+                    let (layer, error) = (self.layer.digest(), failure.as_read_error());
+                    tracing::debug!(%layer, %error, ?wait, "fetching again");
+                    tokio::time::sleep(wait).await;
+                }
+                None => return Err(failure),
+            }
         }
         Ok(())
     }
 
-    /// Compares `span` with its digest and stores it, in a thread that may block. `bytes` begin at `start` of the blob.
-    fn verify(&self, span: usize, start: u64, bytes: Bytes) -> JoinHandle<bool> {
-        let layer = self.layer.clone();
-        self.layer.shared().runtime.spawn_blocking(move || {
-            let entry = &layer.table().spans[span];
-            let body = bytes.slice((entry.compressed.start - start) as usize..);
-            if Digest::of(&body) != entry.digest {
-                return false;
+    /// What has to be said about an attempt: wrong bytes first, because who sent them must not be asked again.
+    fn judge(&mut self, received: Result<(), Failure>, missing: Range<u64>, outcome: Outcome) -> Result<(), Failure> {
+        match &outcome.no_room {
+            Some(error) => self.scheduler.no_room(error),
+            None if outcome.kept > 0 => self.scheduler.has_room(),
+            None => {}
+        }
+        if let Some(span) = outcome.wrong {
+            let (layer, host) = (self.layer.digest(), self.host.take());
+            tracing::warn!(%layer, span, ?host, "fetched bytes do not match their digest, asking elsewhere");
+            match host {
+                Some(host) => self.avoid.push(host),
+                None => self.source = (self.source + 1) % self.sources.len().max(1),
             }
-            match layer.files().store(span, start, &bytes) {
-                Ok(()) => layer.arrived(span, body),
-                Err(error) => {
-                    if !DISK_TROUBLE.swap(true, Ordering::Relaxed) {
-                        tracing::error!(layer = %layer.digest(), error = %error,
-                            "cannot keep fetched data on disk; reads go on from the network, and every read of this data fetches it again");
-                    }
-                    layer.not_kept(span, body);
+            return Err(Failure::Digest { span });
+        }
+        received?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        if let (true, Some(error)) = (outcome.stuck, outcome.no_room) {
+            return Err(Failure::Storage(error));
+        }
+        let reason = format!("the response ended {} bytes early", missing.end - missing.start);
+        Err(Failure::Source(SourceError { reason, remedy: Remedy::Retry(None) }))
+    }
+
+    /// How long to wait before the next attempt; none if there is to be none.
+    fn wait_after(&mut self, failure: &Failure, useful: bool) -> Option<Duration> {
+        let settings = self.scheduler.settings();
+        if useful {
+            self.failures = 0;
+        }
+        let wait = match failure {
+            Failure::Source(SourceError { remedy: Remedy::OtherSource, .. }) => self.next_source(),
+            Failure::Source(SourceError { remedy: Remedy::Retry(hint), .. }) => match self.urgency {
+                Urgency::Nobody => None,
+                Urgency::Reader { .. } if useful => Some(Duration::ZERO),
+                Urgency::Reader { .. } if self.failures < settings.retries => {
+                    self.failures += 1;
+                    let wait = backoff(settings.min_wait, settings.max_wait, self.failures);
+                    Some(hint.unwrap_or(wait).min(settings.max_wait))
+                }
+                Urgency::Reader { .. } => self.next_source(),
+            },
+            Failure::Digest { .. } => {
+                self.mismatches += 1;
+                let wait = match self.mismatches {
+                    // Another host is asked.
+                    1 => Duration::ZERO,
+                    more => backoff(settings.min_wait, settings.max_wait, more - 1),
+                };
+                match self.urgency {
+                    Urgency::Nobody if self.mismatches > 1 => None,
+                    _ => (self.mismatches <= settings.verification_retries.max(1)).then_some(wait),
                 }
             }
-            true
+            Failure::Storage(_) | Failure::Silent | Failure::Removed => None,
+        };
+        wait.filter(|wait| match self.urgency {
+            Urgency::Reader { since } => since.elapsed() + *wait < settings.budget,
+            Urgency::Nobody => true,
         })
     }
-}
 
-async fn oldest(verifying: &mut std::collections::VecDeque<(usize, JoinHandle<bool>)>) -> Option<usize> {
-    let (span, task) = verifying.pop_front()?;
-    match task.await {
-        Ok(true) => None,
-        Ok(false) | Err(_) => Some(span),
+    /// Goes on to the next source at once, if there is one.
+    fn next_source(&mut self) -> Option<Duration> {
+        if let Some(source) = self.sources.get(self.source) {
+            self.layer.demote(source);
+        }
+        self.source += 1;
+        self.failures = 0;
+        (self.source < self.sources.len()).then_some(Duration::ZERO)
+    }
+
+    /// One request.
+    async fn receive(&mut self, incoming: &mut Incoming, run: &Range<usize>, mut ticket: OnTheirWay) -> Result<(), Failure> {
+        let range = incoming.missing();
+        if range.is_empty() {
+            return Ok(());
+        }
+        let none = || Failure::Source(SourceError { reason: "no source for the layer".into(), remedy: Remedy::OtherSource });
+        let source = self.sources.get(self.source).cloned().ok_or_else(none)?;
+        let started = Instant::now();
+        self.host = None;
+        let avoid = self.avoid.clone();
+        let opening: BoxFuture<'_, _> = match self.urgency {
+            Urgency::Reader { .. } => Box::pin(split::open(&source, range, &avoid)),
+            Urgency::Nobody => source.open(range, &avoid),
+        };
+        let opened = self.patiently(opening, run, &mut ticket).await;
+        if source.is_remote() {
+            self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
+        }
+        let mut body: Box<dyn Body> = opened?;
+        ticket.begun();
+        self.host = body.host();
+        while !incoming.is_over() {
+            let Some(chunk) = self.patiently(body.chunk(), run, &mut ticket).await? else { break };
+            if self.layer.is_removed() {
+                return Err(Failure::Removed);
+            }
+            ticket.arrived(chunk.len() as u64);
+            incoming.take(&chunk).await;
+        }
+        Ok(())
+    }
+
+    /// Waits for the other side. When that takes long the scheduler is told, so that others need not wait too.
+    async fn patiently<T>(
+        &self,
+        mut step: BoxFuture<'_, Result<T, SourceError>>,
+        run: &Range<usize>,
+        ticket: &mut OnTheirWay,
+    ) -> Result<T, Failure> {
+        loop {
+            if let Ok(result) = tokio::time::timeout(self.scheduler.patience(), &mut step).await {
+                return result.map_err(Failure::Source);
+            }
+            ticket.silent();
+            if self.layer.is_removed() {
+                return Err(Failure::Removed);
+            }
+            let give_up = match self.urgency {
+                Urgency::Reader { since } => since.elapsed() >= self.scheduler.settings().budget,
+                Urgency::Nobody => {
+                    let map = self.layer.map();
+                    run.clone().any(|span| map.is_wanted(span))
+                }
+            };
+            if give_up {
+                return Err(Failure::Silent);
+            }
+        }
     }
 }

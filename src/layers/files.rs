@@ -2,41 +2,45 @@
 //!
 //! | file    | content | promise |
 //! |---------|---------|---------|
-//! | `ztoc`  | the zTOC as fetched | its digest was checked when it was fetched, and is in `spans` |
+//! | `ztoc`  | the zTOC as fetched | its digest is in `spans`, and compared whenever the layer is opened |
 //! | `toc`   | the flat table of contents | checksummed; rebuilt from `ztoc` when damaged |
 //! | `blob`  | the compressed layer at its own offsets, sparse | bytes of a present span matched the span's digest when written |
 //! | `spans` | header, then one byte per span: 1 = present | written after the span's bytes; a crash of the machine may lose or keep either |
+//! | `data`  | large spans inflated, at their uncompressed offsets, sparse | none: it belongs to one process, the next one removes it |
 //!
-//! The last promise is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
-//! digest again ([`LayerFiles::read_span`]), so a torn write or a rotten block is found, and fetched again.
+//! The promise of `spans` is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
+//! digest again, so a torn write or a rotten block is found, and fetched again.
 
-use crate::{inflate, oci::Digest, sys::map::Mapping, ztoc::Compression, ztoc::Span, ztoc::SpanTable};
+use crate::{
+    oci::{Digest, Hasher},
+    sys::map::Mapping,
+    ztoc::Span,
+};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 const MAGIC: &[u8; 8] = b"SOCISPN1";
 /// Magic and the zTOC's digest.
 const HEADER: u64 = 8 + 32;
+/// What is read at a time to be hashed or inflated: large enough that system calls don't show, small beside everything else.
+pub const PIECE: usize = 256 << 10;
 
 /// The open files of one layer.
 pub struct LayerFiles {
+    directory: PathBuf,
     blob: File,
     presence: File,
     ztoc: Mapping,
+    /// Made when the first large span is inflated. Locked for moments only.
+    data: Mutex<Option<Arc<File>>>,
 }
 
-/// What a span on disk turned out to be.
-pub enum OnDisk {
-    Good(Vec<u8>),
-    /// Its digest does not match: a crash or the disk damaged it.
-    Damaged,
-}
-
-/// Paths of the files of the layer in `directory`.
+/// Path of the zTOC of the layer in `directory`.
 pub fn ztoc_path(directory: &Path) -> PathBuf {
     directory.join("ztoc")
 }
@@ -45,12 +49,28 @@ pub fn toc_path(directory: &Path) -> PathBuf {
     directory.join("toc")
 }
 
-/// The digest of the zTOC that `directory` was made for, if it is complete.
-pub fn ztoc_of(directory: &Path) -> Option<Digest> {
+/// The digest of the zTOC that `directory` was made for, if it was finished.
+pub fn ztoc_of(directory: &Path) -> io::Result<Option<Digest>> {
     let mut header = [0; HEADER as usize];
-    File::open(directory.join("spans")).ok()?.read_exact(&mut header).ok()?;
-    let digest = header.strip_prefix(MAGIC)?.try_into().ok()?;
-    Some(Digest::from_bytes(digest))
+    match File::open(directory.join("spans")).and_then(|mut file| file.read_exact(&mut header)) {
+        Ok(()) => {}
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let digest = header.strip_prefix(MAGIC).and_then(|digest| digest.try_into().ok());
+    Ok(digest.map(Digest::from_bytes))
+}
+
+/// Puts the zTOC at `source` into `directory`, by name or else by content.
+pub fn place_ztoc(directory: &Path, source: &Path) -> io::Result<()> {
+    let target = ztoc_path(directory);
+    let _ = fs::remove_file(&target);
+    if fs::hard_link(source, &target).is_ok() {
+        return Ok(());
+    }
+    let temporary = target.with_extension("new");
+    fs::copy(source, &temporary)?;
+    fs::rename(temporary, target)
 }
 
 /// Makes `directory` for a layer of `blob_bytes` with the zTOC in `source`. What was there is replaced; `spans` comes last and says
@@ -58,13 +78,11 @@ pub fn ztoc_of(directory: &Path) -> Option<Digest> {
 pub fn create(directory: &Path, source: &Path, ztoc: &Digest, blob_bytes: u64, spans: usize) -> io::Result<()> {
     let presence = directory.join("spans");
     let _ = fs::remove_file(&presence);
-    let blob = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(directory.join("blob"))?;
+    // A new file: somebody may still read the one that was here.
+    let _ = fs::remove_file(directory.join("blob"));
+    let blob = OpenOptions::new().write(true).create_new(true).mode(0o600).open(directory.join("blob"))?;
     blob.set_len(blob_bytes)?;
-    let target = ztoc_path(directory);
-    let _ = fs::remove_file(&target);
-    if fs::hard_link(source, &target).is_err() {
-        fs::copy(source, &target)?;
-    }
+    place_ztoc(directory, source)?;
     let temporary = directory.join("spans.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(MAGIC)?;
@@ -73,12 +91,30 @@ pub fn create(directory: &Path, source: &Path, ztoc: &Digest, blob_bytes: u64, s
     fs::rename(temporary, presence)
 }
 
+/// A whole file, mapped. An empty one is damaged: none of ours ever is.
+pub fn map(path: &Path) -> io::Result<Mapping> {
+    let file = File::open(path)?;
+    match file.metadata()?.len() {
+        0 => Err(io::Error::new(io::ErrorKind::InvalidData, "the file is empty")),
+        _ => Mapping::of(&file),
+    }
+}
+
 impl LayerFiles {
     /// Opens what [`create`] made.
     pub fn open(directory: &Path) -> io::Result<LayerFiles> {
         let options = |name: &str| OpenOptions::new().read(true).write(true).open(directory.join(name));
-        let ztoc = Mapping::of(&File::open(ztoc_path(directory))?)?;
-        Ok(LayerFiles { blob: options("blob")?, presence: options("spans")?, ztoc })
+        match fs::remove_file(directory.join("data")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        Ok(LayerFiles {
+            directory: directory.to_owned(),
+            blob: options("blob")?,
+            presence: options("spans")?,
+            ztoc: map(&ztoc_path(directory))?,
+            data: Mutex::default(),
+        })
     }
 
     /// Lets the zTOC's pages go; the windows of spans that are read come back one by one.
@@ -91,16 +127,24 @@ impl LayerFiles {
         &self.ztoc
     }
 
-    /// The spans that `spans` says are present, of `count`.
+    /// The spans that `spans` says are present, of `count`. What a torn file does not say is absent.
     pub fn present(&self, count: usize) -> io::Result<Vec<usize>> {
+        let whole = HEADER + count as u64;
+        if self.presence.metadata()?.len() < whole {
+            self.presence.set_len(whole)?;
+        }
         let mut bytes = vec![0; count];
         self.presence.read_exact_at(&mut bytes, HEADER)?;
         Ok(bytes.iter().enumerate().filter(|(_, b)| **b == 1).map(|(i, _)| i).collect())
     }
 
-    /// Writes bytes of the blob, then says that `span` is present.
-    pub fn store(&self, span: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.blob.write_all_at(bytes, offset)?;
+    /// Writes bytes of the blob.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.blob.write_all_at(bytes, offset)
+    }
+
+    /// Says that `span` is present. Its bytes were written before.
+    pub fn keep(&self, span: usize) -> io::Result<()> {
         self.presence.write_all_at(&[1], HEADER + span as u64)
     }
 
@@ -109,61 +153,60 @@ impl LayerFiles {
         self.presence.write_all_at(&[0], HEADER + span as u64)
     }
 
-    /// The compressed bytes of `span`; `check` compares its digest.
-    pub fn read_span(&self, span: &Span, check: bool) -> io::Result<OnDisk> {
-        let mut bytes = vec![0; (span.compressed.end - span.compressed.start) as usize];
-        match self.blob.read_exact_at(&mut bytes, span.compressed.start) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(OnDisk::Damaged),
-            Err(error) => return Err(error),
-        }
-        if check && Digest::of(&bytes) != span.digest {
-            return Ok(OnDisk::Damaged);
-        }
-        Ok(OnDisk::Good(bytes))
+    /// Bytes of the blob.
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.blob.read_exact_at(out, offset)
     }
 
-    /// The sha256 of the whole blob.
-    pub fn blob_digest(&self, bytes: u64) -> io::Result<Digest> {
-        let mut hasher = crate::oci::Hasher::new();
-        let mut buffer = vec![0; 256 << 10];
-        let mut at = 0;
-        while at < bytes {
-            let n = buffer.len().min((bytes - at) as usize);
-            self.blob.read_exact_at(&mut buffer[..n], at)?;
-            hasher.update(&buffer[..n]);
+    /// Whether the bytes of `span` in the blob are those that its digest covers.
+    pub fn is_intact(&self, span: &Span) -> io::Result<bool> {
+        Ok(self.hash(span.compressed.start, span.compressed.end)? == Some(span.digest))
+    }
+
+    /// The sha256 of the whole blob of so many bytes; none if it is shorter.
+    pub fn blob_digest(&self, bytes: u64) -> io::Result<Option<Digest>> {
+        self.hash(0, bytes)
+    }
+
+    fn hash(&self, start: u64, end: u64) -> io::Result<Option<Digest>> {
+        let mut hasher = Hasher::new();
+        let mut buffer = vec![0; PIECE.min((end - start) as usize)];
+        let mut at = start;
+        while at < end {
+            let n = buffer.len().min((end - at) as usize);
+            match self.blob.read_exact_at(&mut buffer[..n], at) {
+                Ok(()) => hasher.update(&buffer[..n]),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+                Err(error) => return Err(error),
+            }
             at += n as u64;
         }
-        Ok(hasher.finish())
+        Ok(Some(hasher.finish()))
     }
 
-    /// Bytes held on disk: the blob is sparse, so this grows as spans arrive.
+    /// Where large spans of a layer of so many uncompressed bytes are inflated to.
+    pub fn data(&self, uncompressed: u64) -> io::Result<Arc<File>> {
+        let mut data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = &*data {
+            return Ok(file.clone());
+        }
+        let path = self.directory.join("data");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        file.set_len(uncompressed)?;
+        Ok(data.insert(Arc::new(file)).clone())
+    }
+
+    /// Bytes that the filesystem still has room for.
+    pub fn room(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstatvfs(&self.blob)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// Bytes held on disk: blob and data are sparse, so this grows as spans arrive.
     pub fn disk_usage(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        [&self.blob, &self.presence].iter().filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum::<u64>()
-            + self.ztoc.len() as u64
-    }
-}
-
-/// The uncompressed bytes `[skip, skip + out.len())` of `span`, from its compressed bytes.
-pub fn inflate(
-    table: &SpanTable,
-    span: &Span,
-    ztoc: &[u8],
-    compressed: &[u8],
-    skip: u64,
-    out: &mut [u8],
-) -> Result<(), inflate::InflateError> {
-    match table.compression {
-        Compression::Gzip => {
-            let window = ztoc.get(span.window.clone()).unwrap_or_default();
-            inflate::inflate_span(span.bits, window, compressed, skip, out)
-        }
-        Compression::Uncompressed => {
-            let end = (skip as usize).saturating_add(out.len());
-            let bytes = compressed.get(skip as usize..end).ok_or(inflate::InflateError::Short { missing: out.len() as u64 })?;
-            out.copy_from_slice(bytes);
-            Ok(())
-        }
+        let data = self.data.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let files = [Some(&self.blob), Some(&self.presence), data.as_deref()];
+        let held = |file: &File| file.metadata().map_or(0, |m| m.blocks() * 512);
+        files.into_iter().flatten().map(held).sum::<u64>() + self.ztoc.len() as u64
     }
 }

@@ -1,30 +1,30 @@
-//! One lazily loaded layer: reads of uncompressed bytes become spans, spans become bytes on disk.
+//! One lazily loaded layer: what of it is here, who waits for the rest, and where the rest comes from. How it is read is in `read`.
 //!
-//! ```text
-//! read(range) ─▶ spans ─▶ inflated cache ─▶ blob on disk ─▶ fetch (demand), ahead of everything else
-//!                  └────▶ what comes next, hinted to the scheduler
-//! ```
-//!
-//! Invariant: no byte leaves this module that was not covered by a span digest of the zTOC.
-//! Lock order: `order` before `map`, both for moments, never across an await.
+//! Invariant: no byte leaves a layer that was not covered by a span digest of the zTOC.
+//! Invariant: whoever waits for a span is told: that it is here, why it will not come, or that the layer was removed.
+//! Lock order: the scheduler's state before `order` before `map`; all for moments, never across an await.
 
 use super::{
+    ahead::Ahead,
     cache::InflatedCache,
-    files::{self, LayerFiles, OnDisk},
+    files::LayerFiles,
+    large::Placings,
     prior::Ranked,
+    receive::Partial,
     scheduler::Scheduler,
+    scratch::Scratch,
     source::Source,
     spans::{self, SpanMap},
     toc::Toc,
 };
 use crate::{
-    fs::{LayerData, ReadError},
+    fs::ReadError,
     oci::Digest,
     ztoc::{Compression, Span, SpanTable},
 };
 use bytes::Bytes;
-use futures::future::{BoxFuture, try_join_all};
 use std::{
+    collections::HashMap,
     ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
@@ -32,14 +32,29 @@ use std::{
     },
     time::Instant,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-/// A span of more uncompressed bytes than this is not held in memory whole; it is inflated as far as each read needs.
-/// Four of the default size: builders end a span at the first block boundary after `span_size`.
-const MAX_IN_MEMORY: u64 = 32 << 20;
+/// A span of more bytes than this, compressed or not, is never held in memory whole; see `large`.
+/// Eight of the default size: builders end a span at the first block boundary after `span_size`.
+pub(super) const MAX_IN_MEMORY: u64 = 32 << 20;
+/// Memory that may be used for inflating at a time, on the whole node, cached results not counted: a few spans of any size, and
+/// more of the default size than there are cores.
+const MAX_INFLATING: u64 = 4 * MAX_IN_MEMORY;
+/// Requests for blocked readers in flight, per layer: a dead registry must not collect connections without end.
+const MAX_DEMANDS: usize = 16;
+/// Sources of one layer: images come and go, the newest few are enough.
+const MAX_SOURCES: usize = 8;
 
-/// What a waiting reader gets: the compressed bytes themselves, so that a full disk fails nobody.
-pub(super) type Arrival = Result<Bytes, ReadError>;
+/// How a span came to who waited for it.
+#[derive(Debug, Clone)]
+pub(super) enum Arrival {
+    /// Its compressed bytes, so that a full disk fails nobody.
+    Bytes(Bytes),
+    /// It is in the blob.
+    OnDisk,
+}
+
+type Waiter = oneshot::Sender<Result<Arrival, ReadError>>;
 
 /// What all layers of a node share.
 pub struct Shared {
@@ -47,31 +62,80 @@ pub struct Shared {
     pub scheduler: Scheduler,
     pub runtime: tokio::runtime::Handle,
     pub observer: Arc<dyn super::Observer>,
+    /// Kibibytes of [`MAX_INFLATING`].
+    inflating: Arc<Semaphore>,
+    /// Completed layers are read back one at a time: nobody waits for that.
+    completing: Semaphore,
+    /// Where inflated spans go that memory has no room for.
+    spill: Option<Spill>,
+}
+
+/// The second level behind the memory cache, and who fills it ahead of reads.
+pub struct Spill {
+    pub scratch: Scratch,
+    pub ahead: Ahead,
+}
+
+impl Shared {
+    pub fn new(
+        cache: InflatedCache,
+        scheduler: Scheduler,
+        runtime: tokio::runtime::Handle,
+        observer: Arc<dyn super::Observer>,
+    ) -> Shared {
+        let inflating = Arc::new(Semaphore::new((MAX_INFLATING >> 10) as usize));
+        Shared { cache, scheduler, runtime, observer, inflating, completing: Semaphore::new(1), spill: None }
+    }
+
+    /// The same with a second level.
+    pub fn spilling(self, spill: Spill) -> Shared {
+        Shared { spill: Some(spill), ..self }
+    }
+
+    pub(super) fn scratch(&self) -> Option<&Scratch> {
+        self.spill.as_ref().map(|spill| &spill.scratch)
+    }
+
+    /// Waits until so much memory may be used for inflating.
+    pub(super) async fn memory(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let kibibytes = (bytes.min(MAX_INFLATING) >> 10) as u32;
+        // Never closed.
+        self.inflating.clone().acquire_many_owned(kibibytes).await.ok()
+    }
 }
 
 /// A layer that is mounted, or about to be.
 pub struct Layer {
     /// Number in this process; the cache's key.
-    number: u64,
+    pub(super) number: u64,
     digest: Digest,
-    table: SpanTable,
+    pub(super) table: SpanTable,
     toc: Arc<Toc>,
-    files: LayerFiles,
-    map: Mutex<SpanMap<oneshot::Sender<Arrival>>>,
+    pub(super) files: LayerFiles,
+    map: Mutex<SpanMap<Waiter>>,
     /// Spans whose digest was compared by this process, on arrival or on the first read from disk.
     checked: Vec<AtomicBool>,
+    /// Held while a span that is read in pieces is checked.
+    pub(super) checking: Arc<tokio::sync::Mutex<()>>,
     sources: RwLock<Vec<Arc<dyn Source>>>,
     order: Mutex<Order>,
     fetched: AtomicU64,
-    last_span: AtomicU64,
-    streak: AtomicU64,
+    /// Large spans that were given up in the middle.
+    partials: Mutex<HashMap<usize, Partial>>,
+    pub(super) placings: Placings,
+    pub(super) demands: Arc<Semaphore>,
+    pub(super) last_span: AtomicU64,
+    pub(super) streak: AtomicU64,
     opened: Instant,
+    removed: AtomicBool,
+    /// The whole blob was compared with the layer's digest.
+    judged: AtomicBool,
     shared: Arc<Shared>,
     me: Weak<Layer>,
 }
 
 /// The streaming order and how far it was followed.
-pub(super) struct Order {
+struct Order {
     ranked: Vec<Ranked>,
     /// Everything before is present or taken; moved back when a span is lost.
     cursor: usize,
@@ -102,8 +166,7 @@ impl Layer {
                 *value = rank.value;
             }
         }
-        let span_bytes = |i: &usize| parts.table.spans.get(*i).map_or(0, |s| s.compressed.end - s.compressed.start);
-        let fetched = parts.present.iter().map(|i| span_bytes(i)).sum::<u64>();
+        let fetched = parts.present.iter().map(|&span| share(&parts.table, span)).sum::<u64>();
         Arc::new_cyclic(|me| Layer {
             number: parts.number,
             digest: parts.digest,
@@ -111,13 +174,19 @@ impl Layer {
             files: parts.files,
             map: Mutex::new(SpanMap::new(count, parts.present.into_iter())),
             checked: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            checking: Arc::default(),
             sources: RwLock::new(vec![parts.source]),
             order: Mutex::new(Order { ranked, cursor: 0, values }),
             fetched: AtomicU64::new(fetched),
+            partials: Mutex::default(),
+            placings: Placings::default(),
+            demands: Arc::new(Semaphore::new(MAX_DEMANDS)),
             last_span: AtomicU64::new(u64::MAX),
             streak: AtomicU64::new(0),
             table: parts.table,
             opened: Instant::now(),
+            removed: AtomicBool::new(false),
+            judged: AtomicBool::new(false),
             shared,
             me: me.clone(),
         })
@@ -138,10 +207,11 @@ impl Layer {
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
-    fn arc(&self) -> Option<Arc<Layer>> {
+    /// None only while the layer is being dropped, when nobody asks.
+    pub(super) fn arc(&self) -> Option<Arc<Layer>> {
         self.me.upgrade()
     }
-    pub(super) fn map(&self) -> MutexGuard<'_, SpanMap<oneshot::Sender<Arrival>>> {
+    pub(super) fn map(&self) -> MutexGuard<'_, SpanMap<Waiter>> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -158,17 +228,25 @@ impl Layer {
     pub fn add_source(&self, source: Arc<dyn Source>) {
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
         sources.insert(0, source);
-        // Images come and go; the newest few are enough.
-        sources.truncate(8);
+        sources.truncate(MAX_SOURCES);
     }
     pub(super) fn sources(&self) -> Vec<Arc<dyn Source>> {
         self.sources.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+    /// `source` will not have the layer: the others come before it from now on.
+    pub(super) fn demote(&self, source: &Arc<dyn Source>) {
+        let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = sources.iter().position(|s| Arc::ptr_eq(s, source)) {
+            let source = sources.remove(at);
+            sources.push(source);
+        }
+    }
 
     /// The bytes of the blob to ask for to get `run`. The blob's header, which no digest covers, comes with span 0.
     pub(super) fn blob_range(&self, run: &Range<usize>) -> Range<u64> {
-        let start = if run.start == 0 { 0 } else { self.table.spans[run.start].compressed.start };
-        start..self.table.spans[run.end - 1].compressed.end
+        let spans = self.table.spans.get(run.clone()).unwrap_or_default();
+        let start = if run.start == 0 { 0 } else { spans.first().map_or(0, |span| span.compressed.start) };
+        start..spans.last().map_or(start, |span| span.compressed.end)
     }
     pub(super) fn span_bytes(&self, span: usize) -> u64 {
         self.table.spans.get(span).map_or(0, |s| s.compressed.end - s.compressed.start)
@@ -176,6 +254,9 @@ impl Layer {
 
     /// The most valuable span that nobody has taken, and its value.
     pub(super) fn candidate(&self) -> Option<(usize, f32)> {
+        if self.is_removed() {
+            return None;
+        }
         let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         let map = self.map();
         while let Some(&Ranked { span, value }) = order.ranked.get(order.cursor) {
@@ -189,14 +270,17 @@ impl Layer {
 
     /// Takes a run of absent spans that starts at `first`: at most `max_bytes`, of neighbours worth at least half as much.
     pub(super) fn take_background(&self, first: usize, max_bytes: u64) -> Option<Range<usize>> {
+        if self.is_removed() {
+            return None;
+        }
         let order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         let least = order.values.get(first).copied().unwrap_or(0.0) / 2.0;
         let values = &order.values;
         let mut bytes = self.span_bytes(first);
         let mut map = self.map();
         map.take_run(first, |span| {
-            bytes += self.span_bytes(span);
-            bytes <= max_bytes && values[span] >= least
+            bytes = bytes.saturating_add(self.span_bytes(span));
+            bytes <= max_bytes && values.get(span).is_some_and(|value| *value >= least)
         })
     }
 
@@ -211,261 +295,191 @@ impl Layer {
         })
     }
 
-    /// `span` arrived whole and verified: tells the readers, remembers it.
-    pub(super) fn arrived(&self, span: usize, bytes: Bytes) {
-        self.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.checked[span].store(true, Ordering::Relaxed);
-        let (waiting, missing) = {
-            let mut map = self.map();
-            (map.arrived(span), map.missing())
-        };
-        for waiter in waiting {
-            let _ = waiter.send(Ok(bytes.clone()));
+    /// Whether this process has compared the digest of `span`, which is present.
+    pub(super) fn is_checked(&self, span: usize) -> bool {
+        self.checked.get(span).is_some_and(|checked| checked.load(Ordering::Acquire))
+    }
+    pub(super) fn set_checked(&self, span: usize, checked: bool) {
+        if let Some(flag) = self.checked.get(span) {
+            flag.store(checked, Ordering::Release);
         }
-        if missing == 0 {
-            self.completed();
+    }
+
+    /// `span` is in the blob, whole and verified: tells the readers, remembers it.
+    pub(super) fn arrived(&self, span: usize, arrival: Arrival) {
+        self.set_checked(span, true);
+        let (waiting, is_news, missing) = {
+            let mut map = self.map();
+            let is_news = map.get(span) != spans::Span::Present;
+            (map.arrived(span), is_news, map.missing())
+        };
+        if waiting.is_empty()
+            && self.table.compression == Compression::Gzip
+            && let Some(spill) = &self.shared.spill
+        {
+            spill.ahead.arrived(self.me.clone(), span);
+        }
+        for waiter in waiting {
+            let _ = waiter.send(Ok(arrival.clone()));
+        }
+        if is_news {
+            self.fetched.fetch_add(share(&self.table, span), Ordering::Relaxed);
+            if missing == 0 {
+                self.completed();
+            }
         }
     }
 
     /// `span` arrived whole and verified, but there is no room for it: its readers get it, the next ones fetch it again.
     pub(super) fn not_kept(&self, span: usize, bytes: Bytes) {
+        self.end_wait(span, || Ok(Arrival::Bytes(bytes.clone())));
+    }
+
+    /// `span` could not be had; whoever waits for it is told why.
+    pub(super) fn lost(&self, span: usize, error: &ReadError) {
+        self.end_wait(span, || Err(error.clone()));
+    }
+
+    fn end_wait(&self, span: usize, answer: impl Fn() -> Result<Arrival, ReadError>) {
         let waiting = self.map().lost(span);
+        self.rewind();
         for waiter in waiting {
-            let _ = waiter.send(Ok(bytes.clone()));
-        }
-        if let Some(layer) = self.arc() {
-            self.shared.scheduler.failed(&layer);
+            let _ = waiter.send(answer());
         }
     }
 
     /// Gives back the spans of `run` that were taken and that nobody waits for; returns those that somebody does.
-    pub(super) fn give_back(&self, run: Range<usize>) -> Vec<usize> {
-        let wanted = {
-            let mut map = self.map();
-            run.filter(|span| !map.give_back(*span) && map.get(*span) == spans::Span::Fetching).collect()
-        };
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).cursor = 0;
+    pub(super) fn give_back(&self, run: Range<usize>) -> Vec<Range<usize>> {
+        let mut wanted: Vec<Range<usize>> = Vec::new();
+        let mut map = self.map();
+        for span in run {
+            if map.give_back(span) || map.get(span) != spans::Span::Fetching {
+                continue;
+            }
+            match wanted.last_mut() {
+                Some(last) if last.end == span => last.end += 1,
+                _ => wanted.push(span..span + 1),
+            }
+        }
+        drop(map);
+        self.rewind();
         wanted
     }
 
-    /// `span` could not be had; whoever waits for it is told why.
-    pub(super) fn lost(&self, span: usize, error: Option<&ReadError>) {
-        let waiting = self.map().lost(span);
+    fn rewind(&self) {
         self.order.lock().unwrap_or_else(PoisonError::into_inner).cursor = 0;
-        for waiter in waiting {
-            let error = error.cloned().unwrap_or(ReadError::Fetch { reason: "the fetch was given up".into() });
-            let _ = waiter.send(Err(error));
+    }
+
+    /// `span` on disk is not what it should be.
+    pub(super) fn discard(&self, span: usize) {
+        let _ = self.files.forget(span);
+        self.set_checked(span, false);
+        let was_here = {
+            let mut map = self.map();
+            let was_here = map.get(span) == spans::Span::Present;
+            if was_here {
+                // Nobody waits for what is present.
+                map.lost(span);
+            }
+            was_here
+        };
+        if was_here {
+            self.fetched.fetch_sub(share(&self.table, span), Ordering::Relaxed);
+            self.rewind();
+            self.shared.scheduler.wake();
         }
     }
 
-    /// All spans are here: compares the whole blob with the layer's digest, once, beside everything else.
+    /// Where a large span was left, to go on there.
+    pub(super) fn take_partial(&self, span: usize) -> Option<Partial> {
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner).remove(&span)
+    }
+    pub(super) fn leave_partial(&self, partial: Partial) {
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner).insert(partial.span, partial);
+    }
+
+    /// The last snapshot of the layer is gone: nothing more is fetched, and nobody waits any longer.
+    pub(super) fn retire(&self) {
+        self.removed.store(true, Ordering::SeqCst);
+        // Who waits has looked at `removed` under this lock.
+        let waiting = self.map().abandon();
+        for waiter in waiting {
+            let _ = waiter.send(Err(ReadError::Removed));
+        }
+    }
+    pub(super) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::SeqCst)
+    }
+
+    /// All spans are here: compares the whole blob with the layer's digest, once, after everything else.
     fn completed(&self) {
         let Some(layer) = self.arc() else { return };
-        self.shared.runtime.spawn_blocking(move || {
-            match layer.files.blob_digest(layer.table.compressed_size) {
-                Ok(digest) if digest == layer.digest => {
-                    tracing::debug!(layer = %layer.digest, "layer complete, its digest matches");
-                }
-                Ok(digest) => tracing::error!(
-                    layer = %layer.digest, found = %digest,
-                    "every span of the layer matches its zTOC, but the layer does not match its digest: the SOCI index is wrong; rebuild and push it"
-                ),
-                Err(error) => tracing::warn!(layer = %layer.digest, error = %error, "cannot read the completed layer back"),
-            }
-            layer.shared.observer.layer_complete(&layer, layer.opened.elapsed());
+        let shared = self.shared.clone();
+        self.shared.runtime.spawn(async move {
+            let _one = shared.completing.acquire().await;
+            let _ = shared.runtime.spawn_blocking(move || layer.judge()).await;
         });
     }
 
-    /// The compressed bytes of `span`, fetched if need be.
-    async fn compressed(&self, span: usize) -> Result<Option<Bytes>, ReadError> {
-        let (receiver, runs) = {
-            let mut map = self.map();
-            if map.get(span) == spans::Span::Present {
-                return Ok(None);
-            }
-            let runs = map.take_wanted(span..=span);
-            let (sender, receiver) = oneshot::channel();
-            map.wait(span, sender);
-            (receiver, runs)
-        };
-        self.demand(runs);
-        match receiver.await {
-            Ok(arrival) => arrival.map(Some),
-            Err(_) => Err(ReadError::Fetch { reason: "the daemon is stopping".into() }),
-        }
-    }
-
-    /// Starts fetching `runs` at once.
-    fn demand(&self, runs: Vec<Range<usize>>) {
-        let Some(layer) = self.arc() else { return };
-        for run in runs {
-            self.shared.observer.demand_fetch(&self.digest, run.len());
-            self.shared.scheduler.demand(layer.clone(), run);
-        }
-    }
-
-    /// The compressed bytes of a span that is present; checks the digest the first time this process reads it.
-    fn from_disk(&self, span: usize) -> Result<Option<Vec<u8>>, ReadError> {
-        let entry = &self.table.spans[span];
-        let check = !self.checked[span].load(Ordering::Relaxed);
-        match self.files.read_span(entry, check) {
-            Ok(OnDisk::Good(bytes)) => {
-                self.checked[span].store(true, Ordering::Relaxed);
-                Ok(Some(bytes))
-            }
-            Ok(OnDisk::Damaged) => {
-                tracing::warn!(layer = %self.digest, span, "span on disk is damaged, fetching it again");
-                self.discard(span);
-                Ok(None)
-            }
-            Err(error) => {
-                tracing::warn!(layer = %self.digest, span, error = %error, "span on disk cannot be read, fetching it again");
-                self.discard(span);
-                Ok(None)
-            }
-        }
-    }
-
-    fn discard(&self, span: usize) {
-        let _ = self.files.forget(span);
-        self.fetched.fetch_sub(self.span_bytes(span), Ordering::Relaxed);
-        self.lost(span, None);
-    }
-
-    /// Bytes `[skip, skip + length)` of `span`, uncompressed, in a thread that may block.
-    async fn uncompressed(&self, span: usize, skip: u64, length: u64) -> Result<Bytes, ReadError> {
-        let layer = self.arc().ok_or(ReadError::Fetch { reason: "the layer is being removed".into() })?;
-        // A damaged span is fetched again at most as often as it takes to know that the disk is the trouble.
-        for _ in 0..3 {
-            let asked = Instant::now();
-            let fetched = self.compressed(span).await?;
-            let waited = asked.elapsed();
-            let layer = layer.clone();
-            let inflating = self.shared.runtime.spawn_blocking(move || {
-                let on_disk;
-                let compressed: &[u8] = match &fetched {
-                    Some(bytes) => bytes,
-                    None => match layer.from_disk(span)? {
-                        Some(bytes) => {
-                            on_disk = bytes;
-                            &on_disk
-                        }
-                        None => return Ok(None),
-                    },
-                };
-                let mut out = vec![0; length as usize];
-                files::inflate(&layer.table, &layer.table.spans[span], layer.files.ztoc(), compressed, skip, &mut out)
-                    .map_err(|e| ReadError::Inflate { span, reason: e.to_string() })?;
-                Ok(Some(Bytes::from(out)))
-            });
-            match inflating.await {
-                Ok(Ok(Some(bytes))) => {
-                    tracing::debug!(layer = %self.digest, span, waited = ?waited, took = ?asked.elapsed(), "span inflated");
-                    return Ok(bytes);
-                }
-                Ok(Ok(None)) => continue,
-                Ok(Err(error)) => return Err(error),
-                Err(_) => return Err(ReadError::Fetch { reason: "the daemon is stopping".into() }),
-            }
-        }
-        Err(ReadError::Fetch { reason: format!("span {span} does not survive on disk") })
-    }
-
-    fn key(&self, span: usize) -> super::cache::Key {
-        (self.number, span)
-    }
-
-    fn entry(&self, span: usize) -> Result<&Span, ReadError> {
-        self.table.spans.get(span).ok_or(ReadError::OutOfRange { range: 0..0 })
-    }
-
-    /// The part of `range` that lies in `span`, relative to the span's start.
-    fn part(entry: &Span, range: &Range<u64>) -> Range<u64> {
-        let start = range.start.max(entry.uncompressed.start) - entry.uncompressed.start;
-        let end = range.end.min(entry.uncompressed.end).saturating_sub(entry.uncompressed.start);
-        start..end.max(start)
-    }
-
-    async fn read_part(&self, span: usize, range: &Range<u64>) -> Result<Bytes, ReadError> {
-        let entry = self.entry(span)?;
-        let part = Self::part(entry, range);
-        let whole = entry.uncompressed.end - entry.uncompressed.start;
-        if self.table.compression == Compression::Uncompressed || whole > MAX_IN_MEMORY {
-            return self.uncompressed(span, part.start, part.end - part.start).await;
-        }
-        let inflated = self.shared.cache.get_or_inflate(self.key(span), || self.uncompressed(span, 0, whole)).await?;
-        Ok(inflated.slice(part.start as usize..part.end as usize))
-    }
-
-    /// Tells the scheduler what is likely to be read after `spans`.
-    fn hint(&self, first: usize, last: usize) {
-        let before = self.last_span.swap(last as u64, Ordering::Relaxed);
-        if before == last as u64 {
+    fn judge(&self) {
+        if self.is_removed() || !self.is_complete() || self.judged.load(Ordering::Relaxed) {
             return;
         }
-        let sequential = before != u64::MAX && (first as u64 == before || first as u64 == before + 1);
-        let streak = if sequential { self.streak.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
-        if !sequential {
-            self.streak.store(0, Ordering::Relaxed);
+        match self.files.blob_digest(self.table.compressed_size) {
+            Ok(Some(digest)) if digest == self.digest => {
+                tracing::debug!(layer = %self.digest, "layer complete, its digest matches");
+            }
+            Err(error) => {
+                tracing::warn!(layer = %self.digest, error = %error, "cannot read the completed layer back");
+            }
+            // Completed again when what is discarded here has come again.
+            Ok(_) if self.discard_damaged() > 0 => return,
+            Ok(found) => {
+                let found = found.map_or("a short file".to_owned(), |digest| digest.to_string());
+                tracing::error!(
+                    layer = %self.digest, found,
+                    "every span of the layer matches its zTOC, but the layer does not match its digest: the SOCI index is wrong; rebuild and push it"
+                );
+                self.shared.observer.layer_contradicts_index(&self.digest);
+            }
         }
-        let ahead = 1usize << streak.min(5);
-        if let Some(layer) = self.arc() {
-            self.shared.scheduler.near(&layer, last + 1..(last + 1 + ahead).min(self.table.spans.len()));
+        self.judged.store(true, Ordering::Relaxed);
+        self.shared.observer.layer_complete(self, self.opened.elapsed());
+    }
+
+    /// Checks the spans that an earlier process has written and nobody has read since; returns how many were damaged.
+    fn discard_damaged(&self) -> usize {
+        let mut damaged = 0;
+        for (span, entry) in self.table.spans.iter().enumerate() {
+            if self.is_checked(span) {
+                continue;
+            }
+            match self.files.is_intact(entry) {
+                Ok(true) => self.set_checked(span, true),
+                Ok(false) | Err(_) => {
+                    tracing::warn!(layer = %self.digest, span, "span on disk is damaged, fetching it again");
+                    self.discard(span);
+                    damaged += 1;
+                }
+            }
         }
+        damaged
     }
 }
 
-impl LayerData for Layer {
-    fn try_read(&self, range: Range<u64>) -> Option<Bytes> {
-        if range.start >= range.end || range.end > self.table.uncompressed_size {
-            return None;
-        }
-        let spans = self.table.spans_of(range.clone());
-        let (first, last) = (*spans.start(), *spans.end());
-        if first == last {
-            let inflated = self.shared.cache.get(self.key(first))?;
-            let part = Self::part(self.table.spans.get(first)?, &range);
-            self.hint(first, last);
-            return Some(inflated.slice(part.start as usize..part.end as usize));
-        }
-        None
-    }
-
-    fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ReadError>> {
-        Box::pin(async move {
-            if range.start >= range.end {
-                return Ok(Bytes::new());
-            }
-            if range.end > self.table.uncompressed_size {
-                return Err(ReadError::OutOfRange { range });
-            }
-            let spans = self.table.spans_of(range.clone());
-            let (first, last) = (*spans.start(), *spans.end());
-            // Everything this read needs is asked for at once, as few requests.
-            let runs = self.map().take_wanted(first..=last);
-            self.demand(runs);
-            self.hint(first, last);
-            if first == last {
-                return self.read_part(first, &range).await;
-            }
-            let parts = try_join_all((first..=last).map(|span| self.read_part(span, &range))).await?;
-            Ok(parts.concat().into())
-        })
-    }
-
-    fn fetched(&self) -> u64 {
-        self.progress().0
-    }
-    fn compressed_size(&self) -> u64 {
-        self.table.compressed_size
-    }
-    fn digest(&self) -> Digest {
-        self.digest
-    }
+/// The bytes of the blob that `span` accounts for, so that all of them make up the blob: the header goes with the first, and a byte
+/// that two spans share with the second.
+fn share(table: &SpanTable, span: usize) -> u64 {
+    let start = |entry: &Span| entry.compressed.start;
+    let own = if span == 0 { 0 } else { table.spans.get(span).map_or(0, start) };
+    table.spans.get(span + 1).map_or(table.compressed_size, start).saturating_sub(own)
 }
 
 impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.cache.forget(self.number);
+        if let Some(scratch) = self.shared.scratch() {
+            scratch.forget(self.number);
+        }
     }
 }

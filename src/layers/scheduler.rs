@@ -11,7 +11,7 @@
 //! Absent on purpose: the bytes. `fetch` moves them; this module only decides.
 
 use super::{
-    fetch,
+    fetch::{self, Taken},
     layer::Layer,
     window::{MIN_BYTES, Window},
 };
@@ -21,19 +21,36 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 /// Hints kept; older ones are forgotten. Two per core of a large node.
 const MAX_NEAR: usize = 256;
 /// Ranges of prefetch artifacts kept; what does not fit is background like the rest. An artifact names a few files of a layer.
 const MAX_LISTED: usize = 4096;
-/// Requests for blocked readers in flight, per layer: a dead registry must not collect connections without end.
-const DEMAND_PER_LAYER: usize = 16;
 /// Largest background request. A request costs about a round trip of nobody's time, and a blocked read waits behind it.
 const MAX_REQUEST: u64 = 8 << 20;
 
 /// How long another's download may hold the background back. A layer that is not worth an index (10 MB) needs seconds on a slow link.
 const MAKE_WAY: Duration = Duration::from_secs(20);
+
+/// A request that has been silent for this long no longer counts as on its way, and its layer is left alone until it goes on: a host
+/// that is stuck must not stop the others. Much longer than any round trip.
+const MIN_PATIENCE: Duration = Duration::from_secs(1);
+/// The same where a slow link explains the silence. Shorter than the time after which a silent connection is given up.
+const MAX_PATIENCE: Duration = Duration::from_secs(8);
+/// Silent requests at a time, all layers together; with more, the trouble is on our side.
+const MAX_SILENT: usize = 64;
+/// While the disk is full nothing is fetched that nobody waits for, but for a try now and then.
+const MIN_FULL: Duration = Duration::from_secs(1);
+/// See [`MIN_FULL`].
+const MAX_FULL: Duration = Duration::from_secs(60);
+/// Under a limit, requests are cut so that so many make a second's worth.
+const REQUESTS_PER_SECOND: u64 = 4;
+
+/// So long after a reader had to wait, the next one is expected to: reads that miss come one after another.
+const CAUTION: Duration = Duration::from_millis(150);
+/// While nobody waits, so many windows may be on their way: the link must not run dry when a processor is busy elsewhere.
+const EASE: u64 = 3;
 
 /// How fast the background may stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,19 +81,37 @@ pub struct Settings {
 
 struct Active {
     layer: Weak<Layer>,
-    demand: Arc<Semaphore>,
     /// Background fetching failed: not before this.
     resume: Option<Instant>,
     failures: u32,
+    /// Requests that have stopped sending.
+    silent: usize,
+}
+
+/// Whether there is room on the disk for what is fetched.
+#[derive(Default)]
+enum Disk {
+    #[default]
+    HasRoom,
+    Full {
+        until: Instant,
+        failures: u32,
+    },
 }
 
 #[derive(Default)]
 struct State {
     active: Vec<Active>,
     listed: VecDeque<(Weak<Layer>, Range<usize>)>,
+    /// When a reader last had to wait.
+    demanded: Option<Instant>,
     near: VecDeque<(Weak<Layer>, usize)>,
     window: Window,
+    /// Bytes asked for that are expected, those of silent requests not counted.
     on_their_way: u64,
+    /// Silent requests.
+    silent: usize,
+    disk: Disk,
     /// Bytes that may be sent for at the moment, under a limit; refilled as time passes.
     allowance: f64,
     refilled: Option<Instant>,
@@ -122,8 +157,7 @@ impl Scheduler {
         let mut state = self.lock();
         state.active.retain(|a| a.layer.strong_count() > 0);
         if !state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
-            let demand = Arc::new(Semaphore::new(DEMAND_PER_LAYER));
-            state.active.push(Active { layer: Arc::downgrade(layer), demand, resume: None, failures: 0 });
+            state.active.push(Active { layer: Arc::downgrade(layer), resume: None, failures: 0, silent: 0 });
         }
         if let Pace::Every { silence, .. } = self.inner.settings.pace {
             state.next_tick = Some(Instant::now() + silence);
@@ -132,20 +166,13 @@ impl Scheduler {
         self.inner.wake.notify_one();
     }
 
-    /// Fetches `run`, which the caller has taken, because a reader waits.
-    pub(super) fn demand(&self, layer: Arc<Layer>, run: Range<usize>) {
-        let permits = {
-            let state = self.lock();
-            state.active.iter().find(|a| a.layer.as_ptr() == Arc::as_ptr(&layer)).map(|a| a.demand.clone())
-        };
-        let scheduler = self.clone();
-        layer.shared().runtime.clone().spawn(async move {
-            let _permit = match &permits {
-                Some(permits) => permits.acquire().await.ok(),
-                None => None,
-            };
-            fetch::demand(&scheduler, layer, run).await;
-            scheduler.inner.wake.notify_one();
+    /// Fetches what was taken, because a reader waits.
+    pub(super) fn demand(&self, taken: Taken) {
+        let (scheduler, since) = (self.clone(), Instant::now());
+        self.lock().demanded = Some(since);
+        taken.layer().shared().runtime.clone().spawn(async move {
+            fetch::demand(&scheduler, taken, since).await;
+            scheduler.wake();
         });
     }
 
@@ -156,6 +183,11 @@ impl Scheduler {
             state.listed.push_back((Arc::downgrade(layer), spans));
         }
         drop(state);
+        self.wake();
+    }
+
+    /// Something may be fetched that could not be, or was not there, a moment ago.
+    pub(super) fn wake(&self) {
         self.inner.wake.notify_one();
     }
 
@@ -187,25 +219,65 @@ impl Scheduler {
     }
 
     /// Bytes that were asked for and have not arrived; dropped with the request.
-    pub(super) fn asked(&self, bytes: u64) -> OnTheirWay {
+    pub(super) fn asked(&self, layer: &Arc<Layer>, bytes: u64) -> OnTheirWay {
         self.lock().on_their_way += bytes;
-        OnTheirWay { scheduler: self.clone(), left: bytes, sent: Instant::now(), begun: false }
+        OnTheirWay::new(self, layer, bytes)
+    }
+
+    /// How long a request may be silent before that means something: all that is on its way may come first.
+    pub(super) fn patience(&self) -> Duration {
+        let state = self.lock();
+        match state.window.rate() {
+            0 => MIN_PATIENCE,
+            rate => {
+                let queue = Duration::from_secs_f64((state.on_their_way as f64 / rate as f64).min(MAX_PATIENCE.as_secs_f64()));
+                (MIN_PATIENCE + 2 * queue).min(MAX_PATIENCE)
+            }
+        }
+    }
+
+    /// What was fetched could not be stored.
+    pub(super) fn no_room(&self, error: &std::io::Error) {
+        let mut state = self.lock();
+        let failures = match state.disk {
+            Disk::HasRoom => {
+                tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
+                0
+            }
+            // What was sent before the first failure was known says nothing new.
+            Disk::Full { until, .. } if until > Instant::now() => return,
+            Disk::Full { failures, .. } => failures,
+        };
+        let until = Instant::now() + backoff(MIN_FULL, MAX_FULL, failures + 1);
+        state.disk = Disk::Full { until, failures: (failures + 1).min(16) };
+    }
+
+    /// What was fetched could be stored.
+    pub(super) fn has_room(&self) {
+        let mut state = self.lock();
+        if let Disk::Full { .. } = state.disk {
+            tracing::info!("fetched data can be kept on disk again");
+            state.disk = Disk::HasRoom;
+            drop(state);
+            self.wake();
+        }
     }
 
     /// Background fetching of `layer` failed: leaves it alone for a while.
     pub(super) fn failed(&self, layer: &Arc<Layer>) {
         let settings = &self.inner.settings;
-        let mut state = self.lock();
-        if let Some(active) = state.active.iter_mut().find(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
+        let (mut state, now) = (self.lock(), Instant::now());
+        // Of requests that were on their way together, one counts.
+        if let Some(active) = state.active(&Arc::downgrade(layer)).filter(|active| active.resume.is_none_or(|at| at <= now)) {
             active.failures = (active.failures + 1).min(16);
             let wait = backoff(settings.min_wait.max(Duration::from_millis(500)), Duration::from_secs(60), active.failures);
-            active.resume = Some(Instant::now() + wait);
+            active.resume = Some(now + wait);
         }
     }
 
     pub(super) fn succeeded(&self, layer: &Arc<Layer>) {
         let mut state = self.lock();
-        if let Some(active) = state.active.iter_mut().find(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
+        if let Some(active) = state.active(&Arc::downgrade(layer)) {
             active.failures = 0;
             active.resume = None;
         }
@@ -215,12 +287,26 @@ impl Scheduler {
         let settings = &self.inner.settings;
         let mut state = self.lock();
         let idle = settings.pace == Pace::Off && state.listed.is_empty();
-        if idle || state.on_their_way >= state.window.bytes() {
+        let calm = state.demanded.map(|at| at + CAUTION).filter(|calm| *calm > now);
+        if idle || state.on_their_way >= state.window.bytes() * EASE {
             return Next::Wait;
+        }
+        if let Some(calm) = calm
+            && state.on_their_way >= state.window.bytes()
+        {
+            return Next::WaitUntil(calm);
         }
         state.others.retain(|_, until| *until > now);
         if state.on_their_way > 0 && !state.others.is_empty() {
             return Next::Wait;
+        }
+        if state.silent >= MAX_SILENT {
+            return Next::Wait;
+        }
+        if let Disk::Full { until, .. } = state.disk
+            && until > now
+        {
+            return Next::WaitUntil(until);
         }
         if let Some(limit) = settings.max_bytes_per_sec {
             let passed = state.refilled.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
@@ -246,6 +332,7 @@ impl Scheduler {
             Pace::Every { .. } => 0,
             Pace::Off => return Next::Wait,
         };
+        let max_bytes = settings.max_bytes_per_sec.map_or(max_bytes, |limit| max_bytes.min(limit / REQUESTS_PER_SECOND));
         if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
             && tick > now
         {
@@ -253,6 +340,9 @@ impl Scheduler {
         }
         while let Some((layer, span)) = state.near.pop_front() {
             let Some(layer) = layer.upgrade() else { continue };
+            if state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(&layer) && !a.is_welcome(now)) {
+                continue;
+            }
             if let Some(run) = layer.take_background(span, max_bytes) {
                 self.charge(&mut state, &layer, &run);
                 return Next::Fetch(layer, run);
@@ -264,6 +354,9 @@ impl Scheduler {
         for active in &state.active {
             if let Some(at) = active.resume.filter(|at| *at > now) {
                 resume = Some(resume.map_or(at, |r| r.min(at)));
+                continue;
+            }
+            if active.silent > 0 {
                 continue;
             }
             let Some(layer) = active.layer.upgrade() else { continue };
@@ -300,16 +393,11 @@ impl Scheduler {
             match self.next(Instant::now()) {
                 Next::Fetch(layer, run) => {
                     let range = layer.blob_range(&run);
-                    let ticket = OnTheirWay {
-                        scheduler: self.clone(),
-                        left: range.end - range.start,
-                        sent: Instant::now(),
-                        begun: false,
-                    };
-                    let scheduler = self.clone();
+                    let ticket = OnTheirWay::new(&self, &layer, range.end - range.start);
+                    let (scheduler, taken) = (self.clone(), Taken::new(layer, run));
                     tokio::spawn(async move {
-                        fetch::background(&scheduler, layer, run, ticket).await;
-                        scheduler.inner.wake.notify_one();
+                        fetch::background(&scheduler, taken, ticket).await;
+                        scheduler.wake();
                     });
                 }
                 Next::WaitUntil(at) => {
@@ -338,15 +426,43 @@ pub(super) fn backoff(min: Duration, max: Duration, attempt: u32) -> Duration {
     min.saturating_mul(1 << attempt.saturating_sub(1).min(20)).min(max)
 }
 
+impl Active {
+    /// Whether its source has neither failed lately nor gone silent.
+    fn is_welcome(&self, now: Instant) -> bool {
+        self.silent == 0 && self.resume.is_none_or(|at| at <= now)
+    }
+}
+
+impl State {
+    fn active(&mut self, layer: &Weak<Layer>) -> Option<&mut Active> {
+        self.active.iter_mut().find(|a| a.layer.ptr_eq(layer))
+    }
+}
+
 /// Bytes that were asked for. Dropping it forgets those that did not come.
 pub(super) struct OnTheirWay {
     scheduler: Scheduler,
+    layer: Weak<Layer>,
     left: u64,
     sent: Instant,
     begun: bool,
+    /// Nothing has come for long: `left` is not counted.
+    silent: bool,
 }
 
 impl OnTheirWay {
+    /// For bytes that are counted already.
+    fn new(scheduler: &Scheduler, layer: &Arc<Layer>, bytes: u64) -> OnTheirWay {
+        OnTheirWay {
+            scheduler: scheduler.clone(),
+            layer: Arc::downgrade(layer),
+            left: bytes,
+            sent: Instant::now(),
+            begun: false,
+            silent: false,
+        }
+    }
+
     /// The response has begun.
     pub(super) fn begun(&mut self) {
         if !self.begun {
@@ -356,28 +472,60 @@ impl OnTheirWay {
         }
     }
 
+    /// Nothing has come for longer than [`Scheduler::patience`].
+    pub(super) fn silent(&mut self) {
+        if self.silent {
+            return;
+        }
+        self.silent = true;
+        let mut state = self.scheduler.lock();
+        state.on_their_way = state.on_their_way.saturating_sub(self.left);
+        state.silent += 1;
+        if let Some(active) = state.active(&self.layer) {
+            active.silent += 1;
+        }
+        drop(state);
+        self.scheduler.wake();
+    }
+
+    fn speaks(&mut self, state: &mut State) {
+        if !self.silent {
+            return;
+        }
+        self.silent = false;
+        state.on_their_way += self.left;
+        state.silent = state.silent.saturating_sub(1);
+        if let Some(active) = state.active(&self.layer) {
+            active.silent = active.silent.saturating_sub(1);
+        }
+    }
+
     /// `bytes` arrived.
     pub(super) fn arrived(&mut self, bytes: u64) {
-        let bytes = bytes.min(self.left);
-        self.left -= bytes;
+        let scheduler = self.scheduler.clone();
         let room = {
-            let mut state = self.scheduler.lock();
+            let mut state = scheduler.lock();
+            self.speaks(&mut state);
+            let bytes = bytes.min(self.left);
+            self.left -= bytes;
             state.on_their_way = state.on_their_way.saturating_sub(bytes);
             state.window.arrived(bytes, Instant::now());
-            state.on_their_way < state.window.bytes()
+            state.on_their_way < state.window.bytes() * EASE
         };
         if room {
-            self.scheduler.inner.wake.notify_one();
+            scheduler.wake();
         }
     }
 }
 
 impl Drop for OnTheirWay {
     fn drop(&mut self) {
+        let scheduler = self.scheduler.clone();
         {
-            let mut state = self.scheduler.lock();
+            let mut state = scheduler.lock();
+            self.speaks(&mut state);
             state.on_their_way = state.on_their_way.saturating_sub(self.left);
         }
-        self.scheduler.inner.wake.notify_one();
+        scheduler.wake();
     }
 }

@@ -32,7 +32,7 @@ pub trait Source: Send + Sync {
         avoid: &'a [HostId],
     ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>>;
 
-    /// Whether reading from it uses the network: only then does it count as fetched.
+    /// Whether asking it is a request to a registry, for metrics.
     fn is_remote(&self) -> bool;
 }
 

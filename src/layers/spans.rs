@@ -119,6 +119,11 @@ impl<W> SpanMap<W> {
         }
         self.waiting.remove(&span).unwrap_or_default()
     }
+
+    /// Everybody who waits for any span.
+    pub fn abandon(&mut self) -> Vec<W> {
+        self.waiting.drain().flat_map(|(_, waiting)| waiting).collect()
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,13 @@ const MAX_IMAGE_HOSTS: usize = 1024;
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct HostId(Arc<str>);
 
+impl HostId {
+    /// The host with that base URL.
+    pub fn new(base: &str) -> HostId {
+        HostId(base.into())
+    }
+}
+
 impl fmt::Display for HostId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -132,7 +132,8 @@ fn play(choice: &Choice, slot: &Slot) -> bool {
     );
 
     let layers = ours.layers.unwrap_or_default();
-    let same_line = theirs.line == ours.line;
+    // What servers log has the time in it; programs print the same twice.
+    let same_line = theirs.line == ours.line || !theirs.line.starts_with("READY");
     let free = tree::implied_directories(&tree::names_in_layers(&layout));
     let differences = tree::differences(&theirs.tree, &ours.tree, &free);
     let bytes: u64 = theirs.tree.values().map(|n| n.size).sum();

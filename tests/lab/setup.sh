@@ -75,7 +75,7 @@ go_command() {
     say "fetching Go $GO"
     cd /
     dir=$("$go" mod download -json "golang.org/toolchain@v0.0.1-go$GO.linux-$(dpkg --print-architecture)" 2>>"$CACHE/setup.log" |
-        sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
+        tee -a "$CACHE/setup.log" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
     [ -n "$dir" ] || die "could not get Go $GO; see $CACHE/setup.log"
     chmod -R u+x "$dir/bin" "$dir/pkg/tool"
     echo "$dir/bin/go"

@@ -152,7 +152,12 @@ impl Containerd {
             ctr.args(["-n", namespace, "snapshots", "--snapshotter", snapshotter]);
             ctr
         };
-        output(snapshots().args(["view", &key, &self.chain_id(namespace, reference)]));
+        // `ctr snapshots view` does not hold on to what it makes: containerd's garbage collector may be quicker than we are.
+        let held = (0..10).any(|_| {
+            output(snapshots().args(["view", &key, &self.chain_id(namespace, reference)]));
+            attempt(snapshots().args(["label", &key, "containerd.io/gc.root=lab"])).status.success()
+        });
+        assert!(held, "a view of {reference} was collected ten times");
         let mut remove = snapshots();
         remove.args(["rm", &key]);
         let undo = Undo::with({

@@ -414,7 +414,7 @@ fn answer(
         Some(Fault::RetryAfter(status, seconds)) => {
             return say(writer, seen, *status, &[("retry-after", seconds.to_string())], "");
         }
-        Some(Fault::Redirect(valid)) if !line.contains("/elsewhere/") => {
+        Some(Fault::Redirect(valid)) if !seen.path.starts_with("/elsewhere/") => {
             let ticket = format!("{}-{}", shared.next.fetch_add(1, Ordering::Relaxed), "s".repeat(20));
             shared.redirects.lock().unwrap().insert(ticket.clone(), (seen.path.clone(), Instant::now() + *valid));
             return say(writer, seen, 307, &[("location", format!("http://{}/elsewhere/{ticket}", shared.host))], "");
