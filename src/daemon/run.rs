@@ -373,7 +373,7 @@ fn lazy_side(
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,
     };
-    Ok(LazyMounts::new(lazy::Parts {
+    Ok(LazyMounts {
         layout: layout.clone(),
         registry,
         indexes,
@@ -383,7 +383,8 @@ fn lazy_side(
         tree,
         observers,
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
-    }))
+        state: lazy::State::default(),
+    })
 }
 
 fn limit(timeout: config::Timeout) -> registry::Limit {
