@@ -30,15 +30,31 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     (
         "daemon",
         &[
-            "oci", "layout", "config", "telemetry", "keychain", "registry", "index", "layers", "fs", "snapshot", "grpc", "custodian", "holder",
-            "sys", "ztoc",
+            "oci",
+            "layout",
+            "config",
+            "telemetry",
+            "keychain",
+            "registry",
+            "index",
+            "layers",
+            "fs",
+            "snapshot",
+            "grpc",
+            "custodian",
+            "holder",
+            "sys",
+            "ztoc",
         ],
     ),
 ];
 
 /// Crates that only some modules may name.
 const CRATES: &[(&str, &[&str])] = &[
-    ("tokio", &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"]),
+    (
+        "tokio",
+        &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"],
+    ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),
     ("fuser", &["fs"]),

@@ -7,11 +7,10 @@ use crate::support::daemon::{Daemon, Layers, Settings, convert};
 use crate::support::grpc::cri;
 use crate::support::image::{Image, bulk, busybox, everything, pause};
 use crate::support::proxy::{Fault, Proxy, Rule, Tokens};
-use crate::support::registry::{Kind, Registry, blob_path, image_manifest, read_json};
+use crate::support::registry::{Kind, Registry, image_manifest, soci_index};
 use crate::support::slot::{Root, Slot};
 use crate::support::tree;
 use crate::support::workload::until_ready;
-use soci::oci::{Index, Manifest, media_type};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -85,22 +84,6 @@ fn expected_sums(slot: &Slot, layout: &Path) -> String {
     containerd.run("overlayfs", &reference, &["sh", "-c", "cd /bulk && md5sum *"]).unwrap()
 }
 
-/// The digest of the SOCI index that `soci convert` put into a layout.
-fn soci_index(layout: &Path) -> String {
-    let top: Index = read_json(&layout.join("index.json"));
-    let inner = top.manifests.iter().filter(|m| media_type::is_index(&m.media_type)).flat_map(|m| {
-        let index: Index = read_json(&blob_path(layout, &m.digest));
-        index.manifests
-    });
-    let is_index = |m: &Manifest| m.config.media_type == media_type::SOCI_INDEX_V2;
-    let all: Vec<_> = top.manifests.iter().cloned().chain(inner).collect();
-    let found = all
-        .iter()
-        .filter(|m| media_type::is_manifest(&m.media_type))
-        .find(|m| is_index(&read_json(&blob_path(layout, &m.digest))));
-    found.expect("a converted layout has a SOCI index").digest.to_string()
-}
-
 #[test]
 fn privileged_a_lazy_image_equals_the_unpacked_one_file_by_file() {
     let slot = Slot::take();
@@ -146,7 +129,7 @@ fn privileged_the_labels_of_ctr_remote_and_nerdctl_make_layers_lazy() {
     for version in [Version::V16, Version::V22] {
         let node = Node::new(&slot, version, "");
         let (layout, layers, reference) = node.publish("app", &bulk_image(2, 4));
-        let index = soci_index(&layout);
+        let index = soci_index(&layout).to_string();
         let clients: [&[&str]; 2] = [&["-labels", "containerd"], &["-labels", "nerdctl", "-index", &index]];
         for (turn, labels) in clients.iter().enumerate() {
             node.containerd.rpull("soci", &reference, labels).unwrap();

@@ -1,7 +1,7 @@
 //! zTOCs: the Go builder's own outputs as the oracle, then layers of our own making, read back byte by byte.
 
 #[path = "support/tar_writer.rs"]
-mod tar_writer;
+pub mod tar_writer;
 
 use flate2::{
     Compression as Level, GzBuilder,

@@ -2,8 +2,8 @@
 mod architecture;
 mod cli;
 mod config;
-mod e2e;
 mod daemon;
+mod e2e;
 #[path = "support/fault_registry.rs"]
 mod fault_registry;
 mod formats;
@@ -12,6 +12,7 @@ mod fuzz;
 mod grpc;
 mod index;
 mod lab;
+mod layers;
 mod licences;
 mod privilege;
 mod referrers;

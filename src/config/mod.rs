@@ -69,11 +69,22 @@ pub struct Warning {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WarningKind {
-    UnknownKey { key: String, nearest: Option<String> },
-    Deprecated { key: String, now: String },
-    UnknownDecompressor { name: String },
+    UnknownKey {
+        key: String,
+        nearest: Option<String>,
+    },
+    Deprecated {
+        key: String,
+        now: String,
+    },
+    UnknownDecompressor {
+        name: String,
+    },
     /// The key is known and asks for something that this version does not do.
-    NotYet { key: &'static str, instead: &'static str },
+    NotYet {
+        key: &'static str,
+        instead: &'static str,
+    },
 }
 
 impl fmt::Display for Warning {

@@ -182,7 +182,10 @@ impl LazyMounts {
         }
         match self.recover(id).await {
             Ok(()) => {
-                tracing::info!(snapshot = id.to_string(), "the remote snapshot that could not be restored at start is back");
+                tracing::info!(
+                    snapshot = id.to_string(),
+                    "the remote snapshot that could not be restored at start is back"
+                );
                 true
             }
             Err(error) => {
@@ -213,7 +216,11 @@ impl LazyMounts {
     pub async fn find_local_copies(&self) {
         let incomplete: Vec<(Arc<Layer>, String)> = {
             let mounted = self.mounted();
-            mounted.values().filter(|m| !m.layer.is_complete()).map(|m| (m.layer.clone(), m.namespace.clone())).collect()
+            mounted
+                .values()
+                .filter(|m| !m.layer.is_complete())
+                .map(|m| (m.layer.clone(), m.namespace.clone()))
+                .collect()
         };
         for (layer, namespace) in incomplete {
             let local = self.local(&namespace, layer.digest());
@@ -287,7 +294,10 @@ impl LazyMounts {
         self.warm(target);
         let local = self.local(&target.namespace, target.layer);
         let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
-        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: crate::snapshot::chain(&why) })?;
+        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex {
+            image: image.clone(),
+            why: crate::snapshot::chain(&why),
+        })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         self.open_ahead(&index, target);
         let record = record(target, ztoc, parents.len());
@@ -308,7 +318,9 @@ impl LazyMounts {
 
     /// Has the spans fetched that the author of the index wants first.
     fn prefetch(&self, layer: &Arc<Layer>, wanted: &Prefetch) {
-        let Some(last) = layer.table().spans.len().checked_sub(1).and_then(|last| u32::try_from(last).ok()) else { return };
+        let Some(last) = layer.table().spans.len().checked_sub(1).and_then(|last| u32::try_from(last).ok()) else {
+            return;
+        };
         for range in wanted.ranges(last) {
             self.store.shared().scheduler.prefetch(layer, *range.start() as usize..*range.end() as usize + 1);
         }
@@ -401,7 +413,10 @@ impl LazyLayers for Arc<LazyMounts> {
 
     fn usage(&self, id: SnapshotId) -> Usage {
         let layer = self.mounted().get(&id).map(|m| m.layer.clone());
-        layer.map_or(Usage::default(), |layer| Usage { size: layer.files().disk_usage(), inodes: u64::from(layer.toc().len()) })
+        layer.map_or(Usage::default(), |layer| Usage {
+            size: layer.files().disk_usage(),
+            inodes: u64::from(layer.toc().len()),
+        })
     }
 
     fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {

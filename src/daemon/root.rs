@@ -1,9 +1,6 @@
 //! The root directory: made, ours alone, and fit to carry overlay filesystems. Everything here needs the powers of the start.
 
-use crate::{
-    layout::Layout,
-    snapshot,
-};
+use crate::{layout::Layout, snapshot};
 use rustix::{
     fs::{FileType, FlockOperation, Mode, OFlags},
     io::Errno,

@@ -169,7 +169,9 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     if config.skip_check_snapshotter_supported {
         tracing::warn!("skipped snapshotter is supported check");
     } else if root::check_overlay(&layout)? == root::Checked::MayNotMount {
-        tracing::debug!("whether overlay filesystems can live below the root directory cannot be tried without CAP_SYS_ADMIN");
+        tracing::debug!(
+            "whether overlay filesystems can live below the root directory cannot be tried without CAP_SYS_ADMIN"
+        );
     }
     raise_descriptor_limit();
     // Before the mount, which would stay: containerd may connect now, and is answered when everything is here.
@@ -232,9 +234,8 @@ async fn serve(
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
-    let session =
-        lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
-            .map_err(StartError::Fuse)?;
+    let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
+        .map_err(StartError::Fuse)?;
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {
@@ -244,7 +245,8 @@ async fn serve(
     serve_telemetry(config, metrics).await?;
     tokio::spawn(keep_held(layout.clone(), held));
     let Listening { listener, address } = listening;
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
+    let failed =
+        |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     // Without systemd there is nobody to notify.
@@ -469,14 +471,23 @@ async fn serve_telemetry(config: &Config, metrics: Metrics) -> Result<(), StartE
     };
     let mut endpoints = Vec::new();
     if !config.metrics_address.is_empty() && !config.no_prometheus {
-        endpoints.push(("metrics", "metrics_address", network, &config.metrics_address, http::Content::Metrics(metrics)));
+        endpoints.push((
+            "metrics",
+            "metrics_address",
+            network,
+            &config.metrics_address,
+            http::Content::Metrics(metrics),
+        ));
     }
     if !config.debug_address.is_empty() {
         endpoints.push(("the debug listener", "debug_address", "tcp", &config.debug_address, http::Content::Debug));
     }
     for (what, key, network, address, content) in endpoints {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
-            StartError::Endpoint { what, key, address: address.clone(), source }
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| StartError::Endpoint {
+            what,
+            key,
+            address: address.clone(),
+            source,
         };
         let endpoint = http::Endpoint::new(network, address).map_err(|e| failed(e.into()))?;
         let listener = endpoint.bind().await.map_err(|e| failed(e.into()))?;
@@ -505,5 +516,8 @@ fn scratch_bytes() -> u64 {
 }
 
 fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
-    DockerConfig::of_environment().into_iter().map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>).collect()
+    DockerConfig::of_environment()
+        .into_iter()
+        .map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>)
+        .collect()
 }

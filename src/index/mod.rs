@@ -85,9 +85,12 @@ pub struct SociIndex {
 impl SociIndex {
     /// Indexed layers with their zTOCs, in the order of the index: bottom first.
     pub fn layers_in_order(&self) -> impl Iterator<Item = (Digest, ZtocDescriptor)> {
-        let listed = self.manifest.layers.iter().filter_map(|l| l.annotations.get(annotation::LAYER_DIGEST)?.parse().ok());
+        let listed =
+            self.manifest.layers.iter().filter_map(|l| l.annotations.get(annotation::LAYER_DIGEST)?.parse().ok());
         let mut seen = std::collections::HashSet::new();
-        listed.filter(move |layer| seen.insert(*layer)).filter_map(|layer: Digest| Some((layer, *self.layers.get(&layer)?)))
+        listed
+            .filter(move |layer| seen.insert(*layer))
+            .filter_map(|layer: Digest| Some((layer, *self.layers.get(&layer)?)))
     }
 }
 

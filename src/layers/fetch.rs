@@ -32,7 +32,9 @@ const USEFUL: u64 = 1 << 20;
 enum Failure {
     Source(SourceError),
     /// The bytes of this span were not those the zTOC describes.
-    Digest { span: usize },
+    Digest {
+        span: usize,
+    },
     /// A span that is too large for memory does not fit on the disk.
     Storage(io::Error),
     /// A reader waits, and the other side has sent nothing for too long.
@@ -276,12 +278,18 @@ impl<'a> Attempts<'a> {
     }
 
     /// One request.
-    async fn receive(&mut self, incoming: &mut Incoming, run: &Range<usize>, mut ticket: OnTheirWay) -> Result<(), Failure> {
+    async fn receive(
+        &mut self,
+        incoming: &mut Incoming,
+        run: &Range<usize>,
+        mut ticket: OnTheirWay,
+    ) -> Result<(), Failure> {
         let range = incoming.missing();
         if range.is_empty() {
             return Ok(());
         }
-        let none = || Failure::Source(SourceError { reason: "no source for the layer".into(), remedy: Remedy::OtherSource });
+        let none =
+            || Failure::Source(SourceError { reason: "no source for the layer".into(), remedy: Remedy::OtherSource });
         let source = self.sources.get(self.source).cloned().ok_or_else(none)?;
         let started = Instant::now();
         self.host = None;

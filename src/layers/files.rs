@@ -54,7 +54,9 @@ pub fn ztoc_of(directory: &Path) -> io::Result<Option<Digest>> {
     let mut header = [0; HEADER as usize];
     match File::open(directory.join("spans")).and_then(|mut file| file.read_exact(&mut header)) {
         Ok(()) => {}
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => return Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => {
+            return Ok(None);
+        }
         Err(error) => return Err(error),
     }
     let digest = header.strip_prefix(MAGIC).and_then(|digest| digest.try_into().ok());

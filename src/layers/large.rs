@@ -81,7 +81,7 @@ impl Layer {
                 Placed::Damaged => continue,
                 Placed::Failed(error) => return Err(error),
             };
-            if is_placed && let Ok(bytes) = self.from_data(span, part.clone()).await {
+            if is_placed && let Ok(bytes) = self.placed_part(span, part.clone()).await {
                 return Ok(bytes);
             }
             if let Some(bytes) = self.inflated_until(span, part.clone(), arrival).await? {
@@ -91,7 +91,7 @@ impl Layer {
         Err(ReadError::Storage { reason: format!("span {span} does not survive on disk") })
     }
 
-    async fn from_data(&self, span: usize, part: Range<u64>) -> Result<Bytes, ReadError> {
+    async fn placed_part(&self, span: usize, part: Range<u64>) -> Result<Bytes, ReadError> {
         self.blocking(move |layer| {
             let start = layer.entry(span)?.uncompressed.start;
             let data = layer.files.data(layer.table.uncompressed_size).map_err(|e| storage(&e))?;
@@ -190,7 +190,12 @@ impl Layer {
     }
 
     /// The bytes `part` of a span whose bytes have been checked, inflated for this read only. None if it is damaged.
-    async fn inflated_until(&self, span: usize, part: Range<u64>, arrival: Arrival) -> Result<Option<Bytes>, ReadError> {
+    async fn inflated_until(
+        &self,
+        span: usize,
+        part: Range<u64>,
+        arrival: Arrival,
+    ) -> Result<Option<Bytes>, ReadError> {
         let memory = self.shared().memory(2 * PIECE as u64).await;
         self.blocking(move |layer| {
             let _memory = memory;

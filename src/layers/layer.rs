@@ -286,11 +286,14 @@ impl Layer {
 
     /// Takes the first run of absent spans within `listed`, of at most `max_bytes`.
     pub(super) fn take_listed(&self, listed: Range<usize>, max_bytes: u64) -> Option<Range<usize>> {
+        if self.is_removed() {
+            return None;
+        }
         let mut map = self.map();
         let first = listed.clone().find(|span| map.get(*span) == spans::Span::Absent)?;
         let mut bytes = self.span_bytes(first);
         map.take_run(first, |span| {
-            bytes += self.span_bytes(span);
+            bytes = bytes.saturating_add(self.span_bytes(span));
             span < listed.end && bytes <= max_bytes
         })
     }

@@ -91,7 +91,12 @@ impl Layer {
         Ok(received.and(Ok(passed?)))
     }
 
-    fn digest_and_inflate(&self, span: usize, part: Range<u64>, mut chunks: mpsc::Receiver<Bytes>) -> Result<Passed, ReadError> {
+    fn digest_and_inflate(
+        &self,
+        span: usize,
+        part: Range<u64>,
+        mut chunks: mpsc::Receiver<Bytes>,
+    ) -> Result<Passed, ReadError> {
         let entry = self.entry(span)?;
         let window = self.files.ztoc().get(entry.window.clone()).unwrap_or_default();
         let mut inflater = match self.table.compression {

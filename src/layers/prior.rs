@@ -57,14 +57,56 @@ pub fn likelihood(path: &[u8], mode: u32) -> Likelihood {
     if starts_any(
         path,
         &[
-            "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/help", "usr/share/icons",
-            "usr/share/bash-completion", "usr/share/lintian", "usr/share/zsh", "usr/share/perl5/pod", "usr/include/",
-            "usr/src/", "usr/local/include/", "usr/local/share/man", "usr/local/share/doc", "var/cache/", "var/lib/dpkg",
-            "var/lib/apt", "var/lib/rpm", "var/lib/apk", "var/log/", "usr/share/mime", "usr/share/i18n", "boot/",
+            "usr/share/doc",
+            "usr/share/man",
+            "usr/share/locale",
+            "usr/share/info",
+            "usr/share/help",
+            "usr/share/icons",
+            "usr/share/bash-completion",
+            "usr/share/lintian",
+            "usr/share/zsh",
+            "usr/share/perl5/pod",
+            "usr/include/",
+            "usr/src/",
+            "usr/local/include/",
+            "usr/local/share/man",
+            "usr/local/share/doc",
+            "var/cache/",
+            "var/lib/dpkg",
+            "var/lib/apt",
+            "var/lib/rpm",
+            "var/lib/apk",
+            "var/log/",
+            "usr/share/mime",
+            "usr/share/i18n",
+            "boot/",
         ],
-    ) || matches!(extension, b"a" | b"la" | b"h" | b"hpp" | b"hh" | b"cuh" | b"inc" | b"c" | b"cc" | b"cpp" | b"pyi" | b"map" | b"md" | b"rst" | b"po" | b"mo" | b"pod" | b"gz" | b"ts" | b"debug")
-        || has_any(path, &["/tests/", "/test/", "/testing/tests", "/examples/", "/include/", "/docs/", "dist-info/", "/licenses/"])
-    {
+    ) || matches!(
+        extension,
+        b"a" | b"la"
+            | b"h"
+            | b"hpp"
+            | b"hh"
+            | b"cuh"
+            | b"inc"
+            | b"c"
+            | b"cc"
+            | b"cpp"
+            | b"pyi"
+            | b"map"
+            | b"md"
+            | b"rst"
+            | b"po"
+            | b"mo"
+            | b"pod"
+            | b"gz"
+            | b"ts"
+            | b"debug"
+    ) || has_any(
+        path,
+        &["/tests/", "/test/", "/testing/tests", "/examples/", "/include/", "/docs/", "dist-info/", "/licenses/"],
+    ) {
         return Likelihood::Rarely;
     }
     if has_any(path, &["/gconv/"]) && extension == b"so" {
@@ -73,9 +115,40 @@ pub fn likelihood(path: &[u8], mode: u32) -> Likelihood {
     if starts_any(path, &["usr/lib/locale/C."]) {
         return Likelihood::Always;
     }
-    if starts_any(name, &["ld-linux", "libnss_", "libgcc_s", "libstdc++.so", "libcrypt.so", "libexpat.so", "librt.so", "libresolv.so", "libc.so", "libm.so", "libpthread", "libdl.so", "libselinux", "libpcre2-8", "libtinfo"])
-        || matches!(name, b"sh" | b"dash" | b"bash" | b"env" | b"libz.so.1" | b"ld.so.cache" | b"passwd" | b"group" | b"nsswitch.conf" | b"busybox" | b"gconv-modules.cache" | b"localtime")
-    {
+    if starts_any(
+        name,
+        &[
+            "ld-linux",
+            "libnss_",
+            "libgcc_s",
+            "libstdc++.so",
+            "libcrypt.so",
+            "libexpat.so",
+            "librt.so",
+            "libresolv.so",
+            "libc.so",
+            "libm.so",
+            "libpthread",
+            "libdl.so",
+            "libselinux",
+            "libpcre2-8",
+            "libtinfo",
+        ],
+    ) || matches!(
+        name,
+        b"sh"
+            | b"dash"
+            | b"bash"
+            | b"env"
+            | b"libz.so.1"
+            | b"ld.so.cache"
+            | b"passwd"
+            | b"group"
+            | b"nsswitch.conf"
+            | b"busybox"
+            | b"gconv-modules.cache"
+            | b"localtime"
+    ) {
         return Likelihood::Always;
     }
     if has_any(path, &["/perl/", "/perl5/", "/perl-base/"]) {
@@ -88,8 +161,27 @@ pub fn likelihood(path: &[u8], mode: u32) -> Likelihood {
     if mode & 0o111 != 0 {
         return Likelihood::Programs;
     }
-    if matches!(extension, b"py" | b"js" | b"cjs" | b"rb" | b"pl" | b"pm" | b"lua" | b"php" | b"json" | b"conf" | b"sql" | b"bki" | b"cfg" | b"toml" | b"yaml" | b"yml" | b"control" | b"html")
-        || starts_any(path, &["etc/", "opt/", "app/", "srv/", "home/"])
+    if matches!(
+        extension,
+        b"py"
+            | b"js"
+            | b"cjs"
+            | b"rb"
+            | b"pl"
+            | b"pm"
+            | b"lua"
+            | b"php"
+            | b"json"
+            | b"conf"
+            | b"sql"
+            | b"bki"
+            | b"cfg"
+            | b"toml"
+            | b"yaml"
+            | b"yml"
+            | b"control"
+            | b"html"
+    ) || starts_any(path, &["etc/", "opt/", "app/", "srv/", "home/"])
     {
         return Likelihood::Modules;
     }
@@ -145,8 +237,14 @@ impl<'a> Values<'a> {
 
     /// The order in which to stream the spans. `interest` multiplies how much of the layer is expected to be read.
     pub fn order(self, interest: f32) -> Vec<Ranked> {
-        let classes =
-            [Likelihood::Always, Likelihood::Code, Likelihood::Programs, Likelihood::Modules, Likelihood::Other, Likelihood::Rarely];
+        let classes = [
+            Likelihood::Always,
+            Likelihood::Code,
+            Likelihood::Programs,
+            Likelihood::Modules,
+            Likelihood::Other,
+            Likelihood::Rarely,
+        ];
         let chance: Vec<f32> = classes.iter().zip(self.totals).map(|(c, n)| c.probability(n) * interest).collect();
         let mut ranked: Vec<Ranked> = self
             .files

@@ -22,11 +22,7 @@ use crate::{
 };
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, future::BoxFuture};
-use std::{
-    ops::Range,
-    sync::atomic::Ordering,
-    time::Instant,
-};
+use std::{ops::Range, sync::atomic::Ordering, time::Instant};
 use tokio::sync::oneshot;
 
 /// How often a span is fetched because what is on disk is damaged, until it is clear that the disk is the trouble.
@@ -212,7 +208,13 @@ impl Layer {
     }
 
     /// `span` does not inflate. Where its bytes have changed on disk since they were checked it is worth another try.
-    pub(super) fn suspect(&self, span: usize, entry: &Span, was_on_disk: bool, error: &InflateError) -> Result<(), ReadError> {
+    pub(super) fn suspect(
+        &self,
+        span: usize,
+        entry: &Span,
+        was_on_disk: bool,
+        error: &InflateError,
+    ) -> Result<(), ReadError> {
         if was_on_disk {
             self.set_checked(span, false);
             if !self.is_good(span, entry) {
@@ -284,6 +286,9 @@ impl Layer {
             Way::Plain => self.plain(span, part).await,
             Way::Large => self.large(span, part).await,
             Way::Ordinary => {
+                if let Some(inflated) = self.shared().cache.get((self.number, span)) {
+                    return Ok(inflated.slice(part.start as usize..part.end as usize));
+                }
                 if let Some(bytes) = self.spilled(span, &part).await {
                     return Ok(bytes);
                 }

@@ -115,7 +115,8 @@ impl Incoming {
     async fn whole(&mut self, last: Bytes, end: u64) {
         let next = self.span + 1;
         // A span that starts inside a byte shares it with the one before.
-        let shares = next < self.run.end && self.layer.table().spans.get(next).is_some_and(|s| s.compressed.start < end);
+        let shares =
+            next < self.run.end && self.layer.table().spans.get(next).is_some_and(|s| s.compressed.start < end);
         if shares {
             let mut rest = BytesMut::with_capacity(self.buffer.len() + 1);
             rest.extend_from_slice(&last[last.len() - 1..]);

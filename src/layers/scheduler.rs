@@ -93,10 +93,8 @@ struct Active {
 enum Disk {
     #[default]
     HasRoom,
-    Full {
-        until: Instant,
-        failures: u32,
-    },
+    /// One request then, to see.
+    Full { until: Instant, tries: u32 },
 }
 
 #[derive(Default)]
@@ -230,7 +228,8 @@ impl Scheduler {
         match state.window.rate() {
             0 => MIN_PATIENCE,
             rate => {
-                let queue = Duration::from_secs_f64((state.on_their_way as f64 / rate as f64).min(MAX_PATIENCE.as_secs_f64()));
+                let queue =
+                    Duration::from_secs_f64((state.on_their_way as f64 / rate as f64).min(MAX_PATIENCE.as_secs_f64()));
                 (MIN_PATIENCE + 2 * queue).min(MAX_PATIENCE)
             }
         }
@@ -239,17 +238,10 @@ impl Scheduler {
     /// What was fetched could not be stored.
     pub(super) fn no_room(&self, error: &std::io::Error) {
         let mut state = self.lock();
-        let failures = match state.disk {
-            Disk::HasRoom => {
-                tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
-                0
-            }
-            // What was sent before the first failure was known says nothing new.
-            Disk::Full { until, .. } if until > Instant::now() => return,
-            Disk::Full { failures, .. } => failures,
-        };
-        let until = Instant::now() + backoff(MIN_FULL, MAX_FULL, failures + 1);
-        state.disk = Disk::Full { until, failures: (failures + 1).min(16) };
+        if let Disk::HasRoom = state.disk {
+            tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
+            state.disk = Disk::Full { until: Instant::now() + MIN_FULL, tries: 0 };
+        }
     }
 
     /// What was fetched could be stored.
@@ -268,9 +260,12 @@ impl Scheduler {
         let settings = &self.inner.settings;
         let (mut state, now) = (self.lock(), Instant::now());
         // Of requests that were on their way together, one counts.
-        if let Some(active) = state.active(&Arc::downgrade(layer)).filter(|active| active.resume.is_none_or(|at| at <= now)) {
+        if let Some(active) =
+            state.active(&Arc::downgrade(layer)).filter(|active| active.resume.is_none_or(|at| at <= now))
+        {
             active.failures = (active.failures + 1).min(16);
-            let wait = backoff(settings.min_wait.max(Duration::from_millis(500)), Duration::from_secs(60), active.failures);
+            let wait =
+                backoff(settings.min_wait.max(Duration::from_millis(500)), Duration::from_secs(60), active.failures);
             active.resume = Some(now + wait);
         }
     }
@@ -314,25 +309,24 @@ impl Scheduler {
             // A second's worth may be saved up; a request may overdraw, the next one waits for that.
             state.allowance = (state.allowance + passed * limit as f64).min(limit as f64);
             if state.allowance < 0.0 {
-                return Next::WaitUntil(now + Duration::from_secs_f64((-state.allowance / limit as f64).clamp(0.001, 60.0)));
+                return Next::WaitUntil(
+                    now + Duration::from_secs_f64((-state.allowance / limit as f64).clamp(0.001, 60.0)),
+                );
             }
         }
         let largest = (state.window.bytes() / 2).clamp(MIN_BYTES, MAX_REQUEST);
-        while let Some((listed, spans)) = state.listed.pop_front() {
-            let Some(layer) = listed.upgrade() else { continue };
-            let Some(run) = layer.take_listed(spans.clone(), largest) else { continue };
-            if run.end < spans.end {
-                state.listed.push_front((listed, run.end..spans.end));
-            }
+        let largest = settings.max_bytes_per_sec.map_or(largest, |limit| largest.min(limit / REQUESTS_PER_SECOND));
+        // When a source that has failed may be tried again.
+        let resume = state.active.iter().filter_map(|active| active.resume).filter(|at| *at > now).min();
+        if let Some((layer, run)) = state.take_listed(now, largest) {
             self.charge(&mut state, &layer, &run);
             return Next::Fetch(layer, run);
         }
         let max_bytes = match settings.pace {
             Pace::LineRate => largest,
             Pace::Every { .. } => 0,
-            Pace::Off => return Next::Wait,
+            Pace::Off => return resume.map_or(Next::Wait, Next::WaitUntil),
         };
-        let max_bytes = settings.max_bytes_per_sec.map_or(max_bytes, |limit| max_bytes.min(limit / REQUESTS_PER_SECOND));
         if let (Pace::Every { .. }, Some(tick)) = (settings.pace, state.next_tick)
             && tick > now
         {
@@ -340,7 +334,7 @@ impl Scheduler {
         }
         while let Some((layer, span)) = state.near.pop_front() {
             let Some(layer) = layer.upgrade() else { continue };
-            if state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(&layer) && !a.is_welcome(now)) {
+            if state.active(&Arc::downgrade(&layer)).is_some_and(|active| !active.is_welcome(now)) {
                 continue;
             }
             if let Some(run) = layer.take_background(span, max_bytes) {
@@ -350,15 +344,7 @@ impl Scheduler {
         }
         state.active.retain(|a| a.layer.strong_count() > 0);
         let mut best: Option<(Arc<Layer>, usize, f32)> = None;
-        let mut resume: Option<Instant> = None;
-        for active in &state.active {
-            if let Some(at) = active.resume.filter(|at| *at > now) {
-                resume = Some(resume.map_or(at, |r| r.min(at)));
-                continue;
-            }
-            if active.silent > 0 {
-                continue;
-            }
+        for active in state.active.iter().filter(|active| active.is_welcome(now)) {
             let Some(layer) = active.layer.upgrade() else { continue };
             if let Some((span, value)) = layer.candidate()
                 && best.as_ref().is_none_or(|(_, _, v)| value > *v)
@@ -382,6 +368,10 @@ impl Scheduler {
         let range = layer.blob_range(run);
         // Counted here and handed to the fetch, so that the next decision already sees it.
         state.on_their_way += range.end - range.start;
+        if let Disk::Full { until, tries } = &mut state.disk {
+            *tries = (*tries + 1).min(16);
+            *until = Instant::now() + backoff(MIN_FULL, MAX_FULL, *tries);
+        }
         if self.inner.settings.max_bytes_per_sec.is_some() {
             state.allowance -= (range.end - range.start) as f64;
         }
@@ -436,6 +426,27 @@ impl Active {
 impl State {
     fn active(&mut self, layer: &Weak<Layer>) -> Option<&mut Active> {
         self.active.iter_mut().find(|a| a.layer.ptr_eq(layer))
+    }
+
+    /// Takes the first listed spans of a layer that may be asked now.
+    fn take_listed(&mut self, now: Instant, max_bytes: u64) -> Option<(Arc<Layer>, Range<usize>)> {
+        let unwelcome: Vec<_> = self.active.iter().filter(|a| !a.is_welcome(now)).map(|a| a.layer.as_ptr()).collect();
+        let mut at = 0;
+        while let Some((listed, spans)) = self.listed.get_mut(at) {
+            if unwelcome.contains(&listed.as_ptr()) {
+                at += 1;
+                continue;
+            }
+            let taken = listed.upgrade().and_then(|layer| Some((layer.take_listed(spans.clone(), max_bytes)?, layer)));
+            match taken {
+                Some((run, layer)) => {
+                    spans.start = run.end;
+                    return Some((layer, run));
+                }
+                None => self.listed.remove(at),
+            };
+        }
+        None
     }
 }
 

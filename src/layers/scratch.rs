@@ -20,14 +20,14 @@ use std::{
     io::{self, IoSliceMut},
     ops::Range,
     os::unix::fs::FileExt,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// Slots begin at multiples of this: holes are punched in whole blocks.
 const BLOCK: u64 = 4096;
-/// ext4 files end at 16 TiB; long before that, slots start anew at the front.
-const WRAP: u64 = 4 << 40;
+/// ext4 files end at 16 TiB; long before that a new one takes over. (At the front of the old one somebody may still read.)
+const MAX_FILE: u64 = 4 << 40;
 
 /// Who puts a span, and so what it may push out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,8 +52,9 @@ impl Drop for Slot {
     }
 }
 
-#[derive(Default)]
 struct Inner {
+    /// Where the next slot goes; slots keep the file they are in.
+    file: Arc<File>,
     slots: HashMap<Key, (Arc<Slot>, u64)>,
     /// Keys by when they were read last, oldest first.
     by_use: BTreeMap<u64, Key>,
@@ -83,17 +84,23 @@ impl Inner {
 
 /// The file. One per node.
 pub struct Scratch {
-    file: Arc<File>,
+    directory: PathBuf,
+    /// For moments only: FUSE threads take it.
     inner: Mutex<Inner>,
     max_bytes: u64,
+}
+
+fn unlinked(directory: &Path) -> io::Result<Arc<File>> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    Ok(Arc::new(File::from(rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)?)))
 }
 
 impl Scratch {
     /// An unlinked file in `directory`, of at most `max_bytes`.
     pub fn create(directory: &Path, max_bytes: u64) -> io::Result<Scratch> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR)?);
-        Ok(Scratch { file: Arc::new(file), inner: Mutex::default(), max_bytes })
+        let file = unlinked(directory)?;
+        let inner = Inner { file, slots: HashMap::new(), by_use: BTreeMap::new(), clock: 0, used: 0, next: 0 };
+        Ok(Scratch { directory: directory.to_owned(), inner: Mutex::new(inner), max_bytes })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -113,27 +120,32 @@ impl Scratch {
     /// Keeps `bytes` as `key`. Blocks on the disk; a full disk keeps nothing and is no error.
     pub fn put(&self, key: Key, bytes: &[u8], put: Put) {
         let length = bytes.len() as u64;
-        let offset = {
+        // Punched out when this returns, not under the lock.
+        let mut gone = Vec::new();
+        let slot = {
             let mut inner = self.lock();
             let fits = |inner: &Inner| inner.used + length <= self.max_bytes;
             if length > self.max_bytes || inner.slots.contains_key(&key) || (put == Put::Ahead && !fits(&inner)) {
                 return;
             }
-            let mut gone = Vec::new();
+            if inner.next > MAX_FILE {
+                let Ok(file) = unlinked(&self.directory) else { return };
+                (inner.file, inner.next) = (file, 0);
+            }
             while !fits(&inner) {
                 let Some((_, &oldest)) = inner.by_use.first_key_value() else { break };
                 gone.extend(inner.remove(oldest));
             }
             inner.used += length;
-            let offset = if inner.next > WRAP { 0 } else { inner.next };
+            let offset = inner.next;
             inner.next = offset + length.next_multiple_of(BLOCK);
-            offset
+            Slot { file: inner.file.clone(), offset, length }
         };
-        let slot = Slot { file: self.file.clone(), offset, length };
-        let written = self.file.write_all_at(bytes, offset);
+        let written = slot.file.write_all_at(bytes, slot.offset);
         let mut inner = self.lock();
         if written.is_err() || inner.slots.contains_key(&key) {
             inner.used -= length;
+            drop(inner);
             return;
         }
         inner.clock += 1;
@@ -200,6 +212,17 @@ mod tests {
         assert!(scratch.read((1, 2), 3999..4001).is_none());
         scratch.forget(1);
         assert!(scratch.has_room(10_000) && !scratch.holds((1, 2)));
+    }
+
+    #[test]
+    fn a_file_that_is_used_up_is_followed_by_another() {
+        let scratch = scratch(1 << 20);
+        scratch.put((1, 0), &[1; 5000], Put::Wanted);
+        scratch.lock().next = MAX_FILE + 1;
+        scratch.put((1, 1), &[2; 5000], Put::Wanted);
+        assert_eq!(scratch.lock().next, 8192);
+        assert_eq!(scratch.read((1, 0), 0..5000).unwrap(), vec![1; 5000]);
+        assert_eq!(scratch.read((1, 1), 0..5000).unwrap(), vec![2; 5000]);
     }
 
     #[test]

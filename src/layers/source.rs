@@ -26,11 +26,7 @@ pub enum Remedy {
 /// Something that has a layer's blob.
 pub trait Source: Send + Sync {
     /// The bytes `range` of the blob, as they arrive. `avoid` names hosts that have just served wrong bytes.
-    fn open<'a>(
-        &'a self,
-        range: Range<u64>,
-        avoid: &'a [HostId],
-    ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>>;
+    fn open<'a>(&'a self, range: Range<u64>, avoid: &'a [HostId]) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>>;
 
     /// Whether asking it is a request to a registry, for metrics.
     fn is_remote(&self) -> bool;
@@ -51,11 +47,7 @@ pub struct RegistrySource {
 }
 
 impl Source for RegistrySource {
-    fn open<'a>(
-        &'a self,
-        range: Range<u64>,
-        avoid: &'a [HostId],
-    ) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
+    fn open<'a>(&'a self, range: Range<u64>, avoid: &'a [HostId]) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
         Box::pin(async move {
             match self.repository.blob_range(self.blob, range, avoid).await {
                 Ok(body) => Ok(Box::new(body) as Box<dyn Body>),

@@ -3,7 +3,10 @@
 //! A blocked reader's request shares the link with whatever streams in the background, connection by connection. Asked for in pieces
 //! it has more connections, so more of the link, and new ones need fewer round trips to get up to speed.
 
-use super::source::{Body, Remedy, Source, SourceError};
+use super::{
+    receive::MAX_BUFFERED,
+    source::{Body, Remedy, Source, SourceError},
+};
 use crate::registry::HostId;
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -14,16 +17,18 @@ use tokio::{sync::mpsc, task::JoinSet};
 const MIN_PIECE: u64 = 384 << 10;
 /// More pieces than this crowd out the background altogether.
 const MAX_PIECES: u64 = 4;
-/// Chunks of a piece that wait for their turn; the pieces of one span are in memory anyway when it is complete.
+/// Chunks of a piece that wait for their turn; the pieces of one span are in memory anyway when it is complete. Larger ones are not split.
 const QUEUE: usize = 1024;
 
 /// Opens `range` of `source` in pieces, or as one if it is small.
 pub async fn open(source: &Arc<dyn Source>, range: Range<u64>, avoid: &[HostId]) -> Result<Box<dyn Body>, SourceError> {
-    let pieces = ((range.end - range.start) / MIN_PIECE).clamp(1, MAX_PIECES);
-    if pieces == 1 || !source.is_remote() {
+    let length = range.end - range.start;
+    let pieces = (length / MIN_PIECE).clamp(1, MAX_PIECES);
+    // Who sent wrong bytes must be known the next time.
+    if pieces == 1 || length > MAX_BUFFERED || !avoid.is_empty() || !source.is_remote() {
         return source.open(range, avoid).await;
     }
-    let step = (range.end - range.start).div_ceil(pieces);
+    let step = length.div_ceil(pieces);
     let mut rest = VecDeque::new();
     let mut tasks = JoinSet::new();
     for number in 1..pieces {
@@ -38,7 +43,11 @@ pub async fn open(source: &Arc<dyn Source>, range: Range<u64>, avoid: &[HostId])
         rest.push_back(receiver);
     }
     let first = source.open(range.start..range.start + step, avoid).await?;
-    Ok(Box::new(Split { host: first.host(), first: Some(first), rest, _tasks: tasks }))
+    Ok(Box::new(Split { host: first.host(), first: Some(first), left: step, rest, _tasks: tasks }))
+}
+
+fn early(left: u64) -> SourceError {
+    SourceError { reason: format!("the response ended {left} bytes early"), remedy: Remedy::Retry(None) }
 }
 
 async fn pump(
@@ -49,23 +58,27 @@ async fn pump(
 ) -> Result<(), SourceError> {
     let mut left = piece.end - piece.start;
     let mut body = source.open(piece, avoid).await?;
-    while let Some(chunk) = body.chunk().await? {
-        left = left.saturating_sub(chunk.len() as u64);
+    while left > 0 {
+        let Some(chunk) = take(&mut body, &mut left).await? else { return Err(early(left)) };
         if sender.send(Ok(chunk)).await.is_err() {
-            return Ok(());
+            break;
         }
     }
-    match left {
-        0 => Ok(()),
-        left => {
-            let reason = format!("the response ended {left} bytes early");
-            Err(SourceError { reason, remedy: Remedy::Retry(None) })
-        }
-    }
+    Ok(())
+}
+
+/// The next bytes of a piece, and none of what does not belong to it.
+async fn take(body: &mut Box<dyn Body>, left: &mut u64) -> Result<Option<Bytes>, SourceError> {
+    let Some(mut chunk) = body.chunk().await? else { return Ok(None) };
+    chunk.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+    *left -= chunk.len() as u64;
+    Ok(Some(chunk))
 }
 
 struct Split {
     first: Option<Box<dyn Body>>,
+    /// Of the first piece.
+    left: u64,
     rest: VecDeque<mpsc::Receiver<Result<Bytes, SourceError>>>,
     host: Option<HostId>,
     /// Dropped with the body: pieces that nobody waits for are not fetched.
@@ -76,8 +89,8 @@ impl Body for Split {
     fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
         Box::pin(async move {
             if let Some(first) = &mut self.first {
-                if let Some(chunk) = first.chunk().await? {
-                    return Ok(Some(chunk));
+                if self.left > 0 {
+                    return take(first, &mut self.left).await?.ok_or_else(|| early(self.left)).map(Some);
                 }
                 self.first = None;
             }

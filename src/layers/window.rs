@@ -23,17 +23,11 @@ const SLICE: Duration = Duration::from_millis(100);
 const SLICES: usize = 50;
 
 /// The estimate. One per node: the first hop is what all requests share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Window {
     slices: VecDeque<u64>,
     current: (Option<Instant>, u64),
     first_bytes: VecDeque<(Instant, Duration)>,
-}
-
-impl Default for Window {
-    fn default() -> Window {
-        Window { slices: VecDeque::new(), current: (None, 0), first_bytes: VecDeque::new() }
-    }
 }
 
 impl Window {
@@ -61,7 +55,10 @@ impl Window {
     pub fn first_byte(&mut self, after: Duration, now: Instant) {
         self.first_bytes.push_back((now, after));
         while self.first_bytes.len() > 64
-            || self.first_bytes.front().is_some_and(|(at, _)| now.saturating_duration_since(*at) > Duration::from_secs(10))
+            || self
+                .first_bytes
+                .front()
+                .is_some_and(|(at, _)| now.saturating_duration_since(*at) > Duration::from_secs(10))
         {
             if self.first_bytes.len() == 1 {
                 break;

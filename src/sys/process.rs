@@ -88,6 +88,18 @@ pub fn shield_from_oom_killer() {
     }
 }
 
+/// Keeps the allocator from holding on to what it was given back: spans come and go by the megabyte, and glibc's growing thresholds and
+/// per-thread arenas would keep the largest they ever were.
+pub fn tame_allocator() {
+    use nix::libc;
+    // SAFETY: mallopt only stores numbers; called before there are other threads, it races with nobody.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,17 +121,5 @@ mod tests {
         }
         let found = find_helper_in("soci-x", Some(two.path().into()), Some(one.path().into())).expect("found");
         assert_eq!(found, two.path().join("soci-x"));
-    }
-}
-
-/// Keeps the allocator from holding on to what it was given back: spans come and go by the megabyte, and glibc's growing thresholds and
-/// per-thread arenas would keep the largest they ever were.
-pub fn tame_allocator() {
-    use nix::libc;
-    // SAFETY: mallopt only stores numbers; called before there are other threads, it races with nobody.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
-        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }

@@ -89,10 +89,10 @@ fn mount_time(lab: &Lab, report: &mut Report) {
             (0..5).filter_map(|i| lab.prepare(&name, &layout, 0, "", &chain(&i.to_string()))).collect();
         let again = crate::report::median(again);
         report.record(json!({"section": "mount", "files": files, "first": first, "again": again, "rss_kb": lab.daemon.usage().rss_now_kb}));
-        let first = first.map_or("not lazy".to_string(), |s| format!("{s:.3} s"));
+        let text = first.map_or("not lazy".to_string(), |s| format!("{s:.3} s"));
         rows.push(vec![
             files.to_string(),
-            first,
+            text,
             format!("{:.1} ms", again * 1000.0),
             format!("{} MB", lab.daemon.usage().rss_now_kb / 1024),
         ]);

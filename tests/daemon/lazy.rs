@@ -148,8 +148,14 @@ fn privileged_of_two_prepares_at_once_one_layer_stays_and_goes_with_its_snapshot
     let _running = site.start(&config);
     let client = Client::connect(&site.socket());
     std::thread::scope(|scope| {
-        let prepares: Vec<_> =
-            (0..6).map(|i| scope.spawn({ let (image, client) = (&image, &client); move || image.prepare(client, &format!("ns-{i}"), 0) })).collect();
+        let prepares: Vec<_> = (0..6)
+            .map(|i| {
+                scope.spawn({
+                    let (image, client) = (&image, &client);
+                    move || image.prepare(client, &format!("ns-{i}"), 0)
+                })
+            })
+            .collect();
         assert!(prepares.into_iter().all(|p| p.join().unwrap()));
     });
     cleanup(&client);

@@ -156,7 +156,8 @@ fn config_check_says_what_the_daemon_would_say() {
     assert_eq!(check("debug = true", &[]), (Some(0), format!("{name}: ok\n"), String::new()));
     let (code, out, warning) = check("max_concurency = 3", &[]);
     assert_eq!((code, out), (Some(0), format!("{name}: ok\n")));
-    let expected = format!("warning: {name}:1:1: max_concurency: unknown key, ignored; did you mean max_concurrency?\n");
+    let expected =
+        format!("warning: {name}:1:1: max_concurency: unknown key, ignored; did you mean max_concurrency?\n");
     assert_eq!(warning, expected);
     let (code, out, _) = check("max_concurency = 3", &["--strict"]);
     assert_eq!((code, out), (Some(1), String::new()));
@@ -234,7 +235,10 @@ fn privileged_what_stands_in_the_way_is_named_with_what_to_do() {
         command
     };
     let under_a_file = site.root.join("file/root");
-    says(&mut elsewhere(&under_a_file), &["cannot prepare the root directory", "file/root", "--root", "Not a directory"]);
+    says(
+        &mut elsewhere(&under_a_file),
+        &["cannot prepare the root directory", "file/root", "--root", "Not a directory"],
+    );
     let read_only = site.root.dir("read-only");
     let script = format!(
         "mount -t tmpfs -o ro none {0} && exec {DAEMON} --root {0}/x --config /dev/null --address {1}",
@@ -259,7 +263,10 @@ fn privileged_what_stands_in_the_way_is_named_with_what_to_do() {
     std::fs::copy(DAEMON, &alone).unwrap();
     let mut command = Command::new(alone);
     command.env_remove("SOCI_LIBEXEC").arg("--root").arg(site.root.join("fresh")).args(["--config", "/dev/null"]);
-    says(command.arg("--address").arg(site.socket()), &["soci-mount is not installed", "/usr/libexec/soci-snapshotter"]);
+    says(
+        command.arg("--address").arg(site.socket()),
+        &["soci-mount is not installed", "/usr/libexec/soci-snapshotter"],
+    );
 }
 
 #[test]

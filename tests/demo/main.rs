@@ -158,7 +158,8 @@ fn play(choice: &Choice, slot: &Slot) -> bool {
     if !same_line {
         println!("  overlayfs printed: {}", theirs.line);
     }
-    let lazily = !choice.ours.is_lazy() || layers.lazy > 0 && layers.failed == 0;
+    // Layers that are too small for an index are containerd's.
+    let lazily = !choice.ours.is_lazy() || layers.lazy == indexed_layers(&indexed);
     lazily && same_line && differences.is_empty()
 }
 
@@ -194,6 +195,13 @@ fn start_once(kind: Kind, image: &str, registry: &Registry, link: &Link, root: R
     let tree = tree::read(&mount.path);
     drop(mount);
     Outcome { pull, start: after, fetched, line: ready.line, tree, layers: engine.layers() }
+}
+
+/// The number of layers that the SOCI index of a converted layout describes.
+fn indexed_layers(layout: &std::path::Path) -> usize {
+    let index = registry::soci_index(layout);
+    let index: soci::oci::Manifest = registry::read_json(&registry::blob_path(layout, &index));
+    index.layers.len()
 }
 
 /// MB of the blobs that are in `to` and not in `from`.

@@ -48,7 +48,7 @@ fn be_confined() {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a socket");
         tokio::net::TcpStream::connect(listener.local_addr().expect("address")).await.expect("a connection");
-        tokio::net::lookup_host("localhost:1").await.expect("the resolver");
+        let _addresses = tokio::net::lookup_host("localhost:1").await.expect("the resolver").count();
         let helper = tokio::process::Command::new("true").status().await.expect("a credential helper");
         assert!(helper.success());
         tokio::task::spawn_blocking(|| std::fs::read("/proc/self/status")).await.expect("join").expect("a file");

@@ -13,6 +13,9 @@ use std::path::Path;
 /// The time of everything that does not say otherwise: 2024-01-02 03:04:05 UTC.
 pub const MTIME: i64 = 1_704_164_645;
 
+/// What image builders use. (Level 1 of zlib-ng and its kin writes one deflate block for everything: a layer of a single span.)
+const LEVEL: Compression = Compression::new(6);
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     File(Vec<u8>),
@@ -121,7 +124,7 @@ impl Layer {
         let diff_id = match self.form {
             Form::Tar => self.tar(&mut out)?,
             Form::Gzip => {
-                let mut gzip = GzEncoder::new(&mut out, Compression::fast());
+                let mut gzip = GzEncoder::new(&mut out, LEVEL);
                 let diff_id = self.tar(&mut gzip)?;
                 gzip.finish()?;
                 diff_id
@@ -130,7 +133,7 @@ impl Layer {
                 let mut tar = Vec::new();
                 let diff_id = self.tar(&mut tar)?;
                 for member in tar.chunks(size) {
-                    let mut gzip = GzEncoder::new(&mut out, Compression::fast());
+                    let mut gzip = GzEncoder::new(&mut out, LEVEL);
                     gzip.write_all(member)?;
                     gzip.finish()?;
                 }

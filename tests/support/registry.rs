@@ -103,6 +103,7 @@ fn is_soci_index(descriptor: &Descriptor, layout: &Path) -> bool {
     let soci = [media_type::SOCI_INDEX_V1, media_type::SOCI_INDEX_V2];
     soci.contains(&descriptor.artifact_type.as_str())
         || media_type::is_manifest(&descriptor.media_type)
+            && blob_path(layout, &descriptor.digest).exists()
             && soci.contains(&read_json::<Manifest>(&blob_path(layout, &descriptor.digest)).config.media_type.as_str())
 }
 
@@ -132,6 +133,15 @@ pub fn image_manifest(layout: &Path) -> (Digest, Manifest) {
             .unwrap_or_else(|| panic!("{}: no image for this platform", layout.display()));
     }
     (top.digest, read_json(&blob_path(layout, &top.digest)))
+}
+
+/// The SOCI index that `soci convert` put into a layout.
+pub fn soci_index(layout: &Path) -> Digest {
+    let top: Index = read_json(&layout.join("index.json"));
+    let inner = |m: &Descriptor| read_json::<Index>(&blob_path(layout, &m.digest)).manifests;
+    let nested = top.manifests.iter().filter(|m| media_type::is_index(&m.media_type)).flat_map(inner);
+    let mut all = top.manifests.iter().cloned().chain(nested);
+    all.find(|m| is_soci_index(m, layout)).expect("a converted layout has a SOCI index").digest
 }
 
 /// The runtime behind everything asynchronous in here.

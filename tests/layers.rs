@@ -1,0 +1,9 @@
+//! Lazily loaded layers: what readers get, whatever the sources, the disk and the other readers do.
+
+mod background;
+mod disk;
+mod faults;
+mod lab;
+mod large;
+mod reads;
+mod store;
