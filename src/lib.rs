@@ -64,7 +64,8 @@
 //!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli
 //! ```
-//! `tests/architecture.rs` keeps it.
+//! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
+//! its `layers::toc`; `snapshot` takes its settings in the types of `config`, because a copy of each enum would only be translated.
 //!
 //! # Invariants
 //!

@@ -12,15 +12,9 @@ use std::{
     time::Duration,
 };
 
-/// What the release is called; part of `soci --version`, which nerdctl reads. A package build sets both at compile time.
-pub const VERSION: &str = match option_env!("SOCI_VERSION") {
-    Some(version) => version,
-    None => env!("CARGO_PKG_VERSION"),
-};
-const REVISION: &str = match option_env!("SOCI_REVISION") {
-    Some(revision) => revision,
-    None => "<unknown>",
-};
+/// What the release is called; part of `soci --version`, which nerdctl reads. `build.rs` finds both.
+pub const VERSION: &str = env!("SOCI_VERSION");
+const REVISION: &str = env!("SOCI_REVISION");
 
 const GLOBAL: &str = "Global options";
 

@@ -141,9 +141,9 @@ fn command() -> Command {
         .subcommand(config)
 }
 
-/// What `--version` prints: stamped by the release build, `<unknown>` otherwise.
+/// What `--version` prints: version and revision, as `build.rs` found them.
 pub fn version() -> (&'static str, &'static str) {
-    (option_env!("SOCI_VERSION").unwrap_or("<unknown>"), option_env!("SOCI_REVISION").unwrap_or("<unknown>"))
+    (env!("SOCI_VERSION"), env!("SOCI_REVISION"))
 }
 
 /// Reads the command line `args`, whose first element is the program's name, and the variables that `env` knows.

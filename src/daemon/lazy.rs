@@ -48,6 +48,9 @@ const CLAIM: Duration = Duration::from_secs(120);
 /// Connections to open at first: as many as the first seconds of an image use.
 const CONNECTIONS: usize = 5;
 
+/// Images remembered for that; beyond, connections that exist already are opened once more.
+const WARMED: usize = 4096;
+
 fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
     LazyRecord::new(
         target.layer,
@@ -80,6 +83,13 @@ pub struct LazyMounts {
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
     pub settings: LazySettings,
+    /// [`State::default`] at first.
+    pub state: State,
+}
+
+/// What a [`LazyMounts`] remembers.
+#[derive(Default)]
+pub struct State {
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
     /// The layer that each snapshot uses in the store, from before it is opened until it is let go. Leaf lock.
     claims: Mutex<HashMap<SnapshotId, Digest>>,
@@ -87,48 +97,20 @@ pub struct LazyMounts {
     healing: tokio::sync::Mutex<()>,
     /// Indexes whose layers were opened ahead of their Prepares, lately.
     ahead: Mutex<HashSet<Digest>>,
-    /// Manifests of images for which connections were opened. 32 bytes each, for the life of the daemon.
+    /// Manifests of images for which connections were opened lately.
     warmed: Mutex<HashSet<Digest>>,
 }
 
-/// The parts of a [`LazyMounts`].
-pub struct Parts {
-    pub layout: Layout,
-    pub registry: Registry,
-    pub indexes: Indexes,
-    pub containerd: ContainerdContent,
-    /// Where containerd's content store is also asked for indexes and zTOCs.
-    pub artifacts: Option<Artifacts>,
-    pub store: Arc<LayerStore>,
-    pub tree: Arc<Tree>,
-    pub observers: Arc<Observers>,
-    pub settings: LazySettings,
-}
-
 impl LazyMounts {
-    pub fn new(parts: Parts) -> LazyMounts {
-        let Parts { layout, registry, indexes, containerd, artifacts, store, tree, observers, settings } = parts;
-        LazyMounts {
-            layout,
-            registry,
-            indexes,
-            containerd,
-            artifacts,
-            store,
-            tree,
-            observers,
-            settings,
-            mounted: Mutex::default(),
-            claims: Mutex::default(),
-            healing: tokio::sync::Mutex::default(),
-            ahead: Mutex::default(),
-            warmed: Mutex::default(),
-        }
-    }
-
     /// Opens connections to where the image's layers are while its index is being looked for.
     fn warm(&self, target: &Target) {
-        let first = self.warmed.lock().unwrap_or_else(PoisonError::into_inner).insert(target.manifest);
+        let first = {
+            let mut warmed = self.state.warmed.lock().unwrap_or_else(PoisonError::into_inner);
+            if warmed.len() >= WARMED {
+                warmed.clear();
+            }
+            warmed.insert(target.manifest)
+        };
         if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
             let layer = target.layer;
             tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
@@ -138,7 +120,7 @@ impl LazyMounts {
     /// Opens and streams all layers of an image when the first of them is prepared: their Prepares come one after another, and the
     /// link need not wait for them. Layers that nobody has claimed after [`CLAIM`] are given up.
     fn open_ahead(self: &Arc<Self>, index: &SociIndex, target: &Target) {
-        if !self.ahead.lock().unwrap_or_else(PoisonError::into_inner).insert(index.digest) {
+        if !self.state.ahead.lock().unwrap_or_else(PoisonError::into_inner).insert(index.digest) {
             return;
         }
         let layers: Vec<(usize, Digest, ZtocDescriptor)> = index
@@ -170,7 +152,7 @@ impl LazyMounts {
                 }
             }
             tokio::time::sleep(CLAIM).await;
-            me.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
+            me.state.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
             for layer in opened {
                 let digest = layer.digest();
                 drop(layer);
@@ -182,7 +164,7 @@ impl LazyMounts {
     }
 
     fn mounted(&self) -> MutexGuard<'_, HashMap<SnapshotId, Mounted>> {
-        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shows the layer of `id` again, from what is on disk.
@@ -194,7 +176,7 @@ impl LazyMounts {
 
     /// Tries once more what failed at start: a disk that was full or slow, descriptors that had run out.
     async fn heal(&self, id: SnapshotId) -> bool {
-        let _one = self.healing.lock().await;
+        let _one = self.state.healing.lock().await;
         if self.mounted().contains_key(&id) {
             return true;
         }
@@ -219,7 +201,7 @@ impl LazyMounts {
             self.tree.remove(id);
             self.observers.unmounted(id);
         }
-        let Some(layer) = self.claims.lock().unwrap_or_else(PoisonError::into_inner).remove(&id) else { return };
+        let Some(layer) = self.state.claims.lock().unwrap_or_else(PoisonError::into_inner).remove(&id) else { return };
         // What becomes an ordinary snapshot has no such record; where the directory goes, it goes with it.
         let _ = std::fs::remove_file(self.layout.snapshot_lazy_record(id));
         let store = self.store.clone();
@@ -255,7 +237,7 @@ impl LazyMounts {
     async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, String> {
         let user = user.into();
         if let User::Snapshot(id) = user {
-            self.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id, record.layer);
+            self.state.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id, record.layer);
         }
         let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
         let registry = Arc::new(RegistrySource { repository, blob: record.layer });

@@ -12,7 +12,7 @@ use std::{
 pub enum ListenError {
     #[error("address {address:?}: protocol {protocol:?} is not supported; use a path, unix://PATH or fd://")]
     Protocol { address: String, protocol: String },
-    #[error("cannot listen on {}", path.display())]
+    #[error("cannot listen on {}; another path can be given with --address", path.display())]
     Bind { path: PathBuf, source: io::Error },
     #[error("systemd passed {0} sockets; exactly one is expected (see the unit's Sockets=)")]
     TooManySockets(usize),

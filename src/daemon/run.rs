@@ -53,9 +53,9 @@ enum StartError {
     Root(#[from] RootError),
     #[error("cannot use the content store")]
     Content(#[from] index::StoreError),
-    #[error("cannot get the FUSE mount")]
+    #[error("cannot get the FUSE mount: start the daemon as root, or soci-mount with the same --root before it")]
     Holder(#[from] holder::HolderError),
-    #[error("cannot get the custodian")]
+    #[error("cannot get the custodian, which acts on containers' files for us")]
     Custodian(#[from] custodian::CustodianError),
     #[error("cannot talk to the custodian")]
     CustodianLink(#[source] io::Error),
@@ -174,9 +174,10 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         );
     }
     raise_descriptor_limit();
+    // Before the mount, which would stay: containerd may connect now, and is answered when everything is here.
+    let listening = listen::listen(&options.address)?;
     let held = holder::obtain(&layout, How::SpawnChild)?;
     let custodian = custodian::start(&layout)?;
-    let listening = listen::listen(&options.address)?;
     let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
     sys::seccomp::confine(sys::seccomp::Role::Daemon, &alone).map_err(StartError::Confine)?;
@@ -375,7 +376,7 @@ fn lazy_side(
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,
     };
-    Ok(LazyMounts::new(lazy::Parts {
+    Ok(LazyMounts {
         layout: layout.clone(),
         registry,
         indexes,
@@ -385,7 +386,8 @@ fn lazy_side(
         tree,
         observers,
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
-    }))
+        state: lazy::State::default(),
+    })
 }
 
 fn limit(timeout: config::Timeout) -> registry::Limit {

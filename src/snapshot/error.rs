@@ -56,7 +56,11 @@ pub enum StoreError {
     )]
     Newer { path: PathBuf, found: u64, known: u64 },
     /// Never repaired by guessing and never replaced by an empty one: containerd's own records name these snapshots.
-    #[error("snapshot database {} is damaged: {what}", path.display())]
+    #[error(
+        "snapshot database {} is damaged: {what}. It is left as it is: bring back a copy, or remove the images of this \
+         snapshotter from containerd, move the file away and pull them again",
+        path.display()
+    )]
     Damaged { path: PathBuf, what: String },
     #[error("record of snapshot {name:?} is damaged")]
     DamagedRecord { name: String, source: serde_json::Error },
