@@ -45,13 +45,18 @@
 //!    it without copying every reply once more. A read-only filesystem needs two dozen small messages: `fs::wire` has them, parsed
 //!    totally. fuser's public vocabulary of flags is used.
 //! 4. **The layer store keeps what came over the wire**: compressed spans at their own offsets in a sparse file. A third of the
-//!    writes of inflated data, checkable against the layer's digest when complete. Inflated spans live in a small memory cache; what
-//!    containers read stays in the kernel's page cache, because the kernel is told that layers never change.
+//!    writes of inflated data, checkable against the layer's digest when complete. Inflated spans live in a small memory cache and,
+//!    bounded, in one unlinked scratch file that is page cache in practice: programs touch pages of more spans than memory should
+//!    hold, and inflating a span again for every page cost a tensorflow start eight seconds. A thread of the lowest priority fills
+//!    it ahead of reads. What containers have read stays in the kernel's own page cache, because the kernel is told that layers
+//!    never change.
 //! 5. **No fsync in the way of a reader.** A span's presence mark may survive a power cut that its bytes did not. So a span that an
 //!    earlier process wrote is checked against its digest on first use, and fetched again when it does not match.
-//! 6. **One scheduler owns the network** (`layers::Scheduler`): demand first and unlimited; then what follows what was just read; then
-//!    everything else, most likely first by a prior over paths. Requests are sent while fewer bytes are on their way than the
-//!    link holds, so that the link is never idle and a blocked read never waits behind more than that.
+//! 6. **One scheduler owns the network** (`layers::Scheduler`): demand first, unlimited and in several requests at once, so that it
+//!    gets most of the link; then what follows what was just read; then everything else, most likely first by a prior over paths
+//!    (`layers::prior`). Background requests are sent while fewer bytes are on their way than the link holds, three times that while
+//!    nobody has waited lately: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
+//!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
 //! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
 //!
 //! # Who may name whom
