@@ -19,7 +19,7 @@ const TORCH: &str =
 const NGINX: &str =
     "nginx && until (exec 3<>/dev/tcp/127.0.0.1/80) 2>/dev/null; do sleep .02; done; echo READY; sleep 60";
 const POSTGRES: &str = "mkdir -p /pg && chown postgres /pg && exec su postgres -c \
-    '/usr/lib/postgresql/15/bin/initdb -D /pg >/dev/null && exec /usr/lib/postgresql/15/bin/postgres -D /pg -p 7432'";
+    '/usr/lib/postgresql/15/bin/initdb -D /pg >/dev/null && exec /usr/lib/postgresql/15/bin/postgres -D /pg -k /pg -p 7432'";
 const RABBITMQ: &str = "echo NODENAME=rabbit@localhost > /etc/rabbitmq/rabbitmq-env.conf; \
     RABBITMQ_LOGS=- RABBITMQ_SERVER_ERL_ARGS='' exec rabbitmq-server";
 const FFMPEG: &str = "ffmpeg -loglevel error -f lavfi -i testsrc=duration=0.2 -c:v libx264 -f null - && echo READY";
