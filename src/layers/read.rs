@@ -23,7 +23,7 @@ use crate::{
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, future::BoxFuture};
 use std::{ops::Range, sync::atomic::Ordering, time::Instant};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 /// How often a span is fetched because what is on disk is damaged, until it is clear that the disk is the trouble.
 pub(super) const TRIES: usize = 3;
@@ -129,11 +129,9 @@ impl Layer {
             };
             let waited = asked.elapsed();
             let memory = self.shared().memory(size + self.span_bytes(span)).await;
-            let inflated = self.blocking(move |layer| {
-                let _memory = memory;
-                layer.inflate(span, arrival)
-            });
-            if let Some(bytes) = inflated.await? {
+            let (inflated, memory) = self.blocking(move |layer| Ok((layer.inflate(span, arrival)?, memory))).await?;
+            if let Some(bytes) = inflated {
+                self.spill(span, bytes.clone(), memory);
                 tracing::debug!(layer = %self.digest(), span, ?waited, took = ?asked.elapsed(), "span inflated");
                 return Ok(bytes);
             }
@@ -154,13 +152,20 @@ impl Layer {
         let mut out = vec![0; (entry.uncompressed.end - entry.uncompressed.start) as usize];
         let window = self.files.ztoc().get(entry.window.clone()).unwrap_or_default();
         match inflate::inflate_span(entry.bits, window, &compressed, 0, &mut out) {
-            Ok(()) => {
-                if let Some(scratch) = self.shared().scratch() {
-                    scratch.put((self.number, span), &out, Put::Wanted);
-                }
-                Ok(Some(out.into()))
-            }
+            Ok(()) => Ok(Some(out.into())),
             Err(error) => self.suspect(span, entry, was_on_disk, &error).map(|()| None),
+        }
+    }
+
+    /// Keeps an inflated span in the scratch file, after its reader was answered: writing it takes as long as inflating it.
+    fn spill(&self, span: usize, bytes: Bytes, memory: Option<OwnedSemaphorePermit>) {
+        if let (Some(layer), Some(_)) = (self.arc(), self.shared().scratch()) {
+            self.shared().runtime.spawn_blocking(move || {
+                let _memory = memory;
+                if let Some(scratch) = layer.shared().scratch() {
+                    scratch.put((layer.number, span), &bytes, Put::Wanted);
+                }
+            });
         }
     }
 
