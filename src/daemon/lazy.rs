@@ -51,18 +51,6 @@ const CONNECTIONS: usize = 5;
 /// Images remembered for that; beyond, connections that exist already are opened once more.
 const WARMED: usize = 4096;
 
-fn record(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
-    LazyRecord::new(
-        target.layer,
-        ztoc.digest,
-        target.manifest,
-        target.reference.clone(),
-        target.namespace.clone(),
-        ztoc.disable_xattrs,
-        depth,
-    )
-}
-
 /// Settings of the lazy side.
 #[derive(Debug, Clone, Copy)]
 pub struct LazySettings {
@@ -135,7 +123,7 @@ impl LazyMounts {
             let mut opened = Vec::new();
             for (depth, layer, ztoc) in layers {
                 let target = Target { layer, ..target.clone() };
-                match me.open(claim, &record(&target, &ztoc, depth)).await {
+                match me.open(claim, &LazyRecord::new(&target, &ztoc, depth)).await {
                     Ok(open) => {
                         let local = me.local(&target.namespace, layer);
                         if local.is_there().await {
@@ -300,7 +288,7 @@ impl LazyMounts {
         })?;
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         self.open_ahead(&index, target);
-        let record = record(target, ztoc, parents.len());
+        let record = LazyRecord::new(target, ztoc, parents.len());
         let layer = self.open(id, &record).await.map_err(unresolved)?;
         if is_local {
             layer.add_source(Arc::new(local));

@@ -2,8 +2,10 @@
 
 use crate::{
     fs::ImpliedAttrs,
+    index::ZtocDescriptor,
     layout::{Layout, SnapshotId},
     oci::{Digest, Reference},
+    snapshot::Target,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, fs, io, io::Write, path::Path};
@@ -41,17 +43,18 @@ mod reference_text {
 }
 
 impl LazyRecord {
-    #[allow(clippy::too_many_arguments)] // one per field; the version is not the caller's to choose
-    pub fn new(
-        layer: Digest,
-        ztoc: Digest,
-        manifest: Digest,
-        image: Reference,
-        namespace: String,
-        no_xattrs: bool,
-        depth: usize,
-    ) -> LazyRecord {
-        LazyRecord { version: VERSION, layer, ztoc, manifest, image, namespace, no_xattrs, depth }
+    /// The record of the layer that `target` names, with that zTOC and `depth` layers below it.
+    pub fn new(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
+        LazyRecord {
+            version: VERSION,
+            layer: target.layer,
+            ztoc: ztoc.digest,
+            manifest: target.manifest,
+            image: target.reference.clone(),
+            namespace: target.namespace.clone(),
+            no_xattrs: ztoc.disable_xattrs,
+            depth,
+        }
     }
 
     /// Writes the record with the attributes of implied directories, durably: containerd is told only afterwards.

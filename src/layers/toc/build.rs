@@ -620,32 +620,3 @@ impl Flat {
         Ok(out)
     }
 }
-
-impl<'a> From<&crate::ztoc::FileRef<'a>> for Entry<'a> {
-    fn from(file: &crate::ztoc::FileRef<'a>) -> Entry<'a> {
-        use crate::ztoc::Kind as Listed;
-        Entry {
-            name: file.name,
-            kind: match file.kind {
-                Listed::Regular => EntryKind::Regular,
-                Listed::Directory => EntryKind::Directory,
-                Listed::Symlink => EntryKind::Symlink,
-                Listed::Hardlink => EntryKind::Hardlink,
-                Listed::Char => EntryKind::Char,
-                Listed::Block => EntryKind::Block,
-                Listed::Fifo => EntryKind::Fifo,
-            },
-            offset: file.offset,
-            header: file.header,
-            size: file.size,
-            link: file.link,
-            mode: file.mode,
-            uid: file.uid,
-            gid: file.gid,
-            mtime: file.mtime,
-            devmajor: file.devmajor,
-            devminor: file.devminor,
-            xattrs: file.xattrs().collect(),
-        }
-    }
-}
