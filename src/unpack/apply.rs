@@ -51,7 +51,7 @@ pub enum Place {
 }
 
 /// Why unpacking ended early.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
     /// The tar is to blame.
     Refused { why: Refusal, detail: Detail },
