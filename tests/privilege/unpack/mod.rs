@@ -1,5 +1,7 @@
 //! Layers unpacked by the real custodian: what becomes of good ones, of hostile ones, and when somebody dies meanwhile.
 
+mod equal;
+mod hostile;
 mod life;
 
 use super::{
