@@ -22,6 +22,14 @@ pub const DEFAULT_CONFIG: &str = "/etc/soci-snapshotter-grpc/config.toml";
 /// Default of `--address`.
 pub const DEFAULT_ADDRESS: &str = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock";
 
+/// Where the daemon that serves containerd on `socket` answers `soci status`: beside it, and on the same filesystem, which never fills up.
+pub fn status_socket(socket: &Path) -> PathBuf {
+    match socket.extension() {
+        Some(extension) if extension == "status" => socket.with_extension("status.status"),
+        _ => socket.with_extension("status"),
+    }
+}
+
 /// A snapshot's number: decimal in paths, never reused, below 2^32 so that it fits the upper half of an inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SnapshotId(pub u32);

@@ -26,7 +26,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("telemetry", &["oci", "sys"]),
     ("custodian", &["layout", "sys", "snapshot"]),
     ("holder", &["layout", "sys", "fs"]),
-    ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index"]),
+    ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index", "config", "daemon", "registry", "telemetry"]),
     (
         "daemon",
         &[
@@ -53,12 +53,25 @@ const MAY_NAME: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     (
         "tokio",
-        &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"],
+        &[
+            "registry",
+            "keychain",
+            "index",
+            "layers",
+            "fs",
+            "snapshot",
+            "grpc",
+            "custodian",
+            "telemetry",
+            "daemon",
+            "cli",
+        ],
     ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),
     ("fuser", &["fs"]),
-    ("toml_edit", &["config"]),
+    // Our configuration; and containerd's, which `soci enable` edits.
+    ("toml_edit", &["config", "cli"]),
     ("redb", &["snapshot"]),
     ("clap", &["cli", "config", "custodian", "holder"]),
 ];

@@ -2,10 +2,12 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
+//! containerd has; [`condition`] tells `soci status` how
+//! we are; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod condition;
 mod decisions;
 mod implied;
 mod lazy;
@@ -15,4 +17,4 @@ mod record;
 mod root;
 mod run;
 
-pub use run::main;
+pub use run::{discovery_of, logins_of, main, registry_of};

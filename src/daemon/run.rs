@@ -2,6 +2,7 @@
 
 use super::{
     artifacts::Artifacts,
+    condition::{Condition, Identity, Reporter},
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
@@ -16,9 +17,10 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::{DockerConfig, Keychain},
+    keychain::{DockerConfig, Keychain, Query, SourceError},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
+    oci::Reference,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
     sys,
@@ -190,7 +192,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, config, held, custodian, listening));
+    let result = runtime.block_on(serve(layout, config, options, held, custodian, listening));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -214,6 +216,7 @@ fn raise_descriptor_limit() {
 async fn serve(
     layout: Layout,
     config: &Config,
+    options: &Options,
     held: Held,
     custodian: custodian::Connection,
     listening: Listening,
@@ -226,6 +229,18 @@ async fn serve(
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
+    let condition = Condition::starting();
+    let reporter = Reporter {
+        identity: Identity {
+            address: listening.address.clone(),
+            root: layout.root().to_owned(),
+            config: options.config.clone(),
+        },
+        condition: condition.clone(),
+        observers: observers.clone(),
+        scheduler: lazy.store.shared().scheduler.clone(),
+    };
+    reporter.serve(&listening.path()).await;
     let options = snapshot::Options::new(layout.clone(), config.into());
     let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
     recover(&snapshotter, &lazy).await?;
@@ -245,7 +260,7 @@ async fn serve(
         tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
     }
     serve_telemetry(config, metrics).await?;
-    tokio::spawn(keep_held(layout.clone(), held));
+    tokio::spawn(keep_held(layout.clone(), held, condition.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
@@ -253,6 +268,7 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    condition.serving();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
@@ -319,7 +335,7 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held) {
+async fn keep_held(layout: Layout, held: Held, condition: Arc<Condition>) {
     let held = Arc::new(held);
     let mut said = false;
     loop {
@@ -329,7 +345,9 @@ async fn keep_held(layout: Layout, held: Held) {
             use std::os::fd::AsFd;
             holder::ensure_kept(&layout, held.device.as_fd(), &held.init, How::SpawnChild)
         });
-        match kept.await {
+        let kept = kept.await;
+        condition.connection_kept(matches!(kept, Ok(Ok(_))));
+        match kept {
             Ok(Ok(holder::Keeping::Already)) => said = false,
             Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
             Ok(Err(error)) if !said => {
@@ -349,12 +367,7 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
     let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
-    let discovery = DiscoverySettings {
-        v1: config.pull_modes.soci_v1.enable,
-        v2: config.pull_modes.soci_v2.enable,
-        prefetch: config.prefetch.enable,
-        ..DiscoverySettings::default()
-    };
+    let discovery = discovery_of(config);
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
@@ -391,6 +404,31 @@ fn lazy_side(
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
         state: lazy::State::default(),
     })
+}
+
+/// Registries as the daemon asks them under `config`, for tools that look at an image with its eyes.
+pub fn registry_of(config: &Config) -> Result<Registry, registry::RegistryError> {
+    Registry::new(http_settings(config), hosts(config), Arc::new(Keychain::new(keychain_sources())))
+}
+
+/// Which ways of finding an index are on under `config`.
+pub fn discovery_of(config: &Config) -> DiscoverySettings {
+    DiscoverySettings {
+        v1: config.pull_modes.soci_v1.enable,
+        v2: config.pull_modes.soci_v2.enable,
+        prefetch: config.prefetch.enable,
+        ..DiscoverySettings::default()
+    }
+}
+
+/// Each source of logins, and whether it knows one for the registry of `reference`. What it knows is not told.
+pub async fn logins_of(reference: &Reference) -> Vec<(&'static str, Result<bool, SourceError>)> {
+    let query = Query { host: &reference.host, reference };
+    let mut out = Vec::new();
+    for source in keychain_sources() {
+        out.push((source.name(), source.lookup(&query).await.map(|found| found.is_some())));
+    }
+    out
 }
 
 fn limit(timeout: config::Timeout) -> registry::Limit {
