@@ -7,6 +7,7 @@
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
 //!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
+//!   settings.toml                 the settings of the last good start
 //!   holder.sock                   the holder of the FUSE descriptor
 //!   custodian.sock                the custodian, where systemd does not provide it
 //! ```
@@ -102,6 +103,10 @@ impl Layout {
     /// Target of the `fs` symlink of a lazy layer, relative to the snapshot's directory.
     pub fn lazy_link(id: SnapshotId) -> PathBuf {
         Path::new("../../lazy").join(id.to_string())
+    }
+    /// The settings of the last good start.
+    pub fn settings_kept(&self) -> PathBuf {
+        self.root.join("settings.toml")
     }
     pub fn holder_socket(&self) -> PathBuf {
         self.root.join("holder.sock")

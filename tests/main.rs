@@ -15,6 +15,7 @@ mod journal;
 mod lab;
 mod layers;
 mod licences;
+mod operator;
 mod privilege;
 mod referrers;
 mod registry;

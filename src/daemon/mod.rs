@@ -3,7 +3,7 @@
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
 //! containerd has; [`condition`] tells `soci status` how
-//! we are; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
+//! we are; [`decisions`] remembers what was decided for each layer and why; [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory.
 #![forbid(unsafe_code)]
 
 mod artifacts;
@@ -16,5 +16,6 @@ mod observe;
 mod record;
 mod root;
 mod run;
+mod settings;
 
 pub use run::{discovery_of, logins_of, main, registry_of};

@@ -2,11 +2,13 @@
 
 use super::{
     artifacts::Artifacts,
-    condition::{Condition, Identity, Reporter},
+    condition::{Cause, Condition, Identity, Reporter},
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
+    record,
     root::{self, RootError},
+    settings::{self, Chosen},
 };
 use crate::{
     config::{
@@ -19,10 +21,10 @@ use crate::{
     index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{DockerConfig, Keychain, Query, SourceError},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
-    layout::Layout,
+    layout::{Layout, SnapshotId},
     oci::Reference,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
-    snapshot::{self, Snapshotter},
+    snapshot::{self, Door, Snapshotter},
     sys,
     telemetry::{
         catalog::say,
@@ -142,17 +144,24 @@ fn start(options: Options) -> ExitCode {
     }
     let (version, revision) = config::args::version();
     tracing::info!(version, revision, "starting soci-snapshotter-grpc");
-    let loaded = match config::load(&options.config) {
-        Ok(loaded) => loaded,
+    let layout = match absolute(&options.root) {
+        Ok(root) => Layout::new(root),
+        Err(error) => {
+            logs::fatal("failed to serve snapshotter", &error);
+            return ExitCode::FAILURE;
+        }
+    };
+    let chosen = match settings::choose(&options.config, &layout) {
+        Ok(chosen) => chosen,
         Err(error) => {
             logs::fatal(&snapshot::chain(&error), &error);
             return ExitCode::FAILURE;
         }
     };
-    for warning in loaded.warning_lines() {
+    for warning in &chosen.warnings {
         say!(ConfigDoubtful, "{warning}");
     }
-    match run(&options, &loaded.config) {
+    match run(&options, layout, &chosen) {
         Ok(()) => {
             tracing::info!("Exiting");
             ExitCode::SUCCESS
@@ -165,9 +174,9 @@ fn start(options: Options) -> ExitCode {
 }
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
-fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
-    let layout = Layout::new(absolute(&options.root)?);
+    let config = &chosen.config;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -192,7 +201,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, config, options, held, custodian, listening));
+    let result = runtime.block_on(serve(layout, chosen, options, held, custodian, listening));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -215,12 +224,13 @@ fn raise_descriptor_limit() {
 
 async fn serve(
     layout: Layout,
-    config: &Config,
+    chosen: &Chosen,
     options: &Options,
     held: Held,
     custodian: custodian::Connection,
     listening: Listening,
 ) -> Result<(), StartError> {
+    let config = &chosen.config;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     let metrics = Metrics::new();
@@ -229,7 +239,12 @@ async fn serve(
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
-    let condition = Condition::starting();
+    let door = Door::closed();
+    let condition = Condition::starting(door.clone());
+    if let Some(trouble) = &chosen.trouble {
+        condition.trouble(Cause::Config, trouble.clone());
+    }
+    condition.watch_room(layout.root().to_owned());
     let reporter = Reporter {
         identity: Identity {
             address: listening.address.clone(),
@@ -242,8 +257,23 @@ async fn serve(
     };
     reporter.serve(&listening.path()).await;
     let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
-    recover(&snapshotter, &lazy).await?;
+    let open = {
+        let lazy = Arc::new(lazy.clone());
+        move || Snapshotter::open(options.clone(), lazy.clone(), disk.clone())
+    };
+    let records = record::all(&layout);
+    match open().await {
+        Ok(snapshotter) => {
+            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            door.open(snapshotter);
+        }
+        // Containers read these, whatever else is wrong.
+        Err(error) if !records.is_empty() => {
+            condition.open_later(&error, open);
+            recover(records, &lazy, Unreferenced::Kept).await;
+        }
+        Err(error) => return Err(error.into()),
+    }
     tokio::spawn({
         let lazy = lazy.clone();
         async move { lazy.find_local_copies().await }
@@ -268,7 +298,12 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    condition.serving();
+    condition.answers();
+    if chosen.trouble.is_none()
+        && let Err(error) = settings::keep(&layout, config)
+    {
+        say!(SettingsNotKept, %error, "cannot keep a copy of the settings");
+    }
     say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
@@ -284,7 +319,7 @@ async fn serve(
         tokio::time::sleep(LAST_REQUESTS).await;
     };
     tokio::select! {
-        served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        served = grpc::serve(listener, door, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
@@ -296,9 +331,16 @@ async fn serve(
     Ok(())
 }
 
+/// What becomes of layers in the store that no snapshot refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unreferenced {
+    Removed,
+    /// Which snapshots there are is not known for certain.
+    Kept,
+}
+
 /// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
-async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<(), StartError> {
-    let layers = snapshotter.lazy_layers()?;
+async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: Unreferenced) {
     let count = layers.len();
     let recovered = futures::stream::StreamExt::fold(
         futures::stream::StreamExt::buffer_unordered(
@@ -326,12 +368,11 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
     if count > 0 {
         tracing::info!(layers = count.to_string(), restored = recovered.to_string(), "lazy layers restored");
     }
-    if recovered == count {
+    // Not while something could not be read.
+    if recovered == count && unreferenced == Unreferenced::Removed {
         let store = lazy.store.clone();
-        // What no snapshot refers to any more; not while something could not be read.
         let _ = tokio::task::spawn_blocking(move || store.sweep()).await;
     }
-    Ok(())
 }
 
 /// Sees to it that the descriptor outlives us.

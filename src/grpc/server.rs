@@ -2,7 +2,7 @@
 
 use super::proto::snapshots::snapshots_server::SnapshotsServer;
 use super::service::Service;
-use crate::snapshot::Snapshotter;
+use crate::snapshot::Door;
 use futures::StreamExt;
 use std::future::Future;
 use std::io;
@@ -39,11 +39,11 @@ impl Default for Limits {
 /// Serves the Snapshots service on `listener` until `shutdown`; then finishes what has begun.
 pub async fn serve(
     listener: UnixListener,
-    snapshotter: Snapshotter,
+    door: impl Into<Door>,
     limits: Limits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let service = SnapshotsServer::new(Service::new(snapshotter, limits.requests));
+    let service = SnapshotsServer::new(Service::new(door.into(), limits.requests));
     let service = service.max_decoding_message_size(limits.message_bytes);
     Server::builder()
         .max_concurrent_streams(limits.streams)
