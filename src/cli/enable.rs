@@ -45,15 +45,22 @@ pub enum EnableError {
     Settings { path: PathBuf, source: SettingsError },
     #[error("cannot read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
+    #[error("cannot write in {} what containerd is to look at", path.display())]
+    Trial { path: PathBuf, source: io::Error },
     #[error("cannot write {}; nothing was changed that is not in {}", path.display(), journal.display())]
     Write { path: PathBuf, journal: PathBuf, source: io::Error },
     #[error("{} is not a record of soci enable that this version understands: {why}", path.display())]
     Journal { path: PathBuf, why: String },
     #[error(
-        "with these settings in {} containerd would also change {}; add them by hand (soci enable {target} --dry-run shows them)",
+        "with these settings in {} containerd would also change {}: nothing was written. Put them in by hand; README, \"Use it\", has them",
         path.display(), keys.join(", ")
     )]
-    SideEffects { path: PathBuf, target: &'static str, keys: Vec<String> },
+    SideEffects { path: PathBuf, keys: Vec<String> },
+    #[error(
+        "{} imports a file that sets {}, and would overrule what is written here: take that out of it, and try again",
+        path.display(), if keys.is_empty() { "some of this".to_owned() } else { keys.join(", ") }
+    )]
+    Overruled { path: PathBuf, keys: Vec<String> },
     #[error("{} was changed after soci enable wrote it: run soci disable {target}, which leaves those changes, and then this again", path.display())]
     Changed { path: PathBuf, target: &'static str },
     #[error("cannot print")]
@@ -102,7 +109,7 @@ pub fn run(args: &args::Enable, undo: bool, global: &args::Global) -> Result<(),
     if node.dump(&node.config)?.has(&wanted) {
         return say(&format!("{found}Everything is there already.\n"));
     }
-    let change = plan(&node, &wanted, args.target.name())?;
+    let change = plan(&node, &wanted)?;
     let shown = format!("{found}{}", diff(&change));
     if args.dry_run {
         return say(&format!("{shown}\nNothing was changed.\n"));
@@ -137,7 +144,7 @@ fn next_step(node: &Node, target: Target) -> String {
 }
 
 /// What to change: a drop-in if that does, else the configuration itself.
-fn plan(node: &Node, wanted: &Wanted, target: &'static str) -> Result<Change, EnableError> {
+fn plan(node: &Node, wanted: &Wanted) -> Result<Change, EnableError> {
     let config = &node.config;
     let of = |path: &Path| {
         let path = path.to_owned();
@@ -149,6 +156,7 @@ fn plan(node: &Node, wanted: &Wanted, target: &'static str) -> Result<Change, En
     let exports = node.major >= 2;
     let newest = if node.major >= 2 { 3 } else { 2 };
     let in_effect = node.dump(config)?;
+    let parent = config.parent().unwrap_or(Path::new("/"));
     if let Some(directory) = settings::imported_directories(&text, config).map_err(of(config))?.first() {
         let path = directory.join(DROP_IN);
         let version = settings::version(&text).map_err(of(config))?.unwrap_or(newest);
@@ -157,11 +165,10 @@ fn plan(node: &Node, wanted: &Wanted, target: &'static str) -> Result<Change, En
         if let Ok(after) = after
             && directory.is_dir()
         {
-            // As the last of the files it imports, from a name that no pattern matches.
-            let trial = Trial::write(&directory.join(".soci-enable-trial"), &after)?;
-            let importing = settings::importing(&text, &trial.0).map_err(of(config))?;
-            let main = Trial::write(&beside(config, ".soci-enable-trial"), &importing)?;
-            let dump = node.dump(&main.0)?;
+            // As the last of the files it imports.
+            let imported = trial(directory, &after)?;
+            let importing = settings::importing(&text, imported.path()).map_err(of(config))?;
+            let dump = node.dump(trial(parent, &importing)?.path())?;
             let harmless = dump.side_effects(&in_effect, wanted, exports).map_err(of(config))?.is_empty();
             if harmless && dump.has(wanted) {
                 return Ok(Change { path, before: ours, after });
@@ -169,34 +176,25 @@ fn plan(node: &Node, wanted: &Wanted, target: &'static str) -> Result<Change, En
         }
     }
     let after = settings::apply(&text, newest, wanted, exports).map_err(of(config))?;
-    let trial = Trial::write(&beside(config, ".soci-enable-trial"), &after)?;
-    let dump = node.dump(&trial.0)?;
-    let mut keys = dump.side_effects(&in_effect, wanted, exports).map_err(of(config))?;
-    if keys.is_empty() && !dump.has(wanted) {
-        keys.push("nothing: a file that it imports overrules it".to_owned());
-    }
-    match keys.is_empty() {
-        true => Ok(Change { path: config.clone(), before, after }),
-        false => Err(EnableError::SideEffects { path: config.clone(), target, keys }),
+    let dump = node.dump(trial(parent, &after)?.path())?;
+    let keys = dump.side_effects(&in_effect, wanted, exports).map_err(of(config))?;
+    match (dump.has(wanted), keys.is_empty()) {
+        (true, true) => Ok(Change { path: config.clone(), before, after }),
+        (true, false) => Err(EnableError::SideEffects { path: config.clone(), keys }),
+        (false, _) => Err(EnableError::Overruled { path: config.clone(), keys }),
     }
 }
 
-/// A file for containerd to look at, gone when that is done.
-struct Trial(PathBuf);
-
-impl Trial {
-    fn write(path: &Path, text: &str) -> Result<Trial, EnableError> {
-        let trial = Trial(path.to_owned());
-        let made = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, text));
-        made.map_err(|source| EnableError::Write { path: path.to_owned(), journal: path.to_owned(), source })?;
-        Ok(trial)
-    }
-}
-
-impl Drop for Trial {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
+/// A file for containerd to look at, gone when that is done. In `directory`, because imports may be relative to it; if there is none, anywhere.
+fn trial(directory: &Path, text: &str) -> Result<tempfile::NamedTempFile, EnableError> {
+    let directory = if directory.is_dir() { directory.to_owned() } else { std::env::temp_dir() };
+    let attempt = || -> io::Result<tempfile::NamedTempFile> {
+        // No pattern of imports matches it.
+        let mut file = tempfile::Builder::new().prefix(".soci-enable-").tempfile_in(&directory)?;
+        file.write_all(text.as_bytes())?;
+        Ok(file)
+    };
+    attempt().map_err(|source| EnableError::Trial { path: directory.clone(), source })
 }
 
 fn beside(path: &Path, name: &str) -> PathBuf {

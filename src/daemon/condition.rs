@@ -23,6 +23,7 @@ use crate::{
 use std::{
     collections::BTreeMap,
     future::Future,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -221,7 +222,13 @@ impl Reporter {
     /// Answers on the socket that belongs to the one containerd uses, as long as the daemon lives.
     pub async fn serve(self, containerds: &Path) {
         let path = layout::status_socket(containerds);
-        match http::Endpoint::Unix(path.clone()).bind().await {
+        let bound = http::Endpoint::Unix(path.clone()).bind().await;
+        // Connecting takes the right to write; who may look at file names and errors of all images is root.
+        let bound = bound.and_then(|bound| {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+            Ok(bound)
+        });
+        match bound {
             Ok(listener) => {
                 let reporter = Arc::new(self);
                 // Strings, numbers and lists of them always serialise.
