@@ -21,3 +21,4 @@ mod registry_environment;
 mod registry_login;
 mod registry_real;
 mod support;
+mod units;

@@ -3,7 +3,9 @@
 //! Everything below this module only knows the trait it reports to. Names of metrics and texts of log lines are those of the Go
 //! snapshotter where they mean the same thing.
 
+use super::systemd::Progress;
 use crate::{
+    config::Config,
     fs::{self, FailedOp, Failure, Op},
     index,
     layers::{self, Layer},
@@ -17,9 +19,12 @@ use crate::{
     },
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock, Weak},
+    sync::{
+        Arc, PoisonError, RwLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -28,6 +33,15 @@ use std::{
 pub enum OperationLog {
     On,
     Off,
+}
+
+impl OperationLog {
+    pub fn of(config: &Config) -> OperationLog {
+        match config.fuse.log_fuse_operations || config.debug {
+            true => OperationLog::On,
+            false => OperationLog::Off,
+        }
+    }
 }
 
 /// What is counted for one mounted layer.
@@ -41,7 +55,8 @@ struct Mounted {
 /// All observers in one.
 pub struct Observers {
     metrics: Metrics,
-    operations: OperationLog,
+    /// Whether each FUSE operation is logged.
+    log_operations: AtomicBool,
     /// From the first use of an image to the report of its operations.
     window: Duration,
     /// Read by every FUSE request, written when layers come and go.
@@ -50,7 +65,12 @@ pub struct Observers {
 
 impl Observers {
     pub fn new(metrics: Metrics, operations: OperationLog, window: Duration) -> Arc<Observers> {
-        let observers = Arc::new(Observers { metrics, operations, window, mounted: RwLock::default() });
+        let observers = Arc::new(Observers {
+            metrics,
+            log_operations: AtomicBool::new(operations == OperationLog::On),
+            window,
+            mounted: RwLock::default(),
+        });
         let weak = Arc::downgrade(&observers);
         observers.metrics.set_mounted_layers(move || weak.upgrade().map(|o| o.layers()).unwrap_or_default());
         observers
@@ -65,6 +85,29 @@ impl Observers {
                 MountedLayer { digest: layer.digest(), mountpoint, fetched, size }
             })
             .collect()
+    }
+
+    pub fn log_operations(&self, operations: OperationLog) {
+        self.log_operations.store(operations == OperationLog::On, Ordering::Relaxed);
+    }
+
+    /// How far the lazily loaded images are.
+    pub fn progress(&self, background: layers::Background) -> Progress {
+        let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
+        let images: HashSet<_> = mounted.values().map(|m| Arc::as_ptr(&m.image)).collect();
+        let layers: HashMap<_, _> = mounted
+            .values()
+            .filter_map(|m| m.layer.upgrade())
+            .map(|layer| (layer.digest(), layer.progress()))
+            .collect();
+        Progress {
+            images: images.len(),
+            layers: layers.len(),
+            fetched: layers.values().map(|(fetched, _)| fetched).sum(),
+            size: layers.values().map(|(_, size)| size).sum(),
+            incomplete: layers.values().filter(|(fetched, size)| fetched < size).count(),
+            background,
+        }
     }
 
     /// A layer of `image` was put into the tree.
@@ -153,7 +196,7 @@ fn image_operation(op: Op) -> ImageOperation {
 impl fs::Observer for Observers {
     fn operation(&self, snapshot: SnapshotId, op: Op, path: &dyn Fn() -> Vec<u8>) {
         self.with(snapshot, |mounted| mounted.image.count(image_operation(op)));
-        if self.operations == OperationLog::On {
+        if self.log_operations.load(Ordering::Relaxed) {
             tracing::debug!(operation = op.name(), path = %String::from_utf8_lossy(&path()), "FUSE operation");
         }
     }
