@@ -2,11 +2,12 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`root`] is what must be true of the root directory; [`reload`] takes a changed configuration; [`systemd`] tells the
-//! service manager how we are.
+//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory;
+//! [`reload`] takes a changed configuration; [`systemd`] tells the service manager how we are.
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod decisions;
 mod implied;
 mod lazy;
 mod listen;

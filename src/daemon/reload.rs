@@ -18,7 +18,7 @@ use super::{
 use crate::{
     config::{self, Config},
     snapshot,
-    telemetry::metrics::Metrics,
+    telemetry::{catalog::say, metrics::Metrics},
 };
 use std::{path::PathBuf, sync::Arc};
 use tokio::signal::unix::Signal;
@@ -106,7 +106,8 @@ fn reload(
     parts: &Parts,
 ) -> Option<String> {
     let refused = |error: String| {
-        tracing::error!(
+        say!(
+            ConfigNotReloaded,
             error,
             "the configuration was not reloaded, nothing has changed: correct the file and reload again"
         );
@@ -117,7 +118,7 @@ fn reload(
         Err(error) => return refused(snapshot::chain(&error)),
     };
     for warning in loaded.warning_lines() {
-        tracing::warn!("{warning}");
+        say!(ConfigDoubtful, "{warning}");
     }
     let new = loaded.config;
     let Difference { applied: changed, restart } = difference(started, applied, &new);
@@ -129,13 +130,14 @@ fn reload(
     *applied = new;
     match changed.is_empty() {
         true => tracing::info!("configuration reloaded: nothing that can change without a restart has changed"),
-        false => tracing::info!(applied = changed.join(", "), "configuration reloaded"),
+        false => say!(ConfigReloaded, applied = changed.join(", "), "configuration reloaded"),
     }
     if restart.is_empty() {
         return None;
     }
     let keys = restart.join(", ");
-    tracing::warn!(
+    say!(
+        ConfigNeedsRestart,
         keys,
         "these settings take effect after a restart of the daemon, which running containers survive: \
          systemctl restart soci-snapshotter"
