@@ -9,7 +9,8 @@
 //!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
 //!   settings.toml                 the settings of the last good start
 //!   holder.sock                   the holder of the FUSE descriptor
-//!   custodian.sock                the custodian, where systemd does not provide it
+//!   holder.json                   what was negotiated on the connection it made last
+//!   custodian.sock                the custodian's: its own socket unit listens here
 //! ```
 #![forbid(unsafe_code)]
 
@@ -110,6 +111,10 @@ impl Layout {
     }
     pub fn holder_socket(&self) -> PathBuf {
         self.root.join("holder.sock")
+    }
+    /// What was negotiated on the FUSE connection that the holder made last.
+    pub fn holder_parameters(&self) -> PathBuf {
+        self.root.join("holder.json")
     }
     pub fn custodian_socket(&self) -> PathBuf {
         self.root.join("custodian.sock")

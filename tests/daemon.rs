@@ -4,6 +4,8 @@
 mod degraded;
 #[path = "daemon/lazy.rs"]
 mod lazy;
+#[path = "daemon/reload.rs"]
+mod reload;
 #[path = "daemon/startup.rs"]
 mod startup;
 

@@ -77,7 +77,7 @@ async fn ask(reference: &Reference, config: &Config, explicit: Option<String>) -
     // Discovery keeps what it finds; here that is nobody's business but ours.
     let place = tempfile::tempdir().map_err(ImageError::Setup)?;
     let store = ContentStore::soci(&Layout::new(place.path()))?;
-    let indexes = Indexes::new(registry, store, daemon::discovery_of(config));
+    let indexes = Indexes::new(registry, store, daemon::discovery(config));
     let target = ImageTarget { reference: reference.clone(), manifest, explicit };
     let index = indexes.preview(&target).await;
     Ok(Image { manifest, layers, index: index.map(|index| Arc::try_unwrap(index).unwrap_or_else(|i| (*i).clone())) })

@@ -89,6 +89,11 @@ impl Condition {
         self.lock().answers = true;
     }
 
+    /// Why nothing new is taken.
+    pub fn refusal(&self) -> Option<String> {
+        self.lock().refusal()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Now> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -2,8 +2,9 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`condition`] tells `soci status` how
-//! we are; [`decisions`] remembers what was decided for each layer and why; [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory.
+//! containerd has; [`condition`] tells `soci status` how we are; [`decisions`] remembers what was decided for each layer and why;
+//! [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory; [`reload`] takes a changed
+//! configuration; [`systemd`] tells the service manager how we are.
 #![forbid(unsafe_code)]
 
 mod artifacts;
@@ -14,8 +15,10 @@ mod lazy;
 mod listen;
 mod observe;
 mod record;
+mod reload;
 mod root;
 mod run;
 mod settings;
+mod systemd;
 
-pub use run::{discovery_of, logins_of, main, registry_of};
+pub use run::{discovery, logins_of, main, registry_of};

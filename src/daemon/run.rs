@@ -6,9 +6,10 @@ use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
-    record,
+    record, reload,
     root::{self, RootError},
     settings::{self, Chosen},
+    systemd::{self, Note},
 };
 use crate::{
     config::{
@@ -38,7 +39,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, RwLock},
     time::Duration,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -155,7 +156,7 @@ fn start(options: Options) -> ExitCode {
         Ok(chosen) => chosen,
         Err(error) => {
             logs::fatal(&snapshot::chain(&error), &error);
-            return ExitCode::FAILURE;
+            return failed_start(&error);
         }
     };
     for warning in &chosen.warnings {
@@ -168,9 +169,18 @@ fn start(options: Options) -> ExitCode {
         }
         Err(error) => {
             logs::fatal("failed to serve snapshotter", &error);
-            ExitCode::FAILURE
+            failed_start(&error)
         }
     }
+}
+
+/// systemd tries again at once: the status line says why, and there is time to read it.
+fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    if systemd::listens() {
+        systemd::status(&format!("NOT RUNNING: {}", snapshot::chain(error).replace(['\n', '\r'], " ")));
+        std::thread::sleep(systemd::FAILED_START_PAUSE);
+    }
+    ExitCode::FAILURE
 }
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
@@ -189,7 +199,8 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
     raise_descriptor_limit();
     // Before the mount, which would stay: containerd may connect now, and is answered when everything is here.
     let listening = listen::listen(&options.address)?;
-    let held = holder::obtain(&layout, How::SpawnChild)?;
+    let how = holder_from()?;
+    let held = holder::obtain(&layout, how)?;
     let custodian = custodian::start(&layout)?;
     let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
@@ -201,10 +212,25 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, chosen, options, held, custodian, listening));
+    let parts = Received { held, how, custodian, listening };
+    let result = runtime.block_on(serve(layout, chosen, options, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// What the start collected while it had its powers.
+struct Received {
+    held: Held,
+    how: How,
+    custodian: custodian::Connection,
+    listening: Listening,
+}
+
+/// A unit that took the power to mount away from us runs `soci-mount` in another one.
+fn holder_from() -> Result<How, StartError> {
+    let may_mount = sys::capabilities::may_mount().map_err(StartError::Confine)?;
+    Ok(if systemd::listens() && !may_mount { How::Connect } else { How::SpawnChild })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, RootError> {
@@ -226,16 +252,14 @@ async fn serve(
     layout: Layout,
     chosen: &Chosen,
     options: &Options,
-    held: Held,
-    custodian: custodian::Connection,
-    listening: Listening,
+    Received { held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
     let config = &chosen.config;
+    let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     let metrics = Metrics::new();
-    let operations = if config.fuse.log_fuse_operations || config.debug { OperationLog::On } else { OperationLog::Off };
-    let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
+    let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
@@ -256,10 +280,10 @@ async fn serve(
         scheduler: lazy.store.shared().scheduler.clone(),
     };
     reporter.serve(&listening.path()).await;
-    let options = snapshot::Options::new(layout.clone(), config.into());
+    let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
         let lazy = Arc::new(lazy.clone());
-        move || Snapshotter::open(options.clone(), lazy.clone(), disk.clone())
+        move || Snapshotter::open(snapshots.clone(), lazy.clone(), disk.clone())
     };
     let records = record::all(&layout);
     match open().await {
@@ -287,23 +311,41 @@ async fn serve(
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {
         metrics.background_fetch_enabled();
-        tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
     }
-    serve_telemetry(config, metrics).await?;
-    tokio::spawn(keep_held(layout.clone(), held, condition.clone()));
+    tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
+    serve_telemetry(config, metrics.clone()).await?;
+    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     condition.answers();
-    if chosen.trouble.is_none()
-        && let Err(error) = settings::keep(&layout, config)
-    {
-        say!(SettingsNotKept, %error, "cannot keep a copy of the settings");
+    if chosen.trouble.is_none() {
+        settings::keep(&layout, config);
     }
+    let note = Note::default();
+    let progress = {
+        let observers = observers.clone();
+        move || observers.progress(scheduler.background())
+    };
+    tokio::spawn(systemd::watchdog({
+        let progress = progress.clone();
+        move || {
+            let _ = progress();
+        }
+    }));
+    let line = {
+        let condition = condition.clone();
+        move || match condition.refusal() {
+            Some(why) => format!("TAKES NOTHING NEW: {why}; {}", progress()),
+            None => progress().to_string(),
+        }
+    };
+    tokio::spawn(systemd::show_status(line, note.clone()));
+    let live = reload::Parts { layout: layout.clone(), lazy, observers, metrics, condition };
+    tokio::spawn(reload::on_hangup(hangup, options.config.clone(), config.clone(), live, note));
+    systemd::ready();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
@@ -311,7 +353,7 @@ async fn serve(
             _ = terminate.recv() => tracing::info!("Got terminated"),
             _ = interrupt.recv() => tracing::info!("Got interrupt"),
         }
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        systemd::stopping();
         told.notify_one();
     };
     let patience = async {
@@ -342,6 +384,9 @@ enum Unreferenced {
 /// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
 async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: Unreferenced) {
     let count = layers.len();
+    if count > 0 {
+        systemd::status(&format!("starting: restoring {count} lazy layers from local disk"));
+    }
     let recovered = futures::stream::StreamExt::fold(
         futures::stream::StreamExt::buffer_unordered(
             futures::stream::iter(layers.into_iter().map(|id| {
@@ -376,7 +421,7 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held, condition: Arc<Condition>) {
+async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
     let held = Arc::new(held);
     let mut said = false;
     loop {
@@ -384,7 +429,7 @@ async fn keep_held(layout: Layout, held: Held, condition: Arc<Condition>) {
         let (layout, held) = (layout.clone(), held.clone());
         let kept = tokio::task::spawn_blocking(move || {
             use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, How::SpawnChild)
+            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
         });
         let kept = kept.await;
         condition.connection_kept(matches!(kept, Ok(Ok(_))));
@@ -408,14 +453,13 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
     let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
-    let discovery = discovery_of(config);
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
         config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
         config::ContentStoreType::Soci => None,
     };
-    let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
+    let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
         Scheduler::new(scheduling(config)),
@@ -429,10 +473,6 @@ fn lazy_side(
             shared
         }
     });
-    let headers = match config.disable_verification {
-        true => lazyfs::HeaderCheck::Skipped,
-        false => lazyfs::HeaderCheck::Required,
-    };
     Ok(LazyMounts {
         layout: layout.clone(),
         registry,
@@ -442,7 +482,7 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
-        settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
+        settings: RwLock::new(lazy_settings(config)),
         state: lazy::State::default(),
     })
 }
@@ -453,13 +493,21 @@ pub fn registry_of(config: &Config) -> Result<Registry, registry::RegistryError>
 }
 
 /// Which ways of finding an index are on under `config`.
-pub fn discovery_of(config: &Config) -> DiscoverySettings {
+pub fn discovery(config: &Config) -> DiscoverySettings {
     DiscoverySettings {
         v1: config.pull_modes.soci_v1.enable,
         v2: config.pull_modes.soci_v2.enable,
         prefetch: config.prefetch.enable,
         ..DiscoverySettings::default()
     }
+}
+
+pub(super) fn lazy_settings(config: &Config) -> LazySettings {
+    let headers = match config.disable_verification {
+        true => lazyfs::HeaderCheck::Skipped,
+        false => lazyfs::HeaderCheck::Required,
+    };
+    LazySettings { headers, mount_timeout: config.mount_timeout.duration() }
 }
 
 /// Each source of logins, and whether it knows one for the registry of `reference`. What it knows is not told.
@@ -476,7 +524,7 @@ fn limit(timeout: config::Timeout) -> registry::Limit {
     timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
 }
 
-fn http_settings(config: &Config) -> HttpSettings {
+pub(super) fn http_settings(config: &Config) -> HttpSettings {
     let (http, blob) = (&config.http, &config.blob);
     HttpSettings {
         // A connection that takes longer than an hour is not going to be one.
@@ -490,7 +538,7 @@ fn http_settings(config: &Config) -> HttpSettings {
     }
 }
 
-fn hosts(config: &Config) -> HostSettings {
+pub(super) fn hosts(config: &Config) -> HostSettings {
     let mirror = |m: &config::Mirror| Mirror {
         host: m.host.clone(),
         security: if m.insecure { Security::PlainHttp } else { Security::Tls },
@@ -504,7 +552,7 @@ fn hosts(config: &Config) -> HostSettings {
     HostSettings { mirrors: mirrors.collect() }
 }
 
-fn scheduling(config: &Config) -> Settings {
+pub(super) fn scheduling(config: &Config) -> Settings {
     let (background, blob) = (&config.background_fetch, &config.blob);
     let pace = match (background.disable, background.pace) {
         (true, _) => Pace::Off,

@@ -8,6 +8,7 @@ use crate::{
     config::{self, Config, ConfigError},
     layout::Layout,
     snapshot::chain,
+    telemetry::catalog::say,
 };
 use std::{
     io::{self, Write},
@@ -46,8 +47,15 @@ pub fn choose(path: &Path, layout: &Layout) -> Result<Chosen, ConfigError> {
     Ok(Chosen { config, warnings: Vec::new(), trouble: Some(trouble) })
 }
 
-/// Keeps a copy of good settings for [`choose`]. What is there stays until the new copy is on disk.
-pub fn keep(layout: &Layout, config: &Config) -> io::Result<()> {
+/// Keeps a copy of good settings for [`choose`]. Without it the daemon runs on, with a warning.
+pub fn keep(layout: &Layout, config: &Config) {
+    if let Err(error) = write(layout, config) {
+        say!(SettingsNotKept, %error, "cannot keep a copy of the settings");
+    }
+}
+
+/// What is there stays until the new copy is on disk.
+fn write(layout: &Layout, config: &Config) -> io::Result<()> {
     let path = layout.settings_kept();
     let text = config::render(config);
     if std::fs::read_to_string(&path).is_ok_and(|there| there == text) {
@@ -74,7 +82,7 @@ mod tests {
         std::fs::create_dir_all(layout.snapshots().join("7")).unwrap();
         std::fs::write(&file, "mount_timeout_sec = 77").unwrap();
         let good = choose(&file, &layout).unwrap();
-        keep(&layout, &good.config).unwrap();
+        keep(&layout, &good.config);
         std::fs::write(&file, "mount_timeout_sec = nonsense").unwrap();
         assert!(choose(&file, &layout).is_err());
         std::fs::write(layout.snapshot_lazy_record(crate::layout::SnapshotId(7)), "{}").unwrap();
