@@ -204,7 +204,7 @@ fn privileged_a_file_of_its_own_is_used_where_the_configuration_imports_one_unle
         std::fs::write(&config, edited).unwrap();
         assert!(soci(&["enable", "--undo", "cri"]).contains("was changed since"));
         let left = std::fs::read_to_string(&config).unwrap();
-        assert!(left.contains("= 11 # measured again") && !left.contains("soci"), "{left}");
+        assert!(left.contains("= 11 # measured again") && !left.contains("snapshotter"), "{left}");
         let files: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(files.len(), 2, "nothing else is left: {files:?}");
     }

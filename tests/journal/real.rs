@@ -12,10 +12,12 @@ use crate::support::{
     slot::{Root, Slot, unmount_below},
     undo::Undo,
 };
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 use soci::{oci::Digest, snapshot::label, telemetry::catalog::Message};
 use std::{
     collections::HashMap,
+    fs::File,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
@@ -31,12 +33,16 @@ struct Journald {
     namespace: Option<String>,
     _process: Option<Process>,
     _undo: Option<Undo>,
+    /// There is one /run on a machine, and there may be several who test. Dropped last.
+    _turn: Flock<File>,
 }
 
 impl Journald {
     fn get(slot: &Slot, root: &Root) -> Journald {
+        let file = File::options().create(true).append(true).open("/var/tmp/soci-lab/journal.lock").unwrap();
+        let turn = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).unwrap();
         if Path::new(RUN).join("socket").exists() {
-            return Journald { namespace: None, _process: None, _undo: None };
+            return Journald { namespace: None, _process: None, _undo: None, _turn: turn };
         }
         let namespace = format!("soci-test-{}", slot.number());
         let directory = format!("/run/systemd/journal.{namespace}");
@@ -60,7 +66,7 @@ impl Journald {
                 }
             }
         });
-        Journald { namespace: Some(namespace), _process: Some(process), _undo: Some(undo) }
+        Journald { namespace: Some(namespace), _process: Some(process), _undo: Some(undo), _turn: turn }
     }
 
     /// `journalctl` for what process `pid` has said.

@@ -14,6 +14,8 @@ use toml_edit::{Array, ArrayOfTables, DocumentMut, Item, Table, TableLike, value
 
 /// What containerd calls the snapshotter.
 pub const NAME: &str = "soci";
+/// What containerd unpacks into if nobody says otherwise.
+const DEFAULT: &str = "overlayfs";
 const CRI_V2: &str = "io.containerd.grpc.v1.cri";
 const CRI_V3: &str = "io.containerd.cri.v1.images";
 const TRANSFER: &str = "io.containerd.transfer.v1.local";
@@ -140,7 +142,7 @@ fn write(document: &mut DocumentMut, wanted: &Wanted, knows_exports: bool) -> Re
         let transfer = table(document, &["plugins", TRANSFER])?;
         let item = transfer.entry("unpack_config").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
         // A list replaces containerd's built-in one, which has only its own snapshotter.
-        let names = if is_first { &["overlayfs", NAME][..] } else { &[NAME][..] };
+        let names = if is_first { &[DEFAULT, NAME][..] } else { &[NAME][..] };
         for name in names {
             let mut entry = Table::new();
             entry.insert("platform", value(wanted.platform.as_str()));
@@ -188,21 +190,40 @@ fn unpacks(document: &DocumentMut) -> bool {
 pub fn take_out(text: &str) -> Result<String, SettingsError> {
     let mut document = parse(text)?;
     let schema = schema(&document);
-    if let Some(plugins) = document.get_mut("proxy_plugins").and_then(Item::as_table_like_mut) {
-        plugins.remove(NAME);
+    let mut emptied: Vec<&[&str]> = Vec::new();
+    if find(&document, &["proxy_plugins", NAME]).is_some() {
+        table(&mut document, &["proxy_plugins"])?.remove(NAME);
+        emptied.push(&["proxy_plugins"]);
     }
-    if let Some(item) = document
-        .get_mut("plugins")
-        .and_then(|p| p.get_mut(TRANSFER))
-        .and_then(|t| t.get_mut("unpack_config"))
-        .and_then(Item::as_array_of_tables_mut)
-    {
-        item.retain(|entry| entry.get("snapshotter").and_then(Item::as_str) != Some(NAME));
+    if unpacks(&document) {
+        let transfer = table(&mut document, &["plugins", TRANSFER])?;
+        if let Some(tables) = transfer.get_mut("unpack_config").and_then(Item::as_array_of_tables_mut) {
+            tables.retain(|entry| entry.get("snapshotter").and_then(Item::as_str) != Some(NAME));
+            // What apply put beside it is containerd's own default.
+            let own =
+                |entry: &Table| entry.len() == 2 && entry.get("snapshotter").and_then(Item::as_str) == Some(DEFAULT);
+            if tables.len() == 1 && tables.iter().all(own) {
+                transfer.remove("unpack_config");
+                emptied.push(&["plugins", TRANSFER]);
+            }
+        } else if let Some(array) = transfer.get_mut("unpack_config").and_then(Item::as_array_mut) {
+            array.retain(|entry| {
+                let name = entry.as_inline_table().and_then(|t| t.get("snapshotter")).and_then(|v| v.as_str());
+                name != Some(NAME)
+            });
+        }
     }
     if find(&document, cri(schema)).and_then(|t| t.get("snapshotter")).and_then(Item::as_str) == Some(NAME) {
-        let cri = table(&mut document, cri(schema))?;
-        cri.remove("snapshotter");
-        cri.remove("disable_snapshot_annotations");
+        let settings = table(&mut document, cri(schema))?;
+        settings.remove("snapshotter");
+        settings.remove("disable_snapshot_annotations");
+        emptied.push(cri(schema));
+    }
+    for path in emptied {
+        if let (Some((last, above)), true) = (path.split_last(), find(&document, path).is_some_and(TableLike::is_empty))
+        {
+            table(&mut document, above)?.remove(last);
+        }
     }
     Ok(document.to_string())
 }
@@ -289,10 +310,28 @@ impl Dump {
         let mut expected = before.0.clone();
         write(&mut expected, wanted, knows_exports)?;
         let mut out = Vec::new();
-        differences("", &plain(expected.as_item()), &plain(self.0.as_item()), &mut out);
+        differences("", &comparable(&expected), &comparable(&self.0), &mut out);
         out.retain(|key| !matches!(key.as_str(), "imports" | "version"));
         Ok(out)
     }
+}
+
+/// A configuration without what containerd adds to the entries that are ours: defaults of keys we do not set.
+fn comparable(document: &DocumentMut) -> Json {
+    let keep = |value: &mut Json, keys: &[&str]| {
+        if let Some(entry) = value.as_object_mut() {
+            entry.retain(|key, _| keys.contains(&key.as_str()));
+        }
+    };
+    let mut all = plain(document.as_item());
+    if let Some(plugin) = all.pointer_mut(&format!("/proxy_plugins/{NAME}")) {
+        keep(plugin, &["type", "address"]);
+    }
+    let unpacks = all.pointer_mut(&format!("/plugins/{TRANSFER}/unpack_config")).and_then(Json::as_array_mut);
+    for entry in unpacks.into_iter().flatten() {
+        keep(entry, &["platform", "snapshotter"]);
+    }
+    all
 }
 
 /// A TOML value without its form.
@@ -385,6 +424,7 @@ mod tests {
         let out = take_out(&apply(text, 3, &wanted(Scope::Cri), true).unwrap()).unwrap();
         let dump = Dump::parse(&out).unwrap();
         assert_eq!((dump.plugin_address(), dump.unpacks(), dump.cri()), (None, Some(false), None));
+        assert!(!out.contains("plugins]") && !out.contains("overlayfs"), "{out}");
         assert!(out.contains("[proxy_plugins.other]"));
     }
 
