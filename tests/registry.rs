@@ -56,7 +56,7 @@ fn with_mirrors(origin: &FaultRegistry, mirrors: &[&FaultRegistry]) -> Repositor
 
 fn with_settings(origin: &FaultRegistry, mirrors: &[&FaultRegistry], settings: HttpSettings) -> Repository {
     let mirrors = mirrors.iter().map(|m| Mirror { host: m.host(), ..Mirror::default() }).collect();
-    let hosts = HostSettings { mirrors: HashMap::from([(origin.host(), mirrors)]) };
+    let hosts = HostSettings { mirrors: HashMap::from([(origin.host(), mirrors)]), ..HostSettings::default() };
     let registry = Registry::new(settings, hosts, Arc::default()).unwrap();
     registry.repository(&format!("{}/a/b", origin.host()).parse().unwrap()).unwrap()
 }

@@ -348,6 +348,13 @@ impl ParallelPullUnpack {
     }
 }
 
+impl Registry {
+    /// The directories of `config_path`, in order.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.config_path.split(':').filter(|path| !path.is_empty()).map(PathBuf::from).collect()
+    }
+}
+
 fn catalogue() -> Vec<Entry> {
     let mut entries = Vec::new();
     Config::catalogue("", &mut entries);

@@ -109,6 +109,7 @@ settings! {
             kubeconfig_keychain: KubeconfigKeychain => "kubeconfig_keychain";
             cri_keychain: CriKeychain => "cri_keychain";
             resolver: Resolver => "resolver";
+            registry: Registry => "registry";
             snapshotter: SnapshotterTable => "snapshotter";
             layer_store: LayerStore => "layer_store";
         }
@@ -322,6 +323,16 @@ settings! {
         ///   insecure = false                       # true: plain HTTP
         ///   request_timeout_sec = 0                # 0: as http.RequestTimeoutMsec; negative: no limit
         host: BTreeMap<String, Vec<Mirror>> = Mirrors => "host";
+    }
+}
+
+settings! {
+    /// Registries as containerd and Docker have them configured. This table does not exist in the Go daemon.
+    struct Registry {
+        /// Directories with one directory per registry, in it hosts.toml or certificates, separated by colons:
+        /// '/etc/containerd/certs.d:/etc/docker/certs.d' is what containerd 2 uses. Empty: none. A registry's own hosts.toml
+        /// there wins over [resolver.host], and that over _default. Changes below it are in force for the next request.
+        config_path: String = Words("") => "config_path";
     }
 }
 

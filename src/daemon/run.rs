@@ -123,13 +123,76 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
+    let registries = match check_registries(&loaded.config, &options.config) {
+        Ok(registries) => registries,
+        Err(problem) => return refuse(&problem),
+    };
+    let ok = format!("{}: ok\n", options.config.display());
     match strictness {
-        Strictness::Lenient => print(&format!("{}: ok\n", options.config.display())),
+        Strictness::Lenient => print(&(registries.text + &ok)),
+        Strictness::Strict if registries.warnings > 0 => {
+            eprintln!("{}: {} warnings about registries", config::args::PROGRAM, registries.warnings);
+            ExitCode::FAILURE
+        }
         Strictness::Strict => match loaded.strict() {
-            Ok(_) => print(&format!("{}: ok\n", options.config.display())),
+            Ok(_) => print(&(registries.text + &ok)),
             Err(error) => refuse(&error),
         },
     }
+}
+
+struct Registries {
+    /// One line per image host that something is configured for.
+    text: String,
+    warnings: usize,
+}
+
+/// Why images of some registries could not be had.
+#[derive(Debug, thiserror::Error)]
+enum RegistriesError {
+    #[error(transparent)]
+    Setup(#[from] registry::RegistryError),
+    #[error("{}", .0.join("; "))]
+    Hosts(Vec<String>),
+}
+
+/// Who decides whom to ask for the images of which registry; problems are errors, and what has no effect a warning.
+fn check_registries(config: &Config, path: &Path) -> Result<Registries, RegistriesError> {
+    let registry = Registry::new(http_settings(config), hosts(config), Arc::default())?;
+    let mut out = Registries { text: String::new(), warnings: 0 };
+    let mut problems = Vec::new();
+    let mut warn = |text: String| {
+        eprintln!("warning: {text}");
+        out.warnings += 1;
+    };
+    for directory in config.registry.directories().iter().filter(|directory| !directory.is_dir()) {
+        warn(format!("registry.config_path: {} is not a directory", directory.display()));
+    }
+    for report in registry.hosts_report() {
+        let (host, hosts) = (&report.image_host, report.hosts.join(", then "));
+        let by = match &report.decided {
+            registry::DecidedBy::Default => "nothing special".to_owned(),
+            registry::DecidedBy::Resolver => format!("[resolver.host] in {}", path.display()),
+            registry::DecidedBy::Path(path) => path.display().to_string(),
+        };
+        if let Some(problem) = report.problem {
+            problems.push(format!("images of {host} cannot be had: {problem}"));
+            continue;
+        }
+        out.text += &format!("{host}: {by} decides: {hosts}\n");
+        for key in &report.unknown_keys {
+            warn(format!("{by}:{key}: unknown key, ignored"));
+        }
+        if let Some(unused) = &report.unused {
+            // That a host of its own beats the default is what the default is for.
+            if unused.ends_with("_default/hosts.toml") {
+                out.text += &format!("{host}: {unused} is not used\n");
+            } else {
+                warn(format!("{host}: {unused} is not used, because {by} decides"));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(out) } else { Err(RegistriesError::Hosts(problems)) }
 }
 
 fn start(options: Options) -> ExitCode {
@@ -419,7 +482,7 @@ fn hosts(config: &Config) -> HostSettings {
         },
     };
     let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect() }
+    HostSettings { mirrors: mirrors.collect(), directories: config.registry.directories() }
 }
 
 fn scheduling(config: &Config) -> Settings {

@@ -9,8 +9,8 @@ use super::{
     bounded::Bounded,
     challenge::Challenge,
     error::{Failure, Request},
-    hosts::Endpoint,
-    transport::{Kind, Reply, Transport},
+    endpoint::{Endpoint, HostId},
+    transport::{Kind, Reply, To, Transport},
     url::{is_loopback, same_origin},
 };
 use crate::{
@@ -43,7 +43,7 @@ pub(super) struct Auth {
 }
 
 /// A host, and the name of a repository on it.
-type DoorKey = (super::HostId, Arc<str>);
+type DoorKey = (HostId, Arc<str>);
 
 /// One host and repository.
 #[derive(Default)]
@@ -206,7 +206,7 @@ async fn bearer(
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https"))
         .ok_or_else(|| Failure::malformed(visitor.request, "the registry names a login service that is not a URL"))?;
-    let secure = visitor.endpoint.is_tls();
+    let secure = visitor.endpoint.is_tls;
     if credential.is_some() && secure && realm.scheme() == "http" && !is_loopback(&realm) {
         return Err(Failure::elsewhere(RegistryError::Untrusted {
             request: visitor.request.clone(),
@@ -245,7 +245,7 @@ async fn post(
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded; charset=utf-8"));
     *http.body_mut() = Some(form.into());
     let request = login_request(realm);
-    match visitor.transport.send(Kind::Login, &request, http, visitor.timeout).await? {
+    match visitor.transport.send(visitor.endpoint, To::Host, Kind::Login, &request, http, visitor.timeout).await? {
         Reply::Content(response) => {
             let body = super::body::Body::new(response, request, visitor.idle, visitor.timeout);
             Ok(Posted::Answer(body.read(MAX_ANSWER).await?))
@@ -306,7 +306,7 @@ async fn get(
         {
             http.headers_mut().insert(header::AUTHORIZATION, proof.clone());
         }
-        match visitor.transport.send(Kind::Login, &request, http, visitor.timeout).await? {
+        match visitor.transport.send(visitor.endpoint, To::Host, Kind::Login, &request, http, visitor.timeout).await? {
             Reply::Content(response) => {
                 let body = super::body::Body::new(response, request, visitor.idle, visitor.timeout);
                 return body.read(MAX_ANSWER).await;

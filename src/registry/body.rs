@@ -6,7 +6,7 @@
 use super::{
     HostId, RegistryError,
     error::{Failure, Request},
-    hosts::Endpoint,
+    endpoint::Endpoint,
     transport::{chain, within},
 };
 use bytes::{Bytes, BytesMut};

@@ -20,8 +20,12 @@ mod body;
 pub(crate) mod bounded;
 mod challenge;
 mod client;
+mod directory;
+mod endpoint;
 mod error;
 mod hosts;
+mod hosts_file;
+mod proxy;
 mod redirect;
 mod referrers;
 mod retry;
@@ -31,7 +35,9 @@ mod url;
 
 pub use body::RangeBody;
 pub use error::{Class, RegistryError, Request};
-pub use hosts::HostId;
+pub use endpoint::HostId;
+pub use hosts::{DecidedBy, HostReport};
+pub use hosts_file::Capabilities;
 pub use retry::RetrySettings;
 pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
 pub use transport::{Kind, Observer, Outcome};
@@ -44,7 +50,8 @@ use body::{Excess, content_range};
 use bytes::Bytes;
 use client::{Ask, Client, Site};
 use error::Failure;
-use hosts::{Endpoint, Hosts};
+use endpoint::{Endpoint, Need};
+use hosts::Hosts;
 use http::{StatusCode, header};
 use std::{ops::Range, sync::Arc};
 use transport::{Transport, Unobserved, text};
@@ -87,29 +94,32 @@ impl Registry {
         keychain: Arc<Keychain>,
         observer: Arc<dyn Observer>,
     ) -> Result<Registry, RegistryError> {
+        let transport = Arc::new(Transport::new(&http, observer)?);
         Ok(Registry {
             client: Arc::new(Client {
-                transport: Transport::new(&http, observer)?,
+                transport: transport.clone(),
                 settings: http,
-                hosts: Hosts::new(hosts),
+                hosts: Hosts::new(hosts, transport),
                 auth: auth::Auth::new(keychain),
                 redirects: redirect::RedirectCache::new(),
             }),
         })
     }
 
-    /// The repository that `reference` names. Asks nobody.
+    /// The repository that `reference` names. Asks nobody; an error says what is wrong with the configuration of its host.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
-        let endpoints =
-            self.client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
-        Ok(Repository {
-            site: Site {
-                client: self.client.clone(),
-                name: reference.repository.as_str().into(),
-                reference: Arc::new(reference.clone()),
-                endpoints,
-            },
-        })
+        let site = Site {
+            client: self.client.clone(),
+            name: reference.repository.as_str().into(),
+            reference: Arc::new(reference.clone()),
+        };
+        site.endpoints()?;
+        Ok(Repository { site })
+    }
+
+    /// What is in force for every image host that something is configured for.
+    pub fn hosts_report(&self) -> Vec<HostReport> {
+        self.client.hosts.report()
     }
 }
 
@@ -126,7 +136,8 @@ impl Repository {
         let path = format!("manifests/{target}");
         let path = path.as_str();
         let settings = &site.client.settings;
-        site.ask(&settings.retry, &[], |endpoint, places| async move {
+        let need = if expected.is_some() { Need::Pull } else { Need::Resolve };
+        site.ask(need, &settings.retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Manifest, path, accept: Some(MANIFEST_TYPES), range: None, blob: None };
             let body = site.open(&endpoint, places, &ask).await?;
             let headers = body.response().headers();
@@ -151,8 +162,8 @@ impl Repository {
     pub async fn referrers(&self, manifest: Digest, artifact_type: &str) -> Result<Vec<Descriptor>, RegistryError> {
         let site = &self.site;
         let result = site
-            .ask(&site.client.settings.retry, &[], |endpoint, places| async move {
-                let is_last = site.endpoints.last().is_some_and(|last| last.id == endpoint.id);
+            .ask(Need::Pull, &site.client.settings.retry, &[], |endpoint, places| async move {
+                let is_last = site.hosts(Need::Pull)?.last().is_some_and(|last| last.id == endpoint.id);
                 let found = referrers::of_host(site, &endpoint, places, manifest, artifact_type).await?;
                 if found.is_empty() && !is_last {
                     // A mirror need not know of referrers; the registry does.
@@ -173,7 +184,7 @@ impl Repository {
         let site = &self.site;
         let path = format!("blobs/{digest}");
         let path = path.as_str();
-        site.ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
             let body = site.open(&endpoint, places, &ask).await?;
             refuse_encoding(&body)?;
@@ -194,7 +205,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let sized = site
-            .ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+            .ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
                 let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(0..1), blob: Some(digest) };
                 let body = site.open(&endpoint, places, &ask).await?;
                 let response = body.response();
@@ -231,7 +242,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let range = &range;
-        site.ask(&site.client.settings.blob_retry, avoid, |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, avoid, |endpoint, places| async move {
             if range.is_empty() {
                 return Ok(RangeBody::new(None, 0, Excess::CutOff, endpoint, None));
             }

@@ -4,7 +4,7 @@ use super::{
     RegistryError,
     client::{Ask, Places, Site},
     error::Failure,
-    hosts::Endpoint,
+    endpoint::Endpoint,
     transport::{Kind, text},
     url::same_origin,
 };
