@@ -13,6 +13,7 @@ mod fs;
 mod fuzz;
 mod grpc;
 mod index;
+mod journal;
 mod lab;
 mod layers;
 mod licences;

@@ -83,11 +83,7 @@ impl Real {
         if let Some(identity) = &self.identity {
             client = client.identity(reqwest::Identity::from_pem(identity).unwrap());
         }
-        client
-            .build()
-            .unwrap()
-            .request(method, url)
-            .basic_auth("u", Some("p"))
+        client.build().unwrap().request(method, url).basic_auth("u", Some("p"))
     }
 
     pub async fn push_blob(&self, bytes: &[u8]) -> Digest {

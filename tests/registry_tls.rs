@@ -167,8 +167,8 @@ async fn a_certificate_that_cannot_be_accepted_is_named_with_its_host_and_what_t
     let text = certs.refusal(&real.host).await;
     assert!(text.contains("for another host: ") || text.contains("self-signed"), "{text}");
 
-    let plain = FaultRegistry::start(|_| Reply::new(404));
-    let text = certs.refusal(&plain.host()).await;
+    let plain = Real::run(Program::Docker28, LOCALHOST, Door::Open, None);
+    let text = certs.refusal(&plain.host).await;
     assert!(text.contains("does not speak TLS") && text.contains("http:// URL in its hosts.toml"), "{text}");
 }
 
@@ -177,7 +177,8 @@ async fn a_machine_without_authorities_is_told_what_is_missing() {
     let authority = Authority::new("Private CA");
     let files = tempfile::tempdir().unwrap();
     let real = serve(Program::Docker28, &authority.issue("good", &["127.0.0.1"]), files.path());
-    let variables = [("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent"), ("SOCI_TEST_HOST", &real.host)];
+    let variables =
+        [("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent"), ("SOCI_TEST_HOST", &real.host)];
     crate::registry_environment::run("registry_tls::bare_child", &variables);
 }
 

@@ -5,6 +5,7 @@ use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
+    registries,
     root::{self, RootError},
 };
 use crate::{
@@ -16,13 +17,14 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::{DockerConfig, Keychain},
+    keychain::Keychain,
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
-    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
+    registry::{self, Registry},
     snapshot::{self, Snapshotter},
     sys,
     telemetry::{
+        catalog::say,
         http,
         logs::{self, Level, Output},
         metrics::Metrics,
@@ -123,7 +125,7 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
-    let registries = match check_registries(&loaded.config, &options.config) {
+    let registries = match registries::check(&loaded.config, &options.config) {
         Ok(registries) => registries,
         Err(problem) => return refuse(&problem),
     };
@@ -141,60 +143,6 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     }
 }
 
-struct Registries {
-    /// One line per image host that something is configured for.
-    text: String,
-    warnings: usize,
-}
-
-/// Why images of some registries could not be had.
-#[derive(Debug, thiserror::Error)]
-enum RegistriesError {
-    #[error(transparent)]
-    Setup(#[from] registry::RegistryError),
-    #[error("{}", .0.join("; "))]
-    Hosts(Vec<String>),
-}
-
-/// Who decides whom to ask for the images of which registry; problems are errors, and what has no effect a warning.
-fn check_registries(config: &Config, path: &Path) -> Result<Registries, RegistriesError> {
-    let registry = Registry::new(http_settings(config), hosts(config), Arc::default())?;
-    let mut out = Registries { text: String::new(), warnings: 0 };
-    let mut problems = Vec::new();
-    let mut warn = |text: String| {
-        eprintln!("warning: {text}");
-        out.warnings += 1;
-    };
-    for directory in config.registry.directories().iter().filter(|directory| !directory.is_dir()) {
-        warn(format!("registry.config_path: {} is not a directory", directory.display()));
-    }
-    for report in registry.hosts_report() {
-        let (host, hosts) = (&report.image_host, report.hosts.join(", then "));
-        let by = match &report.decided {
-            registry::DecidedBy::Default => "nothing special".to_owned(),
-            registry::DecidedBy::Resolver => format!("[resolver.host] in {}", path.display()),
-            registry::DecidedBy::Path(path) => path.display().to_string(),
-        };
-        if let Some(problem) = report.problem {
-            problems.push(format!("images of {host} cannot be had: {problem}"));
-            continue;
-        }
-        out.text += &format!("{host}: {by} decides: {hosts}\n");
-        for key in &report.unknown_keys {
-            warn(format!("{by}:{key}: unknown key, ignored"));
-        }
-        if let Some(unused) = &report.unused {
-            // That a host of its own beats the default is what the default is for.
-            if unused.ends_with("_default/hosts.toml") {
-                out.text += &format!("{host}: {unused} is not used\n");
-            } else {
-                warn(format!("{host}: {unused} is not used, because {by} decides"));
-            }
-        }
-    }
-    if problems.is_empty() { Ok(out) } else { Err(RegistriesError::Hosts(problems)) }
-}
-
 fn start(options: Options) -> ExitCode {
     if let Err(error) = logs::init(level(options.log_level), Output::Automatic) {
         eprintln!("{}: failed to prepare logger: {error}", config::args::PROGRAM);
@@ -210,7 +158,7 @@ fn start(options: Options) -> ExitCode {
         }
     };
     for warning in loaded.warning_lines() {
-        tracing::warn!("{warning}");
+        say!(ConfigDoubtful, "{warning}");
     }
     match run(&options, &loaded.config) {
         Ok(()) => {
@@ -230,6 +178,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     let layout = Layout::new(absolute(&options.root)?);
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
+        // The operator asked for it; the text and level are the Go snapshotter's.
         tracing::warn!("skipped snapshotter is supported check");
     } else if root::check_overlay(&layout)? == root::Checked::MayNotMount {
         tracing::debug!(
@@ -268,7 +217,7 @@ fn raise_descriptor_limit() {
     if current != maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
     {
-        tracing::warn!(%error, limit = ?current, "cannot raise the limit of open files: some hundred lazy layers may be too many");
+        say!(FewDescriptors, %error, limit = ?current, "cannot raise the limit of open files: some hundred lazy layers may be too many");
     }
 }
 
@@ -314,7 +263,7 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!(address, "soci-snapshotter-grpc successfully started");
+    say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
@@ -330,7 +279,7 @@ async fn serve(
     };
     tokio::select! {
         served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
-        () = patience => tracing::warn!("gRPC requests that take long are cut off; containerd repeats them"),
+        () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
     if let Ok(lazyfs::Drained { unanswered }) = drained
@@ -352,7 +301,8 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
                 async move {
                     let result = lazy.recover(id).await;
                     if let Err(error) = &result {
-                        tracing::error!(
+                        say!(
+                            LayerNotRestored,
                             snapshot = id.to_string(), error,
                             "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
                              started from it; if that does not help, remove the image and pull it again"
@@ -391,10 +341,10 @@ async fn keep_held(layout: Layout, held: Held) {
         });
         match kept.await {
             Ok(Ok(holder::Keeping::Already)) => said = false,
-            Ok(Ok(holder::Keeping::HandedIn)) => tracing::info!("gave the FUSE descriptor to a new soci-mount"),
+            Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
             Ok(Err(error)) if !said => {
                 said = true;
-                tracing::error!(%error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
+                say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
             }
             _ => {}
         }
@@ -407,8 +357,9 @@ fn lazy_side(
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
 ) -> Result<LazyMounts, StartError> {
-    let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
+    let keychain = Arc::new(Keychain::new(registries::keychain_sources()));
+    let registry =
+        Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
     let discovery = DiscoverySettings {
         v1: config.pull_modes.soci_v1.enable,
         v2: config.pull_modes.soci_v2.enable,
@@ -431,7 +382,7 @@ fn lazy_side(
     let shared = Arc::new(match spill(layout) {
         Ok(spill) => shared.spilling(spill),
         Err(error) => {
-            tracing::warn!(root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
+            say!(NoScratch, root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
             shared
         }
     });
@@ -451,38 +402,6 @@ fn lazy_side(
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
         state: lazy::State::default(),
     })
-}
-
-fn limit(timeout: config::Timeout) -> registry::Limit {
-    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
-}
-
-fn http_settings(config: &Config) -> HttpSettings {
-    let (http, blob) = (&config.http, &config.blob);
-    HttpSettings {
-        // A connection that takes longer than an hour is not going to be one.
-        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
-        header_timeout: limit(http.response_header_timeout),
-        request_timeout: limit(http.request_timeout),
-        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
-        blob_timeout: limit(blob.fetching_timeout),
-        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
-        ..HttpSettings::default()
-    }
-}
-
-fn hosts(config: &Config) -> HostSettings {
-    let mirror = |m: &config::Mirror| Mirror {
-        host: m.host.clone(),
-        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
-        timeout: match m.request_timeout {
-            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
-            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
-            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
-        },
-    };
-    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect(), directories: config.registry.directories() }
 }
 
 fn scheduling(config: &Config) -> Settings {
@@ -576,11 +495,4 @@ fn scratch_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
     (memory / 8).clamp(64 << 20, 1 << 30)
-}
-
-fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
-    DockerConfig::of_environment()
-        .into_iter()
-        .map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>)
-        .collect()
 }

@@ -8,8 +8,8 @@ use super::{
     RegistryError,
     bounded::Bounded,
     challenge::Challenge,
-    error::{Failure, Request},
     endpoint::{Endpoint, HostId},
+    error::{Failure, Request},
     transport::{Kind, Reply, To, Transport},
     url::{is_loopback, same_origin},
 };

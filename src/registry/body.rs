@@ -5,8 +5,8 @@
 
 use super::{
     HostId, RegistryError,
-    error::{Failure, Request},
     endpoint::Endpoint,
+    error::{Failure, Request},
     transport::{chain, within},
 };
 use bytes::{Bytes, BytesMut};

@@ -14,8 +14,8 @@ use super::{
     RegistryError,
     auth::{Auth, Visitor},
     body::Body,
-    error::{Advice, Failure, Request},
     endpoint::{Endpoint, Endpoints, HostId, Need, Standing},
+    error::{Advice, Failure, Request},
     hosts::Hosts,
     redirect::{BlobKey, RedirectCache},
     retry::{self, RetrySettings},
@@ -203,7 +203,9 @@ impl Site {
             let shown = if here == url { request.clone() } else { request.redirected(&here) };
             let reply = match at_origin {
                 true => self.send_proven(endpoint, ask, &shown, &here).await?,
-                false => self.send(endpoint, To::Stranger, ask, &shown, self.http(ask, &here, Some(&url), None)).await?,
+                false => {
+                    self.send(endpoint, To::Stranger, ask, &shown, self.http(ask, &here, Some(&url), None)).await?
+                }
             };
             match reply {
                 Reply::Content(response) => {

@@ -71,7 +71,8 @@ pub(super) struct Found {
 /// The directory for `host`, if there is one. What was looked at is added to `stamp`.
 pub(super) fn find(settings: &HostSettings, host: &str, stamp: &mut Stamp) -> Option<Found> {
     for root in &settings.directories {
-        for (name, is_default) in names(host).into_iter().map(|name| (name, false)).chain([(DEFAULT.to_owned(), true)]) {
+        for (name, is_default) in names(host).into_iter().map(|name| (name, false)).chain([(DEFAULT.to_owned(), true)])
+        {
             let path = root.join(name);
             stamp.add(&path);
             if path.is_dir() {
@@ -190,8 +191,7 @@ fn pem(path: &Path) -> Result<Pem, DirectoryError> {
 
 /// The file's bytes; None if it is not there.
 fn slurp(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, DirectoryError> {
-    let unreadable =
-        |e: io::Error| DirectoryError::Unreadable { path: path.display().to_string(), why: e.to_string() };
+    let unreadable = |e: io::Error| DirectoryError::Unreadable { path: path.display().to_string(), why: e.to_string() };
     let file = match fs::File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),

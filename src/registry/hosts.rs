@@ -16,7 +16,10 @@ use super::{
     transport::{Dialing, Transport},
     url::{authority, is_loopback},
 };
-use crate::tls::{TlsError, Trust, Verification};
+use crate::{
+    telemetry::catalog::say,
+    tls::{TlsError, Trust, Verification},
+};
 use ::url::Url;
 use http::HeaderMap;
 use std::{
@@ -120,7 +123,7 @@ impl Hosts {
         let made = self.list(image_host, &mut stamp);
         let list = match (made, lists.get(image_host).map(|known| &known.list)) {
             (Err(error), Some(Ok(before))) => {
-                tracing::error!(image_host, %error, "the configuration of this registry has changed and cannot be used; going on with the one before");
+                say!(HostsBroken, image_host, %error, "the configuration of this registry has changed and cannot be used; going on with the one before");
                 Ok(before.clone())
             }
             (made, before) => {
@@ -173,7 +176,7 @@ impl Hosts {
             let base = match mirror_base(mirror) {
                 Ok(base) => base,
                 Err(error) => {
-                    tracing::warn!(error = %error, image_host, "ignoring a mirror");
+                    say!(MirrorIgnored, error = %error, image_host, "ignoring a mirror");
                     continue;
                 }
             };
@@ -223,6 +226,13 @@ impl Hosts {
             let base = match &entry.base {
                 Some(base) => base.clone(),
                 None if about_tls => origin(image_host, Security::TlsEverywhere)?,
+                // Somebody has written down how the registry is asked: not also in another way.
+                None if out
+                    .iter()
+                    .any(|e| e.login_host == authority(&plain) && e.capabilities == Capabilities::ALL) =>
+                {
+                    continue;
+                }
                 None => plain.clone(),
             };
             let same = authority(&base) == authority(&plain);
@@ -259,7 +269,9 @@ impl Hosts {
             (Some(file), _) => format!("name it as ca of this host in {}", file.display()),
             (None, Some(root)) => format!("save it as {}", root.join(&host).join("ca.crt").display()),
             (None, None) => {
-                format!("set [registry] config_path to \"/etc/containerd/certs.d\" and save it as /etc/containerd/certs.d/{host}/ca.crt")
+                format!(
+                    "set [registry] config_path to \"/etc/containerd/certs.d\" and save it as /etc/containerd/certs.d/{host}/ca.crt"
+                )
             }
         };
         let trust = Trust {
@@ -373,11 +385,16 @@ impl List {
         let DecidedBy::Path(path) = &self.decided else { return };
         let (path, hosts) = (path.display().to_string(), self.endpoints.len().to_string());
         match again {
-            true => tracing::info!(image_host, path, hosts, "the configuration of this registry has changed and is in force"),
+            true => tracing::info!(
+                image_host,
+                path,
+                hosts,
+                "the configuration of this registry has changed and is in force"
+            ),
             false => tracing::debug!(image_host, path, hosts, "this registry is configured here"),
         }
         for key in &self.unknown_keys {
-            tracing::warn!("{path}:{key}: unknown key, ignored");
+            say!(ConfigDoubtful, "{path}:{key}: unknown key, ignored");
         }
     }
 }
@@ -440,7 +457,8 @@ mod tests {
             .iter()
             .map(|(host, security)| Mirror { host: (*host).into(), security: *security, ..Mirror::default() })
             .collect();
-        let settings = HostSettings { mirrors: HashMap::from([(image_host.to_owned(), mirrors)]), ..HostSettings::default() };
+        let settings =
+            HostSettings { mirrors: HashMap::from([(image_host.to_owned(), mirrors)]), ..HostSettings::default() };
         hosts(settings).of(image_host).unwrap().iter().map(|e| e.url("r", "x").unwrap().to_string()).collect()
     }
 
@@ -512,12 +530,17 @@ mod tests {
         let hosts = hosts(settings);
         let id = |base: &str| format!("{base}/v2");
         let (https_f, both_origin) = (id("http://f.example"), id("https://both.example"));
-        assert_eq!(decided(&hosts, "both.example"), (vec![https_f.clone(), both_origin], DecidedBy::Path(both.clone())));
+        assert_eq!(
+            decided(&hosts, "both.example"),
+            (vec![https_f.clone(), both_origin], DecidedBy::Path(both.clone()))
+        );
         let expected = vec![id("https://r.example"), id("https://only.example")];
         assert_eq!(decided(&hosts, "only.example"), (expected, DecidedBy::Resolver));
         let expected = vec![id("https://d.example"), id("https://x.example")];
         assert_eq!(decided(&hosts, "x.example"), (expected, DecidedBy::Path(fallback.clone())));
-        assert!(hosts.of("broken.example:5000").unwrap_err().to_string().contains("hosts.toml:1:10: expected a string"));
+        assert!(
+            hosts.of("broken.example:5000").unwrap_err().to_string().contains("hosts.toml:1:10: expected a string")
+        );
 
         let report = hosts.report();
         let of = |name: &str| report.iter().find(|r| r.image_host == name).unwrap().clone();

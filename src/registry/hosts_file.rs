@@ -273,7 +273,9 @@ fn base(text: &str, overridden: bool) -> Result<::url::Url, String> {
         return Err(invalid());
     }
     if !url.username().is_empty() || url.password().is_some() {
-        return Err(format!("{shown:?}: credentials do not belong into a URL; use the docker configuration or a header"));
+        return Err(format!(
+            "{shown:?}: credentials do not belong into a URL; use the docker configuration or a header"
+        ));
     }
     if url.query().is_some() || url.fragment().is_some() {
         return Err(format!("{shown:?}: the URL of a host has no query"));

@@ -34,8 +34,8 @@ mod transport;
 mod url;
 
 pub use body::RangeBody;
-pub use error::{Class, RegistryError, Request};
 pub use endpoint::HostId;
+pub use error::{Class, RegistryError, Request};
 pub use hosts::{DecidedBy, HostReport};
 pub use hosts_file::Capabilities;
 pub use retry::RetrySettings;
@@ -49,8 +49,8 @@ use crate::{
 use body::{Excess, content_range};
 use bytes::Bytes;
 use client::{Ask, Client, Site};
-use error::Failure;
 use endpoint::{Endpoint, Need};
+use error::Failure;
 use hosts::Hosts;
 use http::{StatusCode, header};
 use std::{ops::Range, sync::Arc};

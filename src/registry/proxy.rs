@@ -5,6 +5,7 @@
 //! `*`. Lower-case names count where the upper-case ones are not set. The loopback is never asked through a proxy.
 
 use super::url::is_loopback;
+use crate::telemetry::catalog::say;
 use ::url::{Host, Url};
 use std::net::IpAddr;
 
@@ -70,7 +71,11 @@ fn proxy(name: &str, text: &str) -> Option<Url> {
     let url = Url::parse(&with_scheme).ok().filter(|url| url.has_host());
     if url.is_none() {
         // What is in it may be a password.
-        tracing::error!("the environment's {name} is not the URL of a proxy; going on without it");
+        say!(
+            ProxyIgnored,
+            variable = name,
+            "this variable of the environment is not the URL of a proxy; going on without it"
+        );
     }
     url
 }

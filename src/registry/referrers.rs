@@ -3,8 +3,8 @@
 use super::{
     RegistryError,
     client::{Ask, Places, Site},
-    error::Failure,
     endpoint::Endpoint,
+    error::Failure,
     transport::{Kind, text},
     url::same_origin,
 };

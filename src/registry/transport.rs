@@ -390,7 +390,9 @@ fn tls_words(endpoint: &Endpoint, host: &str, failed: &tls::Failed, roots: &Syst
     use tls::{Failed, Trouble};
     let here = &endpoint.trust_here;
     let bundle = match roots.is_empty() {
-        true => "; this machine has no certificate authorities of its own: install ca-certificates and restart the daemon",
+        true => {
+            "; this machine has no certificate authorities of its own: install ca-certificates and restart the daemon"
+        }
         false => "",
     };
     match failed {

@@ -16,6 +16,7 @@ mod verify;
 
 pub use refusal::{Failed, Refusal, Trouble, refusal};
 
+use crate::telemetry::catalog::say;
 use rustls::{
     ClientConfig,
     crypto::{CryptoProvider, ring},
@@ -99,7 +100,7 @@ impl SystemRoots {
     pub fn load() -> SystemRoots {
         let loaded = rustls_native_certs::load_native_certs();
         for error in &loaded.errors {
-            tracing::warn!(%error, "cannot read some of the system's certificate authorities");
+            say!(AuthoritiesUnreadable, %error, "cannot read some of the system's certificate authorities");
         }
         SystemRoots { certificates: loaded.certs }
     }

@@ -1,7 +1,7 @@
 //! Judging a server's certificate.
 
 use super::{
-    SystemRoots, System, TlsError, Trust, Verification, certificates,
+    System, SystemRoots, TlsError, Trust, Verification, certificates,
     refusal::{Refusal, Shown, Trouble},
 };
 use rustls::{

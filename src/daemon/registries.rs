@@ -1,0 +1,99 @@
+//! Registries and logins as they are configured: the configuration's words in those of [`crate::registry`] and [`crate::keychain`], and
+//! what `config check` says of them.
+
+use crate::{
+    config::{self, Config},
+    keychain::{DockerConfig, Source},
+    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
+};
+use std::{path::Path, sync::Arc, time::Duration};
+
+fn limit(timeout: config::Timeout) -> registry::Limit {
+    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
+}
+
+pub fn http_settings(config: &Config) -> HttpSettings {
+    let (http, blob) = (&config.http, &config.blob);
+    HttpSettings {
+        // A connection that takes longer than an hour is not going to be one.
+        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
+        header_timeout: limit(http.response_header_timeout),
+        request_timeout: limit(http.request_timeout),
+        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
+        blob_timeout: limit(blob.fetching_timeout),
+        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
+        ..HttpSettings::default()
+    }
+}
+
+pub fn hosts(config: &Config) -> HostSettings {
+    let mirror = |m: &config::Mirror| Mirror {
+        host: m.host.clone(),
+        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
+        timeout: match m.request_timeout {
+            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
+            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
+            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
+        },
+    };
+    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
+    HostSettings { mirrors: mirrors.collect(), directories: config.registry.directories() }
+}
+
+pub struct Checked {
+    /// One line per image host that something is configured for.
+    pub text: String,
+    pub warnings: usize,
+}
+
+/// Why images of some registries could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistriesError {
+    #[error(transparent)]
+    Setup(#[from] registry::RegistryError),
+    #[error("{}", .0.join("; "))]
+    Hosts(Vec<String>),
+}
+
+/// Who decides whom to ask for the images of which registry; problems are errors, and what has no effect a warning.
+pub fn check(config: &Config, path: &Path) -> Result<Checked, RegistriesError> {
+    let registry = Registry::new(http_settings(config), hosts(config), Arc::default())?;
+    let mut out = Checked { text: String::new(), warnings: 0 };
+    let mut problems = Vec::new();
+    let mut warn = |text: String| {
+        eprintln!("warning: {text}");
+        out.warnings += 1;
+    };
+    for directory in config.registry.directories().iter().filter(|directory| !directory.is_dir()) {
+        warn(format!("registry.config_path: {} is not a directory", directory.display()));
+    }
+    for report in registry.hosts_report() {
+        let (host, hosts) = (&report.image_host, report.hosts.join(", then "));
+        let by = match &report.decided {
+            registry::DecidedBy::Default => "nothing special".to_owned(),
+            registry::DecidedBy::Resolver => format!("[resolver.host] in {}", path.display()),
+            registry::DecidedBy::Path(path) => path.display().to_string(),
+        };
+        if let Some(problem) = report.problem {
+            problems.push(format!("images of {host} cannot be had: {problem}"));
+            continue;
+        }
+        out.text += &format!("{host}: {by} decides: {hosts}\n");
+        for key in &report.unknown_keys {
+            warn(format!("{by}:{key}: unknown key, ignored"));
+        }
+        if let Some(unused) = &report.unused {
+            // That a host of its own beats the default is what the default is for.
+            if unused.ends_with("_default/hosts.toml") {
+                out.text += &format!("{host}: {unused} is not used\n");
+            } else {
+                warn(format!("{host}: {unused} is not used, because {by} decides"));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(out) } else { Err(RegistriesError::Hosts(problems)) }
+}
+
+pub fn keychain_sources() -> Vec<Arc<dyn Source>> {
+    DockerConfig::of_environment().into_iter().map(|source| Arc::new(source) as Arc<dyn Source>).collect()
+}
