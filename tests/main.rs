@@ -21,6 +21,8 @@ mod privilege;
 mod referrers;
 mod registry;
 mod registry_environment;
+mod keychain_cluster;
+mod keychain_cri;
 mod registry_hosts;
 mod registry_login;
 mod registry_real;

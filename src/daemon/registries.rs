@@ -2,11 +2,11 @@
 //! what `config check` says of them.
 
 use crate::{
-    config::{self, Config},
-    keychain::{DockerConfig, Source},
+    config::{self, Config, args::Options},
+    keychain::{CriLogins, DockerConfig, KubeSecrets, KubeletProviders, Source},
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
 };
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 fn limit(timeout: config::Timeout) -> registry::Limit {
     timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
@@ -53,10 +53,26 @@ pub enum RegistriesError {
     Setup(#[from] registry::RegistryError),
     #[error("{}", .0.join("; "))]
     Hosts(Vec<String>),
+    #[error("cri_keychain.image_service_path is the daemon's own socket {0}: it has to be that of containerd, which does the pulling")]
+    Circle(String),
+}
+
+/// Whatever would be passed on to the daemon's own socket would be passed on for ever.
+pub fn no_circle(config: &Config, address: &str) -> Result<(), RegistriesError> {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &str| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+    let (path, own) = (&config.cri_keychain.image_service_path, address.strip_prefix("unix://").unwrap_or(address));
+    let same = path == own || id(path).is_some_and(|found| id(own) == Some(found));
+    match config.cri_keychain.enable_keychain && same {
+        true => Err(RegistriesError::Circle(own.to_owned())),
+        false => Ok(()),
+    }
 }
 
 /// Who decides whom to ask for the images of which registry; problems are errors, and what has no effect a warning.
-pub fn check(config: &Config, path: &Path) -> Result<Checked, RegistriesError> {
+pub fn check(config: &Config, options: &Options) -> Result<Checked, RegistriesError> {
+    no_circle(config, &options.address)?;
+    let path = &options.config;
     let registry = Registry::new(http_settings(config), hosts(config), Arc::default())?;
     let mut out = Checked { text: String::new(), warnings: 0 };
     let mut problems = Vec::new();
@@ -94,6 +110,19 @@ pub fn check(config: &Config, path: &Path) -> Result<Checked, RegistriesError> {
     if problems.is_empty() { Ok(out) } else { Err(RegistriesError::Hosts(problems)) }
 }
 
-pub fn keychain_sources() -> Vec<Arc<dyn Source>> {
-    DockerConfig::of_environment().into_iter().map(|source| Arc::new(source) as Arc<dyn Source>).collect()
+/// Where logins come from, in the order in which they are tried (`keychain`). Call within a tokio runtime.
+pub fn keychain_sources(config: &Config, cri: Option<Arc<CriLogins>>) -> Vec<Arc<dyn Source>> {
+    let mut sources: Vec<Arc<dyn Source>> = Vec::new();
+    for file in DockerConfig::of_environment().into_iter().chain(DockerConfig::podman_of_environment()) {
+        sources.push(Arc::new(file));
+    }
+    let kubelet = &config.kubelet_keychain;
+    if kubelet.enable_keychain {
+        sources.push(Arc::new(KubeletProviders::new(&kubelet.config_path, &kubelet.bin_dir)));
+    }
+    sources.extend(cri.map(|logins| logins as Arc<dyn Source>));
+    if config.kubeconfig_keychain.enable_keychain {
+        sources.push(Arc::new(KubeSecrets::start(&config.kubeconfig_keychain.kubeconfig_path)));
+    }
+    sources
 }

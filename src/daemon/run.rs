@@ -17,7 +17,7 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::Keychain,
+    keychain::{CriLogins, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
     registry::{self, Registry},
@@ -82,6 +82,8 @@ enum StartError {
         address: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error(transparent)]
+    Registries(#[from] registries::RegistriesError),
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
 }
@@ -125,7 +127,7 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
-    let registries = match registries::check(&loaded.config, &options.config) {
+    let registries = match registries::check(&loaded.config, options) {
         Ok(registries) => registries,
         Err(problem) => return refuse(&problem),
     };
@@ -175,6 +177,7 @@ fn start(options: Options) -> ExitCode {
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
 fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     sys::process::tame_allocator();
+    registries::no_circle(config, &options.address)?;
     let layout = Layout::new(absolute(&options.root)?);
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
@@ -235,7 +238,8 @@ async fn serve(
     let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
+    let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), cri_logins.clone())?);
     let options = snapshot::Options::new(layout.clone(), config.into());
     let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
     recover(&snapshotter, &lazy).await?;
@@ -264,6 +268,11 @@ async fn serve(
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     say!(Started, address, "soci-snapshotter-grpc successfully started");
+    let images = cri_logins.map(|logins| {
+        let path = &config.cri_keychain.image_service_path;
+        tracing::info!(path, "CRI's image service is passed on");
+        grpc::CriImages::new(path, logins)
+    });
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
@@ -278,7 +287,7 @@ async fn serve(
         tokio::time::sleep(LAST_REQUESTS).await;
     };
     tokio::select! {
-        served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        served = grpc::serve(listener, snapshotter, images, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
@@ -356,8 +365,9 @@ fn lazy_side(
     config: &Config,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
+    cri_logins: Option<Arc<CriLogins>>,
 ) -> Result<LazyMounts, StartError> {
-    let keychain = Arc::new(Keychain::new(registries::keychain_sources()));
+    let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
     let registry =
         Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
     let discovery = DiscoverySettings {

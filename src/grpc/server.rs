@@ -1,6 +1,7 @@
 //! A listener, bounded: connections, streams, headers, messages, and requests being worked on.
 
 use super::proto::snapshots::snapshots_server::SnapshotsServer;
+use super::cri::CriImages;
 use super::service::Service;
 use crate::snapshot::Snapshotter;
 use futures::StreamExt;
@@ -36,10 +37,11 @@ impl Default for Limits {
     }
 }
 
-/// Serves the Snapshots service on `listener` until `shutdown`; then finishes what has begun.
+/// Serves the Snapshots service on `listener` until `shutdown`, and CRI's image service if there is one; then finishes what has begun.
 pub async fn serve(
     listener: UnixListener,
     snapshotter: Snapshotter,
+    images: Option<CriImages>,
     limits: Limits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -49,7 +51,9 @@ pub async fn serve(
         .max_concurrent_streams(limits.streams)
         .concurrency_limit_per_connection(limits.requests)
         .http2_max_header_list_size(limits.header_bytes)
-        .serve_with_incoming_shutdown(service, connections(listener, limits.connections), shutdown)
+        .add_service(service)
+        .add_optional_service(images)
+        .serve_with_incoming_shutdown(connections(listener, limits.connections), shutdown)
         .await
 }
 

@@ -12,7 +12,7 @@
 
 use super::{
     RegistryError,
-    auth::{Auth, Visitor},
+    auth::{Auth, Trial, Visitor},
     body::Body,
     endpoint::{Endpoint, Endpoints, HostId, Need, Standing},
     error::{Advice, Failure, Request},
@@ -272,7 +272,8 @@ impl Site {
         url: &Url,
     ) -> Result<Reply, Failure> {
         let auth = &self.client.auth;
-        let door = auth.door(endpoint, &self.name);
+        let need = need(ask.kind);
+        let door = auth.door(endpoint, &self.name, need);
         let visitor = Visitor {
             transport: &self.client.transport,
             endpoint,
@@ -280,20 +281,29 @@ impl Site {
             request,
             timeout: endpoint.request_timeout(self.client.settings.request_timeout),
             idle: self.client.settings.idle_timeout,
+            need,
         };
-        let proof = auth.present(&door, &visitor).await;
-        let reply = self.send_to_host(endpoint, ask, request, url, proof.as_ref()).await?;
-        let Reply::Error(error) = reply else { return Ok(reply) };
-        let challenges = match error.status.as_u16() {
-            401 => error.challenges.clone(),
-            403 if error.is_expired_login() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
-            403 if error.is_expired_login() => error.challenges.clone(),
-            _ => return Ok(Reply::Error(error)),
-        };
-        tracing::info!("Received status code: {}. Authorizing...", error.status);
-        match auth.answer(&door, &visitor, &challenges, proof.as_ref()).await? {
-            Some(proof) => self.send_to_host(endpoint, ask, request, url, Some(&proof)).await,
-            None => Ok(Reply::Error(error)),
+        let mut trial = Trial::default();
+        let mut proof = auth.present(&door, &visitor).await;
+        // The trial ends it: each login is tried once.
+        loop {
+            let reply = self.send_to_host(endpoint, ask, request, url, proof.as_ref()).await?;
+            let Reply::Error(mut error) = reply else { return Ok(reply) };
+            let challenges = match error.status.as_u16() {
+                401 => error.challenges.clone(),
+                // ECR's way to say that a login has ended; others say so that a login is not enough, and another may be.
+                403 if proof.is_some() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
+                403 if proof.is_some() => error.challenges.clone(),
+                _ => return Ok(Reply::Error(error)),
+            };
+            tracing::info!("Received status code: {}. Authorizing...", error.status);
+            match auth.answer(&door, &visitor, &challenges, proof.as_ref(), &mut trial).await? {
+                Some(next) => proof = Some(next),
+                None => {
+                    error.tried = trial.words();
+                    return Ok(Reply::Error(error));
+                }
+            }
         }
     }
 
@@ -380,6 +390,13 @@ impl Site {
         endpoint
             .url(&self.name, path)
             .map_err(|error| Failure::elsewhere(RegistryError::Setup { what: format!("{}: {error}", endpoint.id) }))
+    }
+}
+
+/// What a request of that kind does with the repository.
+fn need(kind: Kind) -> Need {
+    match kind {
+        Kind::Manifest | Kind::Referrers | Kind::Blob | Kind::Range | Kind::Login | Kind::Probe => Need::Pull,
     }
 }
 

@@ -137,6 +137,8 @@ pub(super) struct ErrorReply {
     pub retry_after: Option<Duration>,
     pub body: Vec<u8>,
     pub is_xml: bool,
+    /// With which logins it was asked, all in vain.
+    pub tried: Option<String>,
 }
 
 impl Transport {
@@ -262,6 +264,7 @@ impl Transport {
                 .and_then(|value| retry::retry_after(value, jiff::Timestamp::now())),
             is_xml: text(&headers, header::CONTENT_TYPE).is_some_and(|t| t.starts_with("application/xml")),
             body,
+            tried: None,
         }))
     }
 }
@@ -269,9 +272,10 @@ impl Transport {
 impl ErrorReply {
     /// What this status means for the request, challenges aside.
     pub fn failure(&self, request: &Request) -> Failure {
+        let tried = self.tried.as_ref().map(|tried| format!("; {tried}")).unwrap_or_default();
         let what = match self.code() {
-            Some(code) => format!("{} ({code})", self.status),
-            None => self.status.to_string(),
+            Some(code) => format!("{} ({code}){tried}", self.status),
+            None => format!("{}{tried}", self.status),
         };
         let request = request.clone();
         match self.status.as_u16() {
@@ -457,6 +461,7 @@ mod tests {
             retry_after: None,
             body: body.into(),
             is_xml: true,
+            tried: None,
         }
     }
 

@@ -213,6 +213,12 @@ messages! {
         happened "The value of @SOCI_VARIABLE@ in the environment of the daemon is not the URL of a proxy."
         means "Registries are asked without a proxy. Where only a proxy leads outside, images cannot be loaded lazily."
         act "Correct the variable in the unit (systemctl edit soci-snapshotter) and restart the daemon.";
+    SecretsUnavailable = "5970f34c1b3c4de7a38f03a13f80f829" WARN Always "The registry logins of the cluster cannot be read"
+        happened "Kubernetes secrets could not be listed or watched with the kubeconfig: @SOCI_ERROR@."
+        means "Logins that were read before stay in use. Private images that only such a secret has a login for may not be loaded lazily, and \
+               what is missing of mounted ones cannot be fetched."
+        act "Correct kubeconfig_keychain.kubeconfig_path, the kubeconfig, or the rights of its user (get, list and watch secrets). It is tried \
+             again every 30 seconds at most; nothing has to be restarted.";
     PrefetchUnusable = "835d298760fc466d8c327077fe19927d" WARN Always "A list of what to fetch first cannot be used"
         happened "The prefetch artifact @SOCI_DIGEST@ of a SOCI index cannot be fetched or read: @SOCI_ERROR@."
         means "The image is lazy all the same; its first seconds may take longer."
