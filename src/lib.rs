@@ -62,10 +62,11 @@
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout                            no I/O
+//!   words       oci layout notation                   no I/O
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
-//!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
-//!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config names toml_edit
+//!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
+//!   read path   registry → index → layers → fs        only fs names fuser
+//!   control     snapshot grpc daemon config telemetry       only grpc names tonic; config and registry (hosts.toml) name toml_edit
 //!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli
 //! ```
