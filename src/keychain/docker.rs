@@ -14,7 +14,6 @@ use std::{
     path::PathBuf,
     sync::Arc,
 };
-use zeroize::Zeroize;
 
 /// The logins of a docker configuration file.
 pub struct DockerConfig {
@@ -31,22 +30,14 @@ pub(super) struct Logins {
     cred_helpers: HashMap<String, String>,
 }
 
-/// Wiped when it is dropped.
 #[derive(Default, serde::Deserialize)]
 #[serde(default)]
 struct Entry {
-    auth: String,
+    auth: Secret,
     username: String,
-    password: String,
-    identitytoken: String,
-    registrytoken: String,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        let Entry { auth, username: _, password, identitytoken, registrytoken } = self;
-        [auth, password, identitytoken, registrytoken].into_iter().for_each(Zeroize::zeroize);
-    }
+    password: Secret,
+    identitytoken: Secret,
+    registrytoken: Secret,
 }
 
 impl DockerConfig {
@@ -179,17 +170,16 @@ fn covers(path: &str, image: &str) -> bool {
 impl Entry {
     fn credential(&self) -> Option<Credential> {
         if !self.identitytoken.is_empty() {
-            return Some(Credential::Identity(Secret::new(self.identitytoken.as_str())));
+            return Some(Credential::Identity(self.identitytoken.clone()));
         }
         if !self.registrytoken.is_empty() {
-            return Some(Credential::Registry(Secret::new(self.registrytoken.as_str())));
+            return Some(Credential::Registry(self.registrytoken.clone()));
         }
         if !self.auth.is_empty() {
-            return basic_pair(&Secret::new(self.auth.as_str()));
+            return basic_pair(&self.auth);
         }
         let user = self.username.clone();
-        (!self.password.is_empty())
-            .then(|| Credential::Password { user, password: Secret::new(self.password.as_str()) })
+        (!self.password.is_empty()).then(|| Credential::Password { user, password: self.password.clone() })
     }
 }
 

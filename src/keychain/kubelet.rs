@@ -13,7 +13,7 @@ use super::{
 use crate::{notation::go_duration, telemetry::catalog::say};
 use std::{
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };

@@ -33,12 +33,17 @@ use zeroize::Zeroize;
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
 /// Text that is not shown, and wiped when it is dropped.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(transparent)]
 pub struct Secret(Box<str>);
 
 impl Secret {
     pub fn new(text: impl Into<Box<str>>) -> Secret {
         Secret(text.into())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// The text itself, for whoever sends it where it belongs.

@@ -319,6 +319,11 @@ impl Door {
         self.grant.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// How the registry wanted to be answered last time.
+    pub fn challenge(&self) -> Option<Challenge> {
+        self.grant().map(|grant| grant.challenge)
+    }
+
     /// Forgets the grant that is shown as `shown`: it is worth nothing.
     fn forget(&self, shown: Option<&HeaderValue>) {
         let mut grant = self.grant.lock().unwrap_or_else(PoisonError::into_inner);

@@ -14,6 +14,7 @@ use super::{
     RegistryError,
     auth::{Auth, Trial, Visitor},
     body::Body,
+    challenge::Challenge,
     endpoint::{Endpoint, Endpoints, HostId, Need, Standing},
     error::{Advice, Failure, Request},
     hosts::Hosts,
@@ -291,9 +292,10 @@ impl Site {
             let Reply::Error(mut error) = reply else { return Ok(reply) };
             let challenges = match error.status.as_u16() {
                 401 => error.challenges.clone(),
-                // ECR's way to say that a login has ended; others say so that a login is not enough, and another may be.
-                403 if proof.is_some() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
-                403 if proof.is_some() => error.challenges.clone(),
+                // A login that is not enough, or (ECR) one that has ended: another may do.
+                403 if proof.is_some() && !error.challenges.is_empty() => error.challenges.clone(),
+                403 if error.is_expired_login() => vec![Challenge::Basic],
+                403 if proof.is_some() => door.challenge().into_iter().collect(),
                 _ => return Ok(Reply::Error(error)),
             };
             tracing::info!("Received status code: {}. Authorizing...", error.status);

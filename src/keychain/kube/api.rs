@@ -2,7 +2,7 @@
 
 use super::config::{Cluster, Proof};
 use crate::{
-    keychain::docker::Logins,
+    keychain::{Secret, docker::Logins},
     tls::{self, Protocols, SystemRoots},
 };
 use base64::Engine;
@@ -73,7 +73,7 @@ struct Object {
     #[serde(default)]
     r#type: String,
     #[serde(default)]
-    data: Option<std::collections::HashMap<String, Zeroizing<String>>>,
+    data: Option<std::collections::HashMap<String, Secret>>,
     /// Of an error.
     #[serde(default)]
     code: u16,
@@ -252,7 +252,7 @@ fn change(kind: &str, object: Object) -> Option<Event> {
     let name = (object.metadata.namespace, object.metadata.name);
     match kind {
         "ADDED" | "MODIFIED" => {
-            let logins = (object.r#type == TYPE).then(|| object.data.as_ref()?.get(KEY).and_then(|text| logins(text))).flatten();
+            let logins = (object.r#type == TYPE).then(|| object.data.as_ref()?.get(KEY).and_then(|text| logins(text.expose()))).flatten();
             if logins.is_none() {
                 tracing::debug!(namespace = name.0, secret = name.1, "this secret holds no docker configuration that can be understood");
             }
