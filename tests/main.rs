@@ -28,3 +28,4 @@ mod registry_login;
 mod registry_real;
 mod registry_tls;
 mod support;
+mod units;

@@ -183,6 +183,11 @@ impl Auth {
         Auth { keychain, doors: Mutex::new(Bounded::new(CAPACITY)) }
     }
 
+    /// Where logins come from.
+    pub fn keychain(&self) -> Arc<Keychain> {
+        self.keychain.clone()
+    }
+
     pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>, need: Need) -> Arc<Door> {
         // What may pull may not push; what a tag means takes no more than pulling.
         let key = (endpoint.id.clone(), repository.clone(), need == Need::Push);

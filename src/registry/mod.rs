@@ -53,7 +53,10 @@ use endpoint::{Endpoint, Need};
 use error::Failure;
 use hosts::Hosts;
 use http::{StatusCode, header};
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, PoisonError, RwLock},
+};
 use transport::{Transport, Unobserved, text};
 
 /// What may come as a manifest, as containerd lists it.
@@ -64,7 +67,9 @@ const MANIFEST_TYPES: &str = "application/vnd.docker.distribution.manifest.v2+js
 /// The way to all registries. Cheap to clone.
 #[derive(Clone)]
 pub struct Registry {
-    client: Arc<Client>,
+    /// What repositories are made with from now on; those that exist keep theirs.
+    client: Arc<RwLock<Arc<Client>>>,
+    observer: Arc<dyn Observer>,
 }
 
 /// One repository. Cheap to clone.
@@ -94,22 +99,39 @@ impl Registry {
         keychain: Arc<Keychain>,
         observer: Arc<dyn Observer>,
     ) -> Result<Registry, RegistryError> {
-        let transport = Arc::new(Transport::new(&http, observer)?);
-        Ok(Registry {
-            client: Arc::new(Client {
-                transport: transport.clone(),
-                settings: http,
-                hosts: Hosts::new(hosts, transport),
-                auth: auth::Auth::new(keychain),
-                redirects: redirect::RedirectCache::new(),
-            }),
-        })
+        let transport = Arc::new(Transport::new(&http, observer.clone())?);
+        let client = Client {
+            transport: transport.clone(),
+            settings: http,
+            hosts: Hosts::new(hosts, transport),
+            auth: auth::Auth::new(keychain),
+            redirects: redirect::RedirectCache::new(),
+        };
+        Ok(Registry { client: Arc::new(RwLock::new(Arc::new(client))), observer })
+    }
+
+    /// Other settings for the repositories that are made from now on, here and in every clone. An error changes nothing.
+    pub fn reconfigure(&self, http: HttpSettings, hosts: HostSettings) -> Result<(), RegistryError> {
+        let transport = Arc::new(Transport::new(&http, self.observer.clone())?);
+        let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
+        *client = Arc::new(Client {
+            transport: transport.clone(),
+            settings: http,
+            hosts: Hosts::new(hosts, transport),
+            auth: auth::Auth::new(client.auth.keychain()),
+            redirects: redirect::RedirectCache::new(),
+        });
+        Ok(())
+    }
+
+    fn client(&self) -> Arc<Client> {
+        self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The repository that `reference` names. Asks nobody; an error says what is wrong with the configuration of its host.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
         let site = Site {
-            client: self.client.clone(),
+            client: self.client(),
             name: reference.repository.as_str().into(),
             reference: Arc::new(reference.clone()),
         };
@@ -119,7 +141,7 @@ impl Registry {
 
     /// What is in force for every image host that something is configured for.
     pub fn hosts_report(&self) -> Vec<HostReport> {
-        self.client.hosts.report()
+        self.client().hosts.report()
     }
 }
 
