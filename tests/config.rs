@@ -327,9 +327,10 @@ fn what_is_asked_for_and_not_there_yet_is_said_once_with_its_line() {
     ";
     let lines = warnings(text);
     assert_eq!(lines.len(), 1, "{lines:?}");
-    for (line, start) in lines.iter().zip([
-        "t.toml:5:9: pull_modes.parallel_pull_unpack.parallel_pull_as_fallback: not implemented yet; layers are",
-    ]) {
+    for (line, start) in lines
+        .iter()
+        .zip(["t.toml:5:9: pull_modes.parallel_pull_unpack.parallel_pull_as_fallback: not implemented yet; layers are"])
+    {
         assert!(line.starts_with(start), "{line}");
     }
     assert!(loaded(text).strict().is_err());

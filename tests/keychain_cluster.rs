@@ -73,7 +73,9 @@ async fn secrets_are_listed_in_pages_watched_and_watched_again() {
                 false => serde_json::json!({"metadata": {"resourceVersion": "5", "continue": "more"}, "items": [
                     secret("a", "one.example", "u:1", 1), {"metadata": {"namespace": "x", "name": "broken"},
                     "type": "kubernetes.io/dockerconfigjson", "data": {".dockerconfigjson": "hunter2"}}]}),
-                true => serde_json::json!({"metadata": {"resourceVersion": "5"}, "items": [secret("b", "two.example", "u:2", 2)]}),
+                true => {
+                    serde_json::json!({"metadata": {"resourceVersion": "5"}, "items": [secret("b", "two.example", "u:2", 2)]})
+                }
             };
             return Reply::new(200).json(page.to_string());
         }
@@ -107,7 +109,11 @@ async fn secrets_are_listed_in_pages_watched_and_watched_again() {
     let seen = server.requests();
     let watched: Vec<_> = seen.iter().filter(|r| r.path.contains("watch=1")).map(|r| &r.path).collect();
     assert!(watched[0].contains("resourceVersion=5") && watched[1].contains("resourceVersion=7"), "{watched:?}");
-    assert!(seen[0].path.starts_with("/api/v1/secrets?fieldSelector=type%3Dkubernetes.io%2Fdockerconfigjson"), "{}", seen[0].path);
+    assert!(
+        seen[0].path.starts_with("/api/v1/secrets?fieldSelector=type%3Dkubernetes.io%2Fdockerconfigjson"),
+        "{}",
+        seen[0].path
+    );
     assert!(seen.iter().filter(|r| !r.path.contains("watch")).count() >= 4, "listed again, in pages");
     until(&secrets, "two.example", &["u:2"]).await;
 }

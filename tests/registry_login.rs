@@ -205,7 +205,10 @@ async fn when_no_login_helps_the_error_names_the_sources_and_nothing_they_said()
     let login = FaultRegistry::start(|_| Reply::new(401));
     let server = guarded(&login, |_| false);
     let text = with_login(&server, keychain).manifest("latest").await.unwrap_err().to_string();
-    assert!(text.contains("tried first: refused; second: knows nothing; no login at all") && !text.contains("hunter2"), "{text}");
+    assert!(
+        text.contains("tried first: refused; second: knows nothing; no login at all") && !text.contains("hunter2"),
+        "{text}"
+    );
 }
 
 #[tokio::test]
@@ -226,7 +229,9 @@ async fn no_more_is_asked_for_than_pulling() {
         Some(_) => manifest(),
         None => Reply::new(401).header(
             "WWW-Authenticate",
-            format!(r#"Bearer realm="{realm}",service="s",scope="repository:hub/a/b:pull,push,delete registry:catalog:*""#),
+            format!(
+                r#"Bearer realm="{realm}",service="s",scope="repository:hub/a/b:pull,push,delete registry:catalog:*""#
+            ),
         ),
     });
     anonymous(&server).manifest("latest").await.unwrap();
@@ -238,10 +243,12 @@ async fn a_login_that_kubelets_provider_gave_is_renewed_when_a_registry_refuses_
     use std::os::unix::fs::PermissionsExt;
     let accepted = Arc::new(Mutex::new("Basic QVdTOjE=".to_owned())); // "AWS:1"
     let now = accepted.clone();
-    let server = FaultRegistry::start(move |r| match r.header("authorization") {
+    let server = FaultRegistry::start(move |r| {
+        match r.header("authorization") {
         Some(shown) if *shown == *now.lock().unwrap() => manifest(),
         Some(_) => Reply::new(403).json(r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired. Reauthenticate and try again."}]}"#),
         None => Reply::new(401).header("WWW-Authenticate", "Basic realm=\"x\",service=\"ecr.amazonaws.com\""),
+    }
     });
     let dir = tempfile::tempdir().unwrap();
     let script = format!(

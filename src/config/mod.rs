@@ -273,7 +273,8 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
         if kubelet.enable_keychain && value.is_empty() {
             let on = reader.written.get("kubelet_keychain.enable_keychain");
             let at = on.map_or(Position { line: 1, column: 1 }, |written| written.at);
-            let message = "must be set, to what kubelet is given, where kubelet_keychain.enable_keychain is true".into();
+            let message =
+                "must be set, to what kubelet is given, where kubelet_keychain.enable_keychain is true".into();
             reader.unusable.push(Problem { at, key: key.into(), message });
         }
     }

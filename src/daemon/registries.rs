@@ -53,7 +53,9 @@ pub enum RegistriesError {
     Setup(#[from] registry::RegistryError),
     #[error("{}", .0.join("; "))]
     Hosts(Vec<String>),
-    #[error("cri_keychain.image_service_path is the daemon's own socket {0}: it has to be that of containerd, which does the pulling")]
+    #[error(
+        "cri_keychain.image_service_path is the daemon's own socket {0}: it has to be that of containerd, which does the pulling"
+    )]
     Circle(String),
 }
 

@@ -5,8 +5,7 @@ use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
-    registries,
-    reload,
+    registries, reload,
     root::{self, RootError},
     systemd::{self, Note},
 };

@@ -61,7 +61,10 @@ impl CriImages {
     fn note(&self, method: &str, message: &Bytes) {
         match method {
             "PullImage" => {
-                let Ok(PullImageRequest { image: Some(image), auth }) = PullImageRequest::decode(message.clone()) else { return };
+                let Ok(PullImageRequest { image: Some(image), auth }) = PullImageRequest::decode(message.clone())
+                else {
+                    return;
+                };
                 let Some(auth) = auth else { return };
                 let auth = CriAuth {
                     username: auth.username,

@@ -1,7 +1,7 @@
 //! A listener, bounded: connections, streams, headers, messages, and requests being worked on.
 
-use super::proto::snapshots::snapshots_server::SnapshotsServer;
 use super::cri::CriImages;
+use super::proto::snapshots::snapshots_server::SnapshotsServer;
 use super::service::Service;
 use crate::snapshot::Snapshotter;
 use futures::{StreamExt, future::BoxFuture};
@@ -54,7 +54,11 @@ pub async fn serve(
         .max_concurrent_streams(limits.streams)
         .concurrency_limit_per_connection(limits.requests)
         .http2_max_header_list_size(limits.header_bytes)
-        .serve_with_incoming_shutdown(Services { snapshots: service, images }, connections(listener, limits.connections), shutdown)
+        .serve_with_incoming_shutdown(
+            Services { snapshots: service, images },
+            connections(listener, limits.connections),
+            shutdown,
+        )
         .await
 }
 

@@ -143,7 +143,11 @@ mod tests {
         assert_eq!(lookup(&logins, "mirror.example", "r.example/a:1").await, [], "not for mirrors");
         assert_eq!(lookup(&logins, "r.example", "r.example/b:1").await, []);
         logins.remember("r.example/a:1", CriAuth::default());
-        assert_eq!(lookup(&logins, "r.example", "r.example/a:1").await, password("u", "p"), "nothing sent, nothing lost");
+        assert_eq!(
+            lookup(&logins, "r.example", "r.example/a:1").await,
+            password("u", "p"),
+            "nothing sent, nothing lost"
+        );
         logins.remember("r.example/a:1", auth("u", "new"));
         assert_eq!(lookup(&logins, "r.example", "r.example/a:1").await, password("u", "new"));
         logins.forget("r.example/a:1");
@@ -154,7 +158,10 @@ mod tests {
     async fn short_names_and_docker_hubs_many_names_mean_the_same() {
         let logins = CriLogins::default();
         logins.remember("busybox", auth("u", "p"));
-        assert_eq!(lookup(&logins, "registry-1.docker.io", "docker.io/library/busybox:latest").await, password("u", "p"));
+        assert_eq!(
+            lookup(&logins, "registry-1.docker.io", "docker.io/library/busybox:latest").await,
+            password("u", "p")
+        );
         let server_address = "https://index.docker.io/v1/".to_owned();
         logins.remember("team/app:2", CriAuth { auth: "dTpw".into(), server_address, ..CriAuth::default() });
         assert_eq!(lookup(&logins, "registry-1.docker.io", "docker.io/team/app:2").await, password("u", "p"));

@@ -9,11 +9,7 @@ use super::{
     helper,
 };
 use base64::Engine;
-use std::{
-    collections::HashMap,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 /// The logins of a docker configuration file.
 pub struct DockerConfig {
@@ -123,9 +119,10 @@ impl Logins {
 
     /// The helper that is responsible for `server`, if any.
     fn helper(&self, server: &str) -> Option<&str> {
-        let special = self.cred_helpers.get(server).or_else(|| {
-            self.cred_helpers.iter().find(|(key, _)| same_host(key, server)).map(|(_, name)| name)
-        });
+        let special = self
+            .cred_helpers
+            .get(server)
+            .or_else(|| self.cred_helpers.iter().find(|(key, _)| same_host(key, server)).map(|(_, name)| name));
         special.or((!self.creds_store.is_empty()).then_some(&self.creds_store)).map(String::as_str)
     }
 
@@ -136,7 +133,9 @@ impl Logins {
         let mut keys: Vec<(usize, bool, &String)> = Vec::new();
         for key in self.auths.keys() {
             match scope(key) {
-                Some(path) if same_host(key, server) && covers(path, &image) => keys.push((path.len(), key == server, key)),
+                Some(path) if same_host(key, server) && covers(path, &image) => {
+                    keys.push((path.len(), key == server, key))
+                }
                 None if same_host(key, server) => keys.push((0, key == server, key)),
                 _ => {}
             }
@@ -187,8 +186,7 @@ impl Entry {
 pub(super) fn basic_pair(auth: &Secret) -> Option<Credential> {
     let engine = base64::engine::GeneralPurpose::new(
         &base64::alphabet::STANDARD,
-        base64::engine::general_purpose::PAD
-            .with_decode_padding_mode(base64::engine::DecodePaddingMode::Indifferent),
+        base64::engine::general_purpose::PAD.with_decode_padding_mode(base64::engine::DecodePaddingMode::Indifferent),
     );
     let bytes = zeroize::Zeroizing::new(engine.decode(auth.expose().trim()).ok()?);
     let (user, password) = std::str::from_utf8(&bytes).ok()?.split_once(':')?;

@@ -20,9 +20,15 @@ struct Stamp {
 
 /// Why a file cannot be used.
 pub(super) enum Unreadable {
-    Read { path: String, source: io::Error },
+    Read {
+        path: String,
+        source: io::Error,
+    },
     /// In words that hold nothing of the file.
-    Malformed { path: String, what: String },
+    Malformed {
+        path: String,
+        what: String,
+    },
 }
 
 /// One file, as a `T`.

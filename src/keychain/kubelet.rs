@@ -208,7 +208,11 @@ impl KubeletProviders {
 
 fn check(file: ConfigFile) -> Result<Vec<Provider>, String> {
     if file.kind != "CredentialProviderConfig" || !CONFIG_VERSIONS.contains(&file.api_version.as_str()) {
-        return Err(format!("it is a {} of {}, not a CredentialProviderConfig", short(&file.kind), short(&file.api_version)));
+        return Err(format!(
+            "it is a {} of {}, not a CredentialProviderConfig",
+            short(&file.kind),
+            short(&file.api_version)
+        ));
     }
     let mut out = Vec::new();
     for provider in file.providers {
@@ -439,7 +443,10 @@ mod tests {
         assert_eq!(lab.runs(), "2", "not its image");
         let reference = "r.example/a".parse().unwrap();
         assert!(lab.providers.refused(&Query { host: "r.example", reference: &reference }));
-        assert!(!lab.providers.refused(&Query { host: "r.example", reference: &reference }), "nothing is left to forget");
+        assert!(
+            !lab.providers.refused(&Query { host: "r.example", reference: &reference }),
+            "nothing is left to forget"
+        );
         assert_eq!(lab.users("r.example/a").await[0], "narrow:p3", "what was refused is asked for again");
     }
 

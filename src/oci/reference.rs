@@ -27,7 +27,8 @@ impl Reference {
     /// first component with a dot or a port, and `localhost`, is a registry.
     pub fn familiar(text: &str) -> Result<Reference, InvalidReference> {
         let (first, rest) = text.split_once('/').unwrap_or(("", text));
-        let is_host = first == "localhost" || first.contains(['.', ':']) || first.chars().any(|c| c.is_ascii_uppercase());
+        let is_host =
+            first == "localhost" || first.contains(['.', ':']) || first.chars().any(|c| c.is_ascii_uppercase());
         let full = match (is_host, first) {
             (true, "index.docker.io" | "docker.io") if !rest.contains('/') => format!("docker.io/library/{rest}"),
             (true, "index.docker.io") => format!("docker.io/{rest}"),

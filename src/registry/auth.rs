@@ -404,7 +404,8 @@ fn minimal(asked: &str, repository: &str, need: Need) -> String {
         let Some((kind, rest)) = scope.split_once(':') else { continue };
         let Some((name, wanted)) = rest.rsplit_once(':') else { continue };
         let is_repository = kind == "repository" || kind.starts_with("repository(");
-        let kept: Vec<_> = actions.iter().filter(|a| wanted.split(',').any(|w| w == **a || w == "*")).copied().collect();
+        let kept: Vec<_> =
+            actions.iter().filter(|a| wanted.split(',').any(|w| w == **a || w == "*")).copied().collect();
         if is_repository && !kept.is_empty() && out.len() < 8 {
             out.push(format!("{kind}:{name}:{}", kept.join(",")));
         }
@@ -560,7 +561,12 @@ fn grant(visitor: &Visitor<'_>, challenge: &Challenge, body: &[u8]) -> Result<Gr
         _ => DEFAULT_VALIDITY,
     };
     let now = Instant::now();
-    Ok(Grant { header, challenge: challenge.clone(), source: 0, times: Some((now + validity * 9 / 10, now + validity)) })
+    Ok(Grant {
+        header,
+        challenge: challenge.clone(),
+        source: 0,
+        times: Some((now + validity * 9 / 10, now + validity)),
+    })
 }
 
 #[cfg(test)]

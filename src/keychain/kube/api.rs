@@ -132,10 +132,14 @@ impl Api {
 
     fn lost(&self, error: &reqwest::Error) -> ApiError {
         let what = match tls::refusal(error) {
-            Some(tls::Failed::Refused(refusal)) => format!("it is not trusted: {refusal}; correct certificate-authority of the kubeconfig"),
+            Some(tls::Failed::Refused(refusal)) => {
+                format!("it is not trusted: {refusal}; correct certificate-authority of the kubeconfig")
+            }
             Some(tls::Failed::WantsCertificate) => "it does not accept the client certificate of the kubeconfig".into(),
             Some(tls::Failed::NotTls) => "it does not speak TLS".into(),
-            None => std::error::Error::source(error).map_or_else(|| "the connection is lost".into(), crate::keychain::chain),
+            None => {
+                std::error::Error::source(error).map_or_else(|| "the connection is lost".into(), crate::keychain::chain)
+            }
         };
         ApiError::Lost { server: self.server(), what }
     }
@@ -159,7 +163,9 @@ impl Api {
             status => {
                 let hint = match status {
                     401 => ": the login of the kubeconfig is not accepted",
-                    403 => ": that user may not list and watch secrets of all namespaces; grant it get, list and watch on secrets",
+                    403 => {
+                        ": that user may not list and watch secrets of all namespaces; grant it get, list and watch on secrets"
+                    }
                     _ => "",
                 };
                 Err(ApiError::Status { server: self.server(), status, hint })
@@ -252,9 +258,15 @@ fn change(kind: &str, object: Object) -> Option<Event> {
     let name = (object.metadata.namespace, object.metadata.name);
     match kind {
         "ADDED" | "MODIFIED" => {
-            let logins = (object.r#type == TYPE).then(|| object.data.as_ref()?.get(KEY).and_then(|text| logins(text.expose()))).flatten();
+            let logins = (object.r#type == TYPE)
+                .then(|| object.data.as_ref()?.get(KEY).and_then(|text| logins(text.expose())))
+                .flatten();
             if logins.is_none() {
-                tracing::debug!(namespace = name.0, secret = name.1, "this secret holds no docker configuration that can be understood");
+                tracing::debug!(
+                    namespace = name.0,
+                    secret = name.1,
+                    "this secret holds no docker configuration that can be understood"
+                );
             }
             Some(logins.map_or_else(|| Event::Removed(name.clone()), |logins| Event::Set(name.clone(), logins)))
         }

@@ -210,7 +210,8 @@ fn of_cluster(file: &Path, name: &str, cluster: &ClusterEntry) -> Result<Cluster
         "" => None,
         text => Some(url::Url::parse(text).map_err(|_| unusable("the proxy-url", "it is not a URL"))?),
     };
-    let authority = pem(file, &cluster.certificate_authority, &cluster.certificate_authority_data, "certificate-authority", name)?;
+    let authority =
+        pem(file, &cluster.certificate_authority, &cluster.certificate_authority_data, "certificate-authority", name)?;
     // As client-go: an authority that is named is the only one.
     let system = if authority.is_some() { System::Ignored } else { System::Trusted };
     let verification = match cluster.insecure_skip_tls_verify {
@@ -268,13 +269,7 @@ fn beside(file: &Path, path: &str) -> PathBuf {
 }
 
 /// A certificate or key: in the file itself, or in another.
-fn pem(
-    file: &Path,
-    path: &str,
-    data: &str,
-    what: &'static str,
-    name: &str,
-) -> Result<Option<Pem>, KubeconfigError> {
+fn pem(file: &Path, path: &str, data: &str, what: &'static str, name: &str) -> Result<Option<Pem>, KubeconfigError> {
     if !data.is_empty() {
         let decoded = base64::engine::general_purpose::STANDARD.decode(data.trim());
         let why = "it is not base64";
@@ -326,7 +321,10 @@ mod tests {
         };
         let cluster = load("{token: abc}").await.unwrap();
         assert_eq!(cluster.server.as_str(), "https://10.0.0.1:6443/");
-        assert_eq!((cluster.trust.system, cluster.trust.authorities[0].bytes.as_slice()), (System::Ignored, &b"foo"[..]));
+        assert_eq!(
+            (cluster.trust.system, cluster.trust.authorities[0].bytes.as_slice()),
+            (System::Ignored, &b"foo"[..])
+        );
         assert!(matches!(cluster.proof, Proof::Token(t) if t.expose() == "abc"));
         std::fs::write(dir.path().join("t"), "from-file\n").unwrap();
         assert!(matches!(load("{tokenFile: t}").await.unwrap().proof, Proof::Token(t) if t.expose() == "from-file"));
