@@ -170,7 +170,7 @@ async fn a_mirror_that_lies_is_found_out_and_the_next_host_is_asked() {
     // Of a range only the caller knows the digest: it names the host that lied.
     let body = repository.blob_range(digest, 0..10, &[]).await.unwrap();
     let liar = soci::registry::HostId::new(&mirror.url("/v2"));
-    let honest = repository.blob_range(digest, 0..10, &[liar.clone()]).await.unwrap();
+    let honest = repository.blob_range(digest, 0..10, std::slice::from_ref(&liar)).await.unwrap();
     assert_ne!(honest.host(), liar);
     drop((body, honest));
 }

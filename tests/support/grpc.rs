@@ -361,8 +361,7 @@ pub mod cri {
 
     /// Pulls an image as the kubelet does for a pod with a pull secret.
     pub fn pull_as(client: &Client, reference: &str, user: &str, password: &str) -> Result<String, tonic::Status> {
-        let metadata =
-            PodSandboxMetadata { name: "pod".into(), uid: "1".into(), namespace: "team".into(), ..Default::default() };
+        let metadata = PodSandboxMetadata { name: "pod".into(), uid: "1".into(), namespace: "team".into() };
         let request = PullImageRequest {
             image: Some(ImageSpec { image: reference.into() }),
             auth: Some(AuthConfig { username: user.into(), password: password.into() }),
