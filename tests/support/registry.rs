@@ -246,6 +246,10 @@ impl Push {
             .unwrap_or_else(|| panic!("POST {start}: {}", response.status()));
         let mut to = response.url().join(&location).unwrap();
         to.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
+        if let (true, Ok(base)) = (self.base.contains('@'), reqwest::Url::parse(&self.base)) {
+            // Registries name themselves without the login that they were asked with.
+            to.set_username(base.username()).and_then(|()| to.set_password(base.password())).unwrap();
+        }
         let path = blob_path(&self.layout, &blob.digest);
         let file = tokio::fs::File::open(&path).await.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let chunks = futures::stream::try_unfold(file, |mut file| async move {
