@@ -67,10 +67,11 @@
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout                            no I/O
+//!   words       oci layout notation                   no I/O
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
-//!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
-//!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config (and cli, for containerd's) toml_edit
+//!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
+//!   read path   registry → index → layers → fs        only fs names fuser
+//!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
 //!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli
 //! ```
@@ -105,10 +106,12 @@ pub mod inflate;
 pub mod keychain;
 pub mod layers;
 pub mod layout;
+pub mod notation;
 pub mod oci;
 pub mod registry;
 pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
+pub mod tls;
 pub mod ztoc;

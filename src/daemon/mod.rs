@@ -15,10 +15,12 @@ mod lazy;
 mod listen;
 mod observe;
 mod record;
+mod registries;
 mod reload;
 mod root;
 mod run;
 mod settings;
 mod systemd;
 
-pub use run::{discovery, logins_of, main, registry_of};
+pub use registries::{logins_of, registry_of};
+pub use run::{discovery, main};

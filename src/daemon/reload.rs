@@ -13,7 +13,8 @@ use super::{
     condition::{Cause, Condition},
     lazy::LazyMounts,
     observe::{Observers, OperationLog},
-    run::{discovery, hosts, http_settings, lazy_settings, scheduling},
+    registries::{hosts, http_settings},
+    run::{discovery, lazy_settings, scheduling},
     settings,
     systemd::{self, Note},
 };
@@ -36,6 +37,7 @@ const LIVE: &[&str] = &[
     "http",
     "blob",
     "resolver.host",
+    "registry",
     "background_fetch.disable",
     "background_fetch.fetch_period_msec",
     "background_fetch.silence_period_msec",

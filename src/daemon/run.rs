@@ -6,7 +6,7 @@ use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
-    record, reload,
+    record, registries, reload,
     root::{self, RootError},
     settings::{self, Chosen},
     systemd::{self, Note},
@@ -20,11 +20,10 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::{DockerConfig, Keychain, Query, SourceError},
+    keychain::{CriLogins, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::{Layout, SnapshotId},
-    oci::Reference,
-    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
+    registry::{self, Registry},
     snapshot::{self, Door, Snapshotter},
     sys,
     telemetry::{
@@ -86,6 +85,8 @@ enum StartError {
         address: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error(transparent)]
+    Registries(#[from] registries::RegistriesError),
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
 }
@@ -129,10 +130,19 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
+    let registries = match registries::check(&loaded.config, options) {
+        Ok(registries) => registries,
+        Err(problem) => return refuse(&problem),
+    };
+    let ok = format!("{}: ok\n", options.config.display());
     match strictness {
-        Strictness::Lenient => print(&format!("{}: ok\n", options.config.display())),
+        Strictness::Lenient => print(&(registries.text + &ok)),
+        Strictness::Strict if registries.warnings > 0 => {
+            eprintln!("{}: {} warnings about registries", config::args::PROGRAM, registries.warnings);
+            ExitCode::FAILURE
+        }
         Strictness::Strict => match loaded.strict() {
-            Ok(_) => print(&format!("{}: ok\n", options.config.display())),
+            Ok(_) => print(&(registries.text + &ok)),
             Err(error) => refuse(&error),
         },
     }
@@ -187,6 +197,7 @@ fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
 fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
     let config = &chosen.config;
+    registries::no_circle(config, &options.address)?;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -262,7 +273,8 @@ async fn serve(
     let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
+    let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), cri_logins.clone())?);
     let door = Door::closed();
     let condition = Condition::starting(door.clone());
     if let Some(trouble) = &chosen.trouble {
@@ -347,6 +359,11 @@ async fn serve(
     tokio::spawn(reload::on_hangup(hangup, options.config.clone(), config.clone(), live, note));
     systemd::ready();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
+    let images = cri_logins.map(|logins| {
+        let path = &config.cri_keychain.image_service_path;
+        tracing::info!(path, "CRI's image service is passed on");
+        grpc::CriImages::new(path, logins)
+    });
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
@@ -361,7 +378,7 @@ async fn serve(
         tokio::time::sleep(LAST_REQUESTS).await;
     };
     tokio::select! {
-        served = grpc::serve(listener, door, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        served = grpc::serve(listener, door, images, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
@@ -450,9 +467,11 @@ fn lazy_side(
     config: &Config,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
+    cri_logins: Option<Arc<CriLogins>>,
 ) -> Result<LazyMounts, StartError> {
-    let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
+    let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
+    let registry =
+        Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
@@ -487,11 +506,6 @@ fn lazy_side(
     })
 }
 
-/// Registries as the daemon asks them under `config`, for tools that look at an image with its eyes.
-pub fn registry_of(config: &Config) -> Result<Registry, registry::RegistryError> {
-    Registry::new(http_settings(config), hosts(config), Arc::new(Keychain::new(keychain_sources())))
-}
-
 /// Which ways of finding an index are on under `config`.
 pub fn discovery(config: &Config) -> DiscoverySettings {
     DiscoverySettings {
@@ -508,48 +522,6 @@ pub(super) fn lazy_settings(config: &Config) -> LazySettings {
         false => lazyfs::HeaderCheck::Required,
     };
     LazySettings { headers, mount_timeout: config.mount_timeout.duration() }
-}
-
-/// Each source of logins, and whether it knows one for the registry of `reference`. What it knows is not told.
-pub async fn logins_of(reference: &Reference) -> Vec<(&'static str, Result<bool, SourceError>)> {
-    let query = Query { host: &reference.host, reference };
-    let mut out = Vec::new();
-    for source in keychain_sources() {
-        out.push((source.name(), source.lookup(&query).await.map(|found| found.is_some())));
-    }
-    out
-}
-
-fn limit(timeout: config::Timeout) -> registry::Limit {
-    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
-}
-
-pub(super) fn http_settings(config: &Config) -> HttpSettings {
-    let (http, blob) = (&config.http, &config.blob);
-    HttpSettings {
-        // A connection that takes longer than an hour is not going to be one.
-        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
-        header_timeout: limit(http.response_header_timeout),
-        request_timeout: limit(http.request_timeout),
-        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
-        blob_timeout: limit(blob.fetching_timeout),
-        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
-        ..HttpSettings::default()
-    }
-}
-
-pub(super) fn hosts(config: &Config) -> HostSettings {
-    let mirror = |m: &config::Mirror| Mirror {
-        host: m.host.clone(),
-        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
-        timeout: match m.request_timeout {
-            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
-            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
-            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
-        },
-    };
-    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect() }
 }
 
 pub(super) fn scheduling(config: &Config) -> Settings {
@@ -643,11 +615,4 @@ fn scratch_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
     (memory / 8).clamp(64 << 20, 1 << 30)
-}
-
-fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
-    DockerConfig::of_environment()
-        .into_iter()
-        .map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>)
-        .collect()
 }

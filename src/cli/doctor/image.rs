@@ -21,7 +21,7 @@ pub fn look(name: &str, config: &Config) -> Vec<Finding> {
             return vec![Finding::problem("image", format!("{error}"), fix)];
         }
     };
-    let mut out = logins(&reference);
+    let mut out = logins(&reference, config);
     match image::look(&reference, config, None) {
         Ok(image) => {
             out.push(Finding::ok("registry", format!("{} answers and has {name}", reference.host)));
@@ -51,10 +51,10 @@ pub fn look(name: &str, config: &Config) -> Vec<Finding> {
 }
 
 /// Which sources of logins know the registry. What they know is not shown.
-fn logins(reference: &Reference) -> Vec<Finding> {
+fn logins(reference: &Reference, config: &Config) -> Vec<Finding> {
     const CHECK: &str = "login";
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
-    let asked = runtime.block_on(daemon::logins_of(reference));
+    let asked = runtime.block_on(daemon::logins_of(config, reference));
     let mut out = Vec::new();
     let mut found = false;
     for (source, result) in asked {
