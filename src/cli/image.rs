@@ -21,11 +21,11 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     #[error("cannot ask the registry of {image}")]
-    Registry { image: String, source: RegistryError },
+    Registry { image: String, source: Box<RegistryError> },
     #[error("{image} is not an image that can be understood: {why}")]
     Strange { image: String, why: String },
     #[error("{image} has no image for {platform}")]
-    NoPlatform { image: String, platform: Platform },
+    NoPlatform { image: String, platform: String },
     #[error("the registry of {image} has not answered within {} s", PATIENCE.as_secs())]
     Patience { image: String },
     #[error("cannot look at images")]
@@ -70,7 +70,7 @@ async fn stop() -> Stopped {
 
 async fn ask(reference: &Reference, config: &Config, explicit: Option<String>) -> Result<Image, ImageError> {
     let image = reference.to_string();
-    let failed = |source| ImageError::Registry { image: image.clone(), source };
+    let failed = |source| ImageError::Registry { image: image.clone(), source: Box::new(source) };
     let registry = daemon::registry_of(config).map_err(failed)?;
     let repository = registry.repository(reference).map_err(failed)?;
     let (manifest, layers) = manifest(reference, &repository).await?;
@@ -86,7 +86,7 @@ async fn ask(reference: &Reference, config: &Config, explicit: Option<String>) -
 /// The manifest for this platform and its layers.
 async fn manifest(reference: &Reference, repository: &Repository) -> Result<(Digest, Vec<Descriptor>), ImageError> {
     let image = reference.to_string();
-    let failed = |source| ImageError::Registry { image: image.clone(), source };
+    let failed = |source| ImageError::Registry { image: image.clone(), source: Box::new(source) };
     let strange = |why: String| ImageError::Strange { image: image.clone(), why };
     let target = match (&reference.digest, &reference.tag) {
         (Some(digest), _) => digest.to_string(),
@@ -100,7 +100,8 @@ async fn manifest(reference: &Reference, repository: &Repository) -> Result<(Dig
         let wanted =
             |m: &&Descriptor| m.artifact_type.is_empty() && m.platform.as_ref().is_some_and(|p| p.matches(&platform));
         let chosen = index.manifests.iter().find(wanted);
-        let chosen = chosen.ok_or_else(|| ImageError::NoPlatform { image: image.clone(), platform })?;
+        let chosen =
+            chosen.ok_or_else(|| ImageError::NoPlatform { image: image.clone(), platform: platform.to_string() })?;
         fetched = repository.manifest(&chosen.digest.to_string()).await.map_err(failed)?;
     }
     let manifest: Manifest = serde_json::from_slice(&fetched.bytes).map_err(|e| strange(e.to_string()))?;
