@@ -99,6 +99,7 @@ pub mod keychain;
 pub mod layers;
 pub mod layout;
 pub mod oci;
+pub mod pull;
 pub mod registry;
 pub mod snapshot;
 pub mod sys;

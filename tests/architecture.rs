@@ -21,6 +21,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("layers", &["oci", "layout", "registry", "ztoc", "inflate", "tar", "fs", "sys"]),
     ("fs", &["oci", "layout", "layers", "ztoc", "tar"]),
     ("snapshot", &["oci", "layout", "config"]),
+    ("pull", &["oci", "layout", "registry", "inflate", "snapshot"]),
     ("grpc", &["oci", "layout", "snapshot", "layers", "registry"]),
     ("config", &["layout", "oci"]),
     ("telemetry", &["oci", "sys"]),
@@ -43,6 +44,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "grpc",
             "custodian",
             "holder",
+            "pull",
             "sys",
             "ztoc",
         ],
@@ -53,7 +55,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     (
         "tokio",
-        &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"],
+        &["registry", "keychain", "index", "layers", "fs", "snapshot", "pull", "grpc", "custodian", "telemetry", "daemon"],
     ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),

@@ -15,6 +15,7 @@ mod lab;
 mod layers;
 mod licences;
 mod privilege;
+mod pull;
 mod referrers;
 mod registry;
 mod registry_environment;

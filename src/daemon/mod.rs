@@ -1,11 +1,13 @@
 //! The daemon: reads its configuration, receives its descriptors, gives up its powers, recovers, serves, drains.
 //!
-//! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
+//! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`eager`]
+//! is what pulled layers stand on; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
 //! containerd has; [`root`] is what must be true of the root directory.
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod eager;
 mod implied;
 mod lazy;
 mod listen;

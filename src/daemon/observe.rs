@@ -105,6 +105,11 @@ impl Observers {
         }
     }
 
+    /// A layer that should have been pulled here is left to containerd.
+    pub fn not_pulled(&self) {
+        self.metrics.general().count(Count::LocalMountFailure);
+    }
+
     fn with(&self, id: SnapshotId, act: impl FnOnce(&Mounted)) {
         if let Some(mounted) = self.mounted.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
             act(mounted);

@@ -2,6 +2,7 @@
 
 use super::{
     artifacts::Artifacts,
+    eager,
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
@@ -19,6 +20,7 @@ use crate::{
     keychain::{DockerConfig, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::Layout,
+    pull::{self, Pulls},
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
     snapshot::{self, Snapshotter},
     sys,
@@ -51,6 +53,8 @@ const HOLDER_CHECK: Duration = Duration::from_secs(10);
 enum StartError {
     #[error(transparent)]
     Root(#[from] RootError),
+    #[error("pull_modes.parallel_pull_unpack.decompress_streams")]
+    Decompressor(#[from] pull::ProgramError),
     #[error("cannot use the content store")]
     Content(#[from] index::StoreError),
     #[error("cannot get the FUSE mount: start the daemon as root, or soci-mount with the same --root before it")]
@@ -223,9 +227,13 @@ async fn serve(
     let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
+    let unpacker = Arc::new(eager::Custodian::new(disk.clone(), layout.clone()));
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), unpacker.clone())?);
+    unpacker.show(&lazy);
     let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
+    let eager = Arc::new(lazy.pulls.clone());
+    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), eager, disk).await?;
+    lazy.pulls.open(snapshotter.places());
     recover(&snapshotter, &lazy).await?;
     tokio::spawn({
         let lazy = lazy.clone();
@@ -343,9 +351,13 @@ fn lazy_side(
     config: &Config,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
+    unpacker: Arc<dyn pull::Unpacker>,
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
+    let eager = eager::settings(config)?;
+    let throttle = pull::Throttle::new(eager.downloads);
+    let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
+    let registry = Registry::observed(http_settings(config), hosts(config), keychain, Arc::new(exchanges))?;
     let discovery = DiscoverySettings {
         v1: config.pull_modes.soci_v1.enable,
         v2: config.pull_modes.soci_v2.enable,
@@ -372,6 +384,13 @@ fn lazy_side(
             shared
         }
     });
+    let parts = pull::Parts {
+        registry: registry.clone(),
+        contents: Arc::new(eager::Content(containerd.clone())),
+        unpacker,
+        observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
+        throttle,
+    };
     let headers = match config.disable_verification {
         true => lazyfs::HeaderCheck::Skipped,
         false => lazyfs::HeaderCheck::Required,
@@ -385,6 +404,7 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
+        pulls: Pulls::new(eager, parts),
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
         state: lazy::State::default(),
     })

@@ -2,13 +2,15 @@
 //!
 //! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
-//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has.
+//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has, [`ingest`]
+//! gives it those that were pulled here.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
 #![forbid(unsafe_code)]
 
 pub mod content;
 pub mod filter;
+pub mod ingest;
 pub mod labels;
 mod server;
 mod service;
@@ -36,7 +38,13 @@ pub mod proto {
                 tonic::include_proto!("containerd.services.content.v1");
             }
         }
+        pub mod leases {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
     }
     pub use services::content::v1 as content;
+    pub use services::leases::v1 as leases;
     pub use services::snapshots::v1 as snapshots;
 }
