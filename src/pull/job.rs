@@ -11,6 +11,7 @@ use crate::{
     oci::{Digest, Reference},
     registry::{HostId, Registry},
     snapshot::{NotPulled, Place, Places, Pulled, chain},
+    telemetry::catalog::say,
 };
 use bytes::Bytes;
 use std::{
@@ -172,9 +173,9 @@ async fn attempt(
         async move { unpacker.unpack(id, read, depth, budget).await }
     });
     let worker = AbortOnDrop(worker);
-    let mut feed = Feed { input: pipeline.input, ingest: ingest(shop, order, origin).await };
+    let mut feed = Feed { layer: digest, input: pipeline.input, ingest: ingest(shop, order, origin).await };
     let fetched = bring(shop, order, origin, avoid, &mut feed).await;
-    let Feed { input, ingest } = feed;
+    let Feed { input, ingest, .. } = feed;
     drop(input);
     let passed = pipeline.result.await.unwrap_or(Err(PipelineError::Aborted));
     shop.observer.ends(id);
@@ -187,7 +188,7 @@ async fn attempt(
     if let Some(ingest) = ingest
         && let Err(error) = ingest.finish().await
     {
-        tracing::warn!(layer = %digest, error, "cannot keep the layer in containerd's content store");
+        say!(LayerNotKept, layer = %digest, error, "cannot keep the layer in containerd's content store");
     }
     unpacking.done().ok_or_else(|| trouble("the place is gone".into(), Again::No))
 }
@@ -249,7 +250,7 @@ async fn ingest(shop: &Workshop, order: &Order, origin: Origin) -> Option<Box<dy
     match shop.contents.ingest(&order.namespace, image, order.manifest, blob).await {
         Ok(ingest) => Some(ingest),
         Err(error) => {
-            tracing::warn!(layer = %blob.digest, error, "cannot keep the layer in containerd's content store");
+            say!(LayerNotKept, layer = %blob.digest, error, "cannot keep the layer in containerd's content store");
             None
         }
     }
@@ -257,6 +258,7 @@ async fn ingest(shop: &Workshop, order: &Order, origin: Origin) -> Option<Box<dy
 
 /// Where the bytes go.
 struct Feed {
+    layer: Digest,
     input: mpsc::Sender<Bytes>,
     ingest: Option<Box<dyn Ingest>>,
 }
@@ -266,7 +268,7 @@ impl Sink for Feed {
         if let Some(ingest) = &mut self.ingest
             && let Err(error) = ingest.put(bytes.clone()).await
         {
-            tracing::warn!(error, "cannot keep a layer in containerd's content store");
+            say!(LayerNotKept, layer = %self.layer, error, "cannot keep the layer in containerd's content store");
             self.ingest = None;
         }
         self.input.send(bytes).await.is_ok()

@@ -10,13 +10,14 @@ use super::directories;
 use super::disk::blocking;
 use super::eager::{Extent, NotPulled, Wanted};
 use super::error::{SnapshotError, chain};
-use super::lazy::{Extraction, NotLazyReason, Target};
+use super::lazy::{Extraction, NotLazyReason, Outcome, Target};
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::snapshotter::Inner;
 use super::state::{self, Mount, Plan};
 use super::store::{Change, Link};
 use super::directories::Access;
 use crate::layout::SnapshotId;
+use crate::telemetry::catalog::say;
 use tokio::sync::oneshot;
 
 /// How often a layer is pulled again whose result somebody else took, and that then disappeared.
@@ -60,7 +61,7 @@ impl Inner {
             Plan::Lazy(_) if there.is_some() => NotLazyReason::NameTaken(extraction.chain_id.clone()),
             Plan::Lazy(target) => match self.make_lazy(id, target, &parents).await {
                 Err(reason) => reason,
-                Ok(()) => return self.commit_lazy(&key, parent.as_deref(), labels, &extraction).await,
+                Ok(()) => return self.commit_lazy(id, &key, parent.as_deref(), labels, &extraction).await,
             },
         };
         self.lazy.not_lazy(id, &reason);
@@ -69,10 +70,15 @@ impl Inner {
             let wanted = Wanted { target: target.clone(), chain_id: extraction.chain_id.clone(), extent };
             let layer = Layer { key: &key, parent: parent.as_deref(), parents: &parents, labels: &labels };
             match self.pull(layer, &extraction, &wanted, gone).await {
-                Ok(()) => return Err(SnapshotError::TargetExists(extraction.chain_id)),
+                Ok(taken) => {
+                    if let Some(id) = taken {
+                        self.lazy.decided(id, &extraction, Outcome::Pulled(&reason));
+                    }
+                    return Err(SnapshotError::TargetExists(extraction.chain_id));
+                }
                 Err(NotHere::Pull(why)) => {
                     self.eager.failed(extent, &why);
-                    log_deferred(&key, &extraction, &why.to_string());
+                    log_deferred(&key, &extraction, &reason, &why.to_string());
                 }
                 Err(NotHere::Fatal(error)) => {
                     self.discard(&key).await;
@@ -80,10 +86,11 @@ impl Inner {
                 }
             }
         } else if matches!(reason, NotLazyReason::NoIndex { .. }) {
-            log_left(&key, &extraction);
+            log_left(&key, &extraction, &reason);
         } else {
-            log_deferred(&key, &extraction, &reason.to_string());
+            log_deferred(&key, &extraction, &reason, &reason.to_string());
         }
+        self.lazy.decided(id, &extraction, Outcome::Left(&reason));
         self.lazy.deferred(id);
         let answered = async {
             self.check_available(&parents).await?;
@@ -116,6 +123,7 @@ impl Inner {
     /// Commits a lazy layer under its chain id. Always an error: `TargetExists` is the good one.
     async fn commit_lazy(
         &self,
+        id: SnapshotId,
         key: &str,
         parent: Option<&str>,
         labels: Labels,
@@ -125,6 +133,7 @@ impl Inner {
         // Usage is what the layer store holds at any time, see `usage`.
         match self.store.commit(key, name, labels, Usage::default(), Timestamp::now()).await {
             Ok(()) => {
+                self.lazy.decided(id, extraction, Outcome::Lazy);
                 log_prepared(key, extraction, true);
                 Err(SnapshotError::TargetExists(name.clone()))
             }
@@ -149,19 +158,19 @@ impl Inner {
     /// Takes back an active snapshot that nobody was told of.
     async fn discard(&self, key: &str) {
         if let Err(error) = self.store.remove(key, Change::Soon).await {
-            tracing::warn!(key, error = chain(&error), "cannot take back a snapshot");
+            say!(NotRemoved, key, error = chain(&error), "cannot take back a snapshot");
         }
         self.removed.notify_one();
     }
 
-    /// Pulls the layer and commits it under its chain id.
+    /// Pulls the layer and commits it under its chain id. The new snapshot, unless somebody else was first.
     async fn pull(
         &self,
         layer: Layer<'_>,
         extraction: &Extraction,
         wanted: &Wanted,
         mut gone: Gone,
-    ) -> Result<(), NotHere> {
+    ) -> Result<Option<SnapshotId>, NotHere> {
         if wanted.extent == Extent::Image {
             tracing::info!(key = layer.key, target = wanted.chain_id, "pulling the image in parallel");
         }
@@ -177,7 +186,7 @@ impl Inner {
                 Some(there) if is_target(&there, extraction, layer.parent) => {
                     self.discard(layer.key).await;
                     log_prepared(layer.key, extraction, there.is_lazy());
-                    return Ok(());
+                    return Ok(None);
                 }
                 Some(_) => return Err(NotHere::Fatal(SnapshotError::AlreadyExists(wanted.chain_id.clone()))),
                 None => {}
@@ -194,7 +203,7 @@ impl Inner {
             taken.keep();
             self.removed.notify_one();
             log_prepared(layer.key, extraction, false);
-            return Ok(());
+            return Ok(Some(id));
         }
         Err(NotHere::Pull(NotPulled::Abandoned))
     }
@@ -218,12 +227,17 @@ enum NotHere {
 
 /// Why a layer is not lazy, where that was tried.
 fn log_not_lazy(key: &str, extraction: &Extraction, reason: &NotLazyReason) {
+    let (target, image, layer) = names(extraction);
     if reason.was_tried() {
-        tracing::warn!(
+        say!(
+            LayerNotLazy,
             "remote-snapshot-prepared" = "false",
             error = reason.to_string(),
             key,
-            target = extraction.chain_id,
+            target,
+            image,
+            layer,
+            reason = reason.code(),
             "failed to prepare remote snapshot"
         );
     }
@@ -233,24 +247,32 @@ fn log_not_lazy(key: &str, extraction: &Extraction, reason: &NotLazyReason) {
 }
 
 /// The machine-read line of a layer of an image without index that is left to containerd.
-fn log_left(key: &str, extraction: &Extraction) {
-    let target = extraction.chain_id.as_str();
-    tracing::warn!(
+fn log_left(key: &str, extraction: &Extraction, reason: &NotLazyReason) {
+    let (target, image, layer) = names(extraction);
+    say!(
+        NoIndex,
         "defer-snapshot-runtime" = "true",
         key,
         target,
+        image,
+        layer,
+        reason = reason.code(),
         "no valid SOCI index found; deferring to container runtime"
     );
 }
 
-/// The machine-read line of any other layer that is left to containerd.
-fn log_deferred(key: &str, extraction: &Extraction, error: &str) {
-    let target = extraction.chain_id.as_str();
-    tracing::warn!(
+/// The machine-read line of any other layer that is left to containerd: why it is not lazy, and what came in the way after that.
+fn log_deferred(key: &str, extraction: &Extraction, reason: &NotLazyReason, error: &str) {
+    let (target, image, layer) = names(extraction);
+    say!(
+        LeftToContainerd,
         "defer-snapshot-runtime" = "true",
         error,
         key,
         target,
+        image,
+        layer,
+        reason = reason.code(),
         "failed to prepare local snapshot; deferring to container runtime"
     );
 }
@@ -264,10 +286,33 @@ fn is_target(there: &Info, extraction: &Extraction, parent: Option<&str>) -> boo
 
 /// The machine-read line of a layer that containerd need not unpack.
 fn log_prepared(key: &str, extraction: &Extraction, lazy: bool) {
-    let target = extraction.chain_id.as_str();
+    let (target, image, layer) = names(extraction);
     if lazy {
-        tracing::info!("remote-snapshot-prepared" = "true", key, target, "remote snapshot successfully prepared.");
+        say!(
+            LayerLazy,
+            "remote-snapshot-prepared" = "true",
+            key,
+            target,
+            image,
+            layer,
+            "remote snapshot successfully prepared."
+        );
     } else {
-        tracing::info!("local-snapshot-prepared" = "true", key, target, "local snapshot successfully prepared");
+        say!(
+            LayerPulled,
+            "local-snapshot-prepared" = "true",
+            key,
+            target,
+            image,
+            layer,
+            "local snapshot successfully prepared"
+        );
     }
+}
+
+/// What log lines call the layer: its chain id, and image and digest where the labels name them.
+fn names(extraction: &Extraction) -> (&str, Option<String>, Option<String>) {
+    let target = extraction.target.as_ref().ok();
+    let (image, layer) = (target.map(|t| t.reference.to_string()), target.map(|t| t.layer.to_string()));
+    (extraction.chain_id.as_str(), image, layer)
 }

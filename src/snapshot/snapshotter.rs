@@ -12,6 +12,7 @@ use super::state::{self, Mount, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
 use futures::future::BoxFuture;
 use crate::layout::{Layout, SnapshotId};
+use crate::telemetry::catalog::say;
 use futures::StreamExt;
 use std::collections::HashSet;
 use std::future::Future;
@@ -132,7 +133,8 @@ impl Snapshotter {
             (store?, strange)
         };
         if strange > 0 {
-            tracing::warn!(
+            say!(
+                StrangeDirectories,
                 directories = strange.to_string(),
                 "snapshot directories that the snapshot database does not know are left alone"
             );
@@ -353,7 +355,7 @@ async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>, delay: Duration) {
         tokio::time::sleep(delay).await;
         let Some(inner) = inner.upgrade() else { return };
         if let Err(error) = inner.sweep().await {
-            tracing::warn!(error = chain(&error), "cannot look for directories of removed snapshots");
+            say!(NotRemoved, error = chain(&error), "cannot look for directories of removed snapshots");
         }
     }
 }
@@ -462,7 +464,7 @@ impl Inner {
             .for_each_concurrent(SWEEP_WIDTH, |id| async move {
                 self.lazy.remove(id);
                 if let Err(error) = self.disk.remove_tree(id).await {
-                    tracing::warn!(snapshot = %id, %error, "failed to remove directory");
+                    say!(NotRemoved, snapshot = %id, %error, "failed to remove directory");
                 }
             })
             .await;
@@ -476,7 +478,7 @@ impl Inner {
         let links = blocking(move || {
             for info in lazy {
                 if let Err(error) = directories::link_to_lazy(&layout, info.id) {
-                    tracing::warn!(snapshot = %info.id, %error, "lazy layer has lost its directory");
+                    say!(LinkLost, snapshot = %info.id, %error, "lazy layer has lost its directory");
                 }
             }
             Ok(())
