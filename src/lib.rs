@@ -16,7 +16,8 @@
 //!           │   └───▲─────────────────────────────────────────────────────┬───────┘
 //!           │       │ /dev/fuse descriptor                                │ SEQPACKET: requests with ids, never paths
 //!           │   soci-mount: mounts, answers INIT, drops all,              ▼
-//!           │   keeps the descriptor across daemons               soci-custodian: remove tree, usage, owner
+//!           │   keeps the descriptor across daemons               soci-custodian: remove tree, usage, owner, publish
+//!           │                                                       └ spawner ─fork─▶ a worker per layer: unpack, then end
 //!           ▼
 //!     overlay lowerdir= ─▶ <root>/snapshotter/snapshots/<id>/fs ─▶ symlink ─▶ <root>/snapshotter/lazy/<id>
 //! ```
@@ -58,6 +59,11 @@
 //!    nobody has waited lately: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
 //! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
+//! 8. **A layer is unpacked by a process of its own**, whose root directory is the one it may write to (chroot on every kernel, landlock where there is
+//!    one, a short list of system calls, no network). The design has the custodian start workers; it cannot, as it has threads and too few capabilities,
+//!    so a process that does nothing but fork is split off first. Directories that a layer only implies get their attributes when it is published, not
+//!    when it is unpacked: layers are unpacked at the same time, and those below must be complete to be asked. The custodian asks the ones on disk;
+//!    what lazy ones have is sent along by the daemon, so nothing privileged ever waits for FUSE.
 //!
 //! # Who may name whom
 //!
@@ -66,7 +72,7 @@
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
 //!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
 //!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config names toml_edit
-//!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
+//!   privilege   custodian unpack holder sys           unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli
 //! ```
 //! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
@@ -105,4 +111,5 @@ pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
+pub mod unpack;
 pub mod ztoc;

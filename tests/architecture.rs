@@ -25,7 +25,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("grpc", &["oci", "layout", "snapshot", "layers", "registry"]),
     ("config", &["layout", "oci"]),
     ("telemetry", &["oci", "sys"]),
-    ("custodian", &["layout", "sys", "snapshot"]),
+    ("custodian", &["layout", "sys", "snapshot", "unpack"]),
+    ("unpack", &["sys", "tar"]),
     ("holder", &["layout", "sys", "fs"]),
     ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index"]),
     (

@@ -5,6 +5,8 @@
 mod custodian;
 mod daemon;
 mod holder;
+mod lab;
+mod unpack;
 
 use std::{
     fs::File,
