@@ -3,16 +3,16 @@
 
 use crate::support::command::{attempt, text};
 use crate::support::containerd::{Containerd, Options, Version, container_name};
-use crate::support::daemon::{Daemon, Layers, Settings, convert};
+use crate::support::daemon::{Daemon, Layers, Settings};
 use crate::support::grpc::cri;
-use crate::support::image::{Image, bulk, busybox, everything, pause};
+use crate::support::image::{Image, bulk, busybox, everything};
 use crate::support::node::Node;
-use crate::support::proxy::{Fault, Proxy, Rule, Tokens};
+use crate::support::proxy::{Fault, Rule, Tokens};
 use crate::support::registry::{Kind, Registry, image_manifest, soci_index};
-use crate::support::slot::{Root, Slot};
+use crate::support::slot::Slot;
 use crate::support::tree;
 use crate::support::workload::until_ready;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 fn all_lazy(layers: usize) -> Layers {

@@ -16,7 +16,6 @@ use crate::{
     pull::{self, Budget, Contents, Depth, Ingest, Keep, ProgramError, Programs, Settings, UnpackFailure, Unpacker},
     registry,
     snapshot::{Extent, NotPulled, Usage, chain},
-    unpack,
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -180,10 +179,10 @@ impl Unpacker for Custodian {
     ) -> BoxFuture<'_, Result<(), UnpackFailure>> {
         Box::pin(async move {
             let place = match depth {
-                Depth::Bottom => unpack::Place::Bottom,
-                Depth::Above => unpack::Place::Above,
+                Depth::Bottom => custodian::Place::Bottom,
+                Depth::Above => custodian::Place::Above,
             };
-            let budget = unpack::Budget { bytes: budget.bytes, inodes: budget.inodes };
+            let budget = custodian::Budget { bytes: budget.bytes, inodes: budget.inodes };
             match self.client.unpack(id, tar, place, budget).await {
                 Ok(_) => Ok(()),
                 Err(error @ custodian::UnpackError::Refused { .. }) => Err(UnpackFailure::Tar(chain(&error))),

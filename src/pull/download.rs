@@ -106,10 +106,6 @@ impl Downloads {
         Downloads { throttle, memory, piece: piece.map(|p| p.clamp(1, PIECE_LIMIT)), rangeless: Mutex::default() }
     }
 
-    pub fn throttle(&self) -> &Throttle {
-        &self.throttle
-    }
-
     /// Brings the layer to `sink`; the hosts that served it.
     pub async fn fetch(
         &self,
