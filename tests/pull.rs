@@ -176,7 +176,10 @@ fn privileged_every_form_of_a_layer_arrives_and_so_does_one_that_a_program_decom
     for more in [String::new(), format!("concurrent_download_chunk_size = \"1000000b\"\n{gzip}{zstd}")] {
         let node = Node::new(&slot, Version::V22, &format!("{FALLBACK}max_concurrent_unpacks_per_image = 3\n{more}"));
         for (at, form) in forms.into_iter().enumerate() {
-            let image = Image::new(vec![busybox().form(form), bulk("bulk", 24, 5).form(form)]);
+            // No two of them have a layer in common, or it would be here already.
+            let mut first = busybox();
+            first.file("etc/form", format!("{form:?}"));
+            let image = Image::new(vec![first.form(form), bulk("bulk", 240 + at as u64, 5).form(form)]);
             let (layout, reference) = node.publish_plain(&format!("form-{at}"), &image);
             node.containerd.pull("soci", &reference).unwrap();
             assert_eq!(node.daemon.layers().deferred, 0, "{form:?}");

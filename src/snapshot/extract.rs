@@ -195,6 +195,7 @@ impl Inner {
             let Some(taken) = place.take() else { continue };
             let id = taken.id();
             let unpack = |why: String| NotHere::Pull(NotPulled::Unpack { layer: wanted.target.layer, why });
+            self.inherit_owner(id, layer.parents).await.map_err(NotHere::Fatal)?;
             let usage = self.eager.publish(id, &parents).await.map_err(|e| unpack(e.to_string()))?;
             let labels = state::pulled_labels(layer.labels.clone(), wanted.extent);
             let parent = layer.parent.map(str::to_owned);
