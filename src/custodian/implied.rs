@@ -21,6 +21,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
+    collections::HashSet,
     ffi::{CStr, CString, OsStr},
     os::unix::ffi::OsStrExt,
 };
@@ -29,6 +30,8 @@ use std::{
 pub(super) const MAX_FILE: u64 = 64 << 20;
 /// Limits of the kernel (linux/limits.h): XATTR_LIST_MAX and XATTR_SIZE_MAX.
 const XATTRS: usize = 64 << 10;
+/// S_ISGID.
+const SET_GROUP_ID: u32 = 0o2000;
 
 /// What a directory looks like.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -140,13 +143,14 @@ fn take_attributes(input: &mut &[u8]) -> Option<DirectoryAttributes> {
     Some(attributes)
 }
 
-/// Gives each of `list` in `tree` the attributes it has in the nearest of `parents`.
+/// Gives each of `list` in `tree` the attributes it has in the nearest of `parents`. In the list a directory comes before what is in it.
 pub(super) fn dress(
     snapshots: &Snapshots,
     tree: BorrowedFd<'_>,
     parents: &[SnapshotId],
     mut list: Vec<Implied>,
 ) -> Result<()> {
+    let everything: HashSet<Vec<u8>> = list.iter().map(|implied| implied.path.clone()).collect();
     for (place, parent) in (0..).zip(parents) {
         if list.is_empty() {
             break;
@@ -172,6 +176,25 @@ pub(super) fn dress(
             }
         }
         list = left;
+    }
+    inherit(snapshots.opener(), tree, &everything, &list)
+}
+
+/// What no layer has is as mkdir(2) makes it, below a directory that got a set-group-ID bit just now: with the bit and the group.
+fn inherit(opener: Opener, tree: BorrowedFd<'_>, implied: &HashSet<Vec<u8>>, list: &[Implied]) -> Result<()> {
+    for Implied { path, .. } in list {
+        let Some(slash) = path.iter().rposition(|c| *c == b'/') else { continue };
+        let above = &path[..slash];
+        // Below a directory that the layer lists, the worker has seen to it.
+        if !implied.contains(above) {
+            continue;
+        }
+        let stat = rustix::fs::fstat(walk(opener, tree, above)?)?;
+        if stat.st_mode & SET_GROUP_ID != 0 {
+            let directory = walk(opener, tree, path)?;
+            rustix::fs::fchown(&directory, None, Some(Gid::from_raw(stat.st_gid)))?;
+            rustix::fs::fchmod(&directory, Mode::from_raw_mode(SET_GROUP_ID | 0o755))?;
+        }
     }
     Ok(())
 }

@@ -161,7 +161,7 @@ impl Request {
 }
 
 /// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// Done; the numbers are zero unless usage was asked for.
     Done(Usage),
@@ -176,7 +176,7 @@ pub enum Outcome {
 }
 
 /// The answer to one message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
     pub tag: u64,
     pub outcome: Outcome,

@@ -29,7 +29,10 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -54,6 +57,8 @@ struct Shared {
     snapshots: Snapshots,
     spawner: Spawner,
     old_kernel: bool,
+    /// Set where somebody starts the custodian again when it ends.
+    is_replaceable: AtomicBool,
     /// Our ends of the reports of running workers. Leaf lock.
     running: Mutex<HashMap<SnapshotId, Arc<OwnedFd>>>,
     /// Snapshots somebody is working on. Leaf lock: nothing else is taken while it is held.
@@ -69,6 +74,7 @@ impl Server {
                 snapshots,
                 spawner,
                 old_kernel,
+                is_replaceable: AtomicBool::new(false),
                 running: Mutex::default(),
                 busy: Mutex::default(),
                 freed: Condvar::new(),
@@ -89,6 +95,7 @@ impl Server {
 
     /// Serves whoever connects as our own user, for ever.
     pub(super) fn serve_every(&self, listener: BorrowedFd<'_>) -> ! {
+        self.shared.is_replaceable.store(true, Ordering::Relaxed);
         let mut connections: Vec<Vec<thread::JoinHandle<()>>> = Vec::new();
         loop {
             let socket = match seqpacket::accept(listener) {
@@ -236,13 +243,26 @@ impl Shared {
             running.insert(id, ours.clone());
         }
         let result = self.snapshots.begin_unpack(id).and_then(|work| {
-            self.spawner.order(order, tar.as_fd(), work.as_fd(), theirs.as_fd()).map_err(failed)?;
+            if let Err(error) = self.spawner.order(order, tar.as_fd(), work.as_fd(), theirs.as_fd()) {
+                return Err(self.without_spawner(error));
+            }
             // Ours are the last copies: the worker's own end must be the only one left.
             drop((tar, theirs));
             Ok(await_report(&ours, leash))
         });
         lock(&self.running).remove(&id);
         result
+    }
+
+    /// The spawner is gone, and this process has too few capabilities to fork another one.
+    fn without_spawner(&self, error: io::Error) -> Errno {
+        complain(format_args!("the process that starts workers is gone: {error}"));
+        if self.is_replaceable.load(Ordering::Relaxed) {
+            // What is half unpacked is removed by the next custodian.
+            std::process::exit(1);
+        }
+        complain("nothing can be unpacked until the daemon is started again");
+        Errno::from_io_error(&error).unwrap_or(Errno::PIPE)
     }
 
     /// As [`Shared::take_turn`], but whoever is unpacking the snapshot has to stop.

@@ -2,7 +2,7 @@
 
 use super::{
     Detail, IMPLIED, Refusal, TRASH, TREE,
-    directories::{Attributes, Directories, ROOT},
+    directories::{Attributes, Directories, ROOT, SET_GROUP_ID},
 };
 use crate::{
     sys::beneath,
@@ -51,7 +51,7 @@ pub enum Place {
 }
 
 /// Why unpacking ended early.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
     /// The tar is to blame.
     Refused { why: Refusal, detail: Detail },
@@ -449,11 +449,10 @@ impl Applier {
         Ok(())
     }
 
-    /// Gives directories their attributes and lists those that the tar only implies.
+    /// Gives directories their attributes and lists those that the tar only implies, each before what is in it.
     fn finish(mut self) -> std::result::Result<Budget, Stopped> {
         let mut implied = Vec::new();
-        // Children first, so that nothing touches a directory that is finished.
-        for number in self.directories.remaining().into_iter().rev() {
+        for number in self.directories.remaining() {
             self.finish_directory(number, &mut implied).map_err(|why| why.at(&self.directories.path(number)))?;
         }
         self.write_list(&implied).map_err(|why| why.at(IMPLIED.to_bytes()))?;
@@ -461,26 +460,13 @@ impl Applier {
     }
 
     fn finish_directory(&mut self, number: usize, implied: &mut Vec<u8>) -> Result<()> {
-        let (wanted, opaque) = self.directories.wanted(number);
-        let wanted = wanted.cloned();
         let own = self.own;
-        if wanted.is_none() && number != ROOT {
-            implied.extend_from_slice(&self.directories.path(number));
-            implied.push(0);
-            if implied.len() > LONGEST_LIST {
-                return Err(Refusal::TooManyDirectories.into());
-            }
+        let wanted = self.directories.wanted(number).cloned();
+        if self.directories.is_opaque(number) {
+            rustix::fs::fsetxattr(self.directories.fd(number)?, OVERLAY_OPAQUE, b"y", XattrFlags::empty())?;
         }
+        let Some(wanted) = wanted else { return self.finish_implied(number, implied) };
         let fd = self.directories.fd(number)?;
-        if opaque {
-            rustix::fs::fsetxattr(fd, OVERLAY_OPAQUE, b"y", XattrFlags::empty())?;
-        }
-        let Some(wanted) = wanted else {
-            return match number {
-                ROOT => Ok(()),
-                _ => Ok(rustix::fs::fchmod(fd, Mode::from_raw_mode(0o755))?),
-            };
-        };
         if (wanted.uid, wanted.gid) != own {
             rustix::fs::fchown(fd, Some(Uid::from_raw(wanted.uid)), Some(Gid::from_raw(wanted.gid)))?;
         }
@@ -489,6 +475,25 @@ impl Applier {
         })?;
         rustix::fs::fchmod(fd, Mode::from_raw_mode(wanted.mode))?;
         Ok(rustix::fs::futimens(fd, &times(&wanted))?)
+    }
+
+    fn finish_implied(&mut self, number: usize, implied: &mut Vec<u8>) -> Result<()> {
+        if number == ROOT {
+            return Ok(());
+        }
+        implied.extend_from_slice(&self.directories.path(number));
+        implied.push(0);
+        if implied.len() > LONGEST_LIST {
+            return Err(Refusal::TooManyDirectories.into());
+        }
+        let group = self.directories.inherited_group(number);
+        let fd = self.directories.fd(number)?;
+        let mut mode = 0o755;
+        if let Some(group) = group {
+            rustix::fs::fchown(fd, None, Some(Gid::from_raw(group)))?;
+            mode |= SET_GROUP_ID;
+        }
+        Ok(rustix::fs::fchmod(fd, Mode::from_raw_mode(mode))?)
     }
 
     fn write_list(&self, list: &[u8]) -> Result<()> {

@@ -21,6 +21,9 @@ const MEMORY: usize = 64 << 20;
 /// What one directory takes here beside its name (kept twice) and extended attributes.
 const OVERHEAD: usize = 192;
 
+/// S_ISGID.
+pub const SET_GROUP_ID: u32 = 0o2000;
+
 /// The table's number of the tree's own root.
 pub const ROOT: usize = 0;
 
@@ -40,6 +43,8 @@ struct Directory {
     fd: Option<OwnedFd>,
     /// `None`: the tar only implies it.
     attributes: Option<Attributes>,
+    /// Of one that was implied below a directory with the set-group-ID bit: the kernel gives it that directory's group and the bit.
+    group: Option<u32>,
     opaque: bool,
     /// Another entry took its name; it and what is below it are in the trash.
     replaced: bool,
@@ -82,6 +87,7 @@ impl Directories {
             name: CString::default(),
             fd: None,
             attributes: None,
+            group: None,
             opaque: false,
             replaced: false,
         };
@@ -96,11 +102,17 @@ impl Directories {
     pub fn add(&mut self, parent: usize, name: &CStr) -> Result<usize, Why> {
         self.account(OVERHEAD + 2 * name.count_bytes())?;
         let number = self.table.len();
+        let above = &self.table[parent];
+        let group = match &above.attributes {
+            Some(attributes) => (attributes.mode & SET_GROUP_ID != 0).then_some(attributes.gid),
+            None => above.group,
+        };
         self.table.push(Directory {
             parent,
             name: name.to_owned(),
             fd: None,
             attributes: None,
+            group,
             opaque: false,
             replaced: false,
         });
@@ -170,10 +182,18 @@ impl Directories {
         (0..self.table.len()).filter(|number| there[*number]).collect()
     }
 
-    /// What its entry said, if there was one, and whether it is opaque.
-    pub fn wanted(&self, number: usize) -> (Option<&Attributes>, bool) {
-        let directory = &self.table[number];
-        (directory.attributes.as_ref(), directory.opaque)
+    /// What its entry said, if there was one.
+    pub fn wanted(&self, number: usize) -> Option<&Attributes> {
+        self.table[number].attributes.as_ref()
+    }
+
+    /// The group that an implied directory inherits.
+    pub fn inherited_group(&self, number: usize) -> Option<u32> {
+        self.table[number].group
+    }
+
+    pub fn is_opaque(&self, number: usize) -> bool {
+        self.table[number].opaque
     }
 
     /// The path from the root, without a slash at either end.

@@ -7,7 +7,7 @@
 //!   snapshots/<id>/unpack/          the worker's root directory (chroot, landlock), made and removed by the custodian
 //!       tree/                       becomes snapshots/<id>/fs when both digests are right
 //!       trash/                      directories that later entries of the same tar replaced
-//!       implied                     names of directories that the tar implies but does not list, each followed by NUL
+//!       implied                     names of directories that the tar implies but does not list, parents first, each followed by NUL
 //! ```
 //!
 //! Invariants:
@@ -17,6 +17,7 @@
 //!   `trusted.overlay.opaque=y`, `trusted.*` of the tar is ignored, the root entry's attributes are ignored), or it is refused: names through
 //!   symlinks, `..`, and sparse entries are left to containerd.
 //! * A directory gets its attributes last, so that neither set-group-ID bits nor default ACLs reach its files, and its time is not overwritten.
+//!   (Directories that are only implied inherit a set-group-ID bit and the group all the same, as they would from mkdir(2).)
 //! * Nothing is synced. Like containerd's unpack (with its default `sync_fs = false`), a layer may be lost when the machine loses power
 //!   within seconds after the pull; the process dying loses nothing.
 #![forbid(unsafe_code)]

@@ -91,25 +91,19 @@ impl From<&TarError> for Refusal {
 }
 
 /// Where it happened: the beginning of an entry's name, or of a message. Bytes from a stranger's tar, escaped when shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Detail {
-    bytes: [u8; Detail::MAX],
-    length: u8,
-}
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Detail(Box<[u8]>);
 
 impl Detail {
     /// Enough to find the entry; what is longer is cut.
     pub const MAX: usize = 200;
 
     pub fn new(text: &[u8]) -> Detail {
-        let text = &text[..text.len().min(Detail::MAX)];
-        let mut bytes = [0; Detail::MAX];
-        bytes[..text.len()].copy_from_slice(text);
-        Detail { bytes, length: u8::try_from(text.len()).unwrap_or(0) }
+        Detail(text[..text.len().min(Detail::MAX)].into())
     }
 
     pub fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..usize::from(self.length)).unwrap_or_default()
+        &self.0
     }
 }
 
