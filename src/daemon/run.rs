@@ -169,6 +169,8 @@ fn start(options: Options) -> ExitCode {
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
 fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     sys::process::tame_allocator();
+    // What is wrong with the configuration is said before anything is started.
+    let pulling = eager::settings(config)?;
     let layout = Layout::new(absolute(&options.root)?);
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
@@ -194,7 +196,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, config, held, custodian, listening));
+    let result = runtime.block_on(serve(layout, config, pulling, held, custodian, listening));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -218,6 +220,7 @@ fn raise_descriptor_limit() {
 async fn serve(
     layout: Layout,
     config: &Config,
+    pulling: pull::Settings,
     held: Held,
     custodian: custodian::Connection,
     listening: Listening,
@@ -230,7 +233,7 @@ async fn serve(
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let unpacker = Arc::new(eager::Custodian::new(disk.clone(), layout.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), unpacker.clone())?);
+    let lazy = Arc::new(lazy_side(&layout, config, pulling, tree.clone(), observers.clone(), unpacker.clone())?);
     unpacker.show(&lazy);
     let options = snapshot::Options::new(layout.clone(), config.into());
     let eager = Arc::new(lazy.pulls.clone());
@@ -352,13 +355,13 @@ async fn keep_held(layout: Layout, held: Held) {
 fn lazy_side(
     layout: &Layout,
     config: &Config,
+    pulling: pull::Settings,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
     unpacker: Arc<dyn pull::Unpacker>,
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let eager = eager::settings(config)?;
-    let throttle = pull::Throttle::new(eager.downloads);
+    let throttle = pull::Throttle::new(pulling.downloads);
     let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
     let registry = Registry::observed(http_settings(config), hosts(config), keychain, Arc::new(exchanges))?;
     let discovery = DiscoverySettings {
@@ -407,7 +410,7 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
-        pulls: Pulls::new(eager, parts),
+        pulls: Pulls::new(pulling, parts),
         settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
         state: lazy::State::default(),
     })
