@@ -55,7 +55,12 @@ pub fn measure(options: &Options, report: &mut Report) {
                         Ok(run) => {
                             eprintln!(
                                 "{image:10} {:8} pull {:6.2} run {:5.2}  {:4.0} MB  {:5.1} CPU s   (curl {:.2})",
-                                kind.name(), run.pull, run.run, run.rss, run.cpu, curls[turn],
+                                kind.name(),
+                                run.pull,
+                                run.run,
+                                run.rss,
+                                run.cpu,
+                                curls[turn],
                             );
                             report.record(json!({
                                 "section": "eager", "image": image, "engine": kind.name(), "mbit": shape.mbit, "turn": turn, "curl": curls[turn],
@@ -115,7 +120,9 @@ fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Opti
     });
     let pull = pulled?;
     let cpu = cpu() - before;
-    if let Some(dir) = &options.keep && let Some(daemon) = &engine.daemon {
+    if let Some(dir) = &options.keep
+        && let Some(daemon) = &engine.daemon
+    {
         std::fs::create_dir_all(dir).unwrap();
         std::fs::write(dir.join(format!("{image}-{}.log", kind.name())), daemon.log()).unwrap();
     }
@@ -135,7 +142,10 @@ fn row(image: &str, engines: &[Kind], curl: f64, runs: &[Vec<Run>]) -> Vec<Strin
         0 => "failed".into(),
         _ => format!(
             "{:.2} + {:.2} = **{:.2}**; {:.0} MB; {:.1} CPU s/GB",
-            of(runs, |r| r.pull), of(runs, |r| r.run), of(runs, |r| r.pull + r.run), of(runs, |r| r.rss),
+            of(runs, |r| r.pull),
+            of(runs, |r| r.run),
+            of(runs, |r| r.pull + r.run),
+            of(runs, |r| r.rss),
             of(runs, |r| r.cpu) * 1000.0 / megabytes,
         ),
     }));

@@ -63,7 +63,11 @@ impl Daemon {
     fn config(&self) -> String {
         let mut out = format!("metrics_address = \"{}\"\n{}\n", self.metrics, self.settings.more);
         if let Some(socket) = &self.settings.containerd {
-            out += &format!("[content_store]\ncontainerd_address = \"{}\"\n{}", socket.display(), self.settings.content_store);
+            out += &format!(
+                "[content_store]\ncontainerd_address = \"{}\"\n{}",
+                socket.display(),
+                self.settings.content_store
+            );
         }
         for host in &self.settings.plain_http {
             out += &format!("[[resolver.host.\"{host}\".mirrors]]\nhost = \"http://{host}\"\ninsecure = true\n");
