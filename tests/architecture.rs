@@ -56,7 +56,19 @@ const MAY_NAME: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     (
         "tokio",
-        &["registry", "keychain", "index", "layers", "fs", "snapshot", "pull", "grpc", "custodian", "telemetry", "daemon"],
+        &[
+            "registry",
+            "keychain",
+            "index",
+            "layers",
+            "fs",
+            "snapshot",
+            "pull",
+            "grpc",
+            "custodian",
+            "telemetry",
+            "daemon",
+        ],
     ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),

@@ -280,8 +280,7 @@ fn one_key_is_enough_for_eager_pulls_whatever_the_content_store() {
     for store in ["", "type = 'soci'", "type = 'containerd'"] {
         for key in ["enable = true", "parallel_pull_as_fallback = true"] {
             for discard in ["", "discard_unpacked_layers = true", "discard_unpacked_layers = false"] {
-                let text =
-                    format!("[content_store]\n{store}\n[pull_modes.parallel_pull_unpack]\n{key}\n{discard}\n");
+                let text = format!("[content_store]\n{store}\n[pull_modes.parallel_pull_unpack]\n{key}\n{discard}\n");
                 assert_eq!(loaded(&text).warning_lines(), Vec::<String>::new(), "{text}");
             }
         }

@@ -108,10 +108,12 @@ fn privileged_which_layers_are_lazy_local_or_containerds_follows_the_configurati
         let searched = node.daemon.log().contains("fetching SOCI artifacts using index descriptor");
         assert_eq!(searched, expected.lazy > 0, "{name}");
         node.sums(&reference).unwrap();
-        assert!(node.daemon.metrics().contains("local_mount_failure_count{layer=\"\"} 0") || {
-            // The series exists from its first use on.
-            !node.daemon.metrics().contains("local_mount_failure_count")
-        });
+        assert!(
+            node.daemon.metrics().contains("local_mount_failure_count{layer=\"\"} 0") || {
+                // The series exists from its first use on.
+                !node.daemon.metrics().contains("local_mount_failure_count")
+            }
+        );
     }
 }
 
@@ -171,7 +173,8 @@ fn privileged_cri_and_the_labels_of_ctr_remote_and_nerdctl_pull_here_too() {
 fn privileged_every_form_of_a_layer_arrives_and_so_does_one_that_a_program_decompresses() {
     let slot = Slot::take();
     let forms = [Form::Gzip, Form::GzipMembers(100_000), Form::Tar, Form::Zstd];
-    let gzip = "[pull_modes.parallel_pull_unpack.decompress_streams.gzip]\npath = \"/bin/gzip\"\nargs = [\"-d\", \"-c\"]\n";
+    let gzip =
+        "[pull_modes.parallel_pull_unpack.decompress_streams.gzip]\npath = \"/bin/gzip\"\nargs = [\"-d\", \"-c\"]\n";
     let zstd = "[pull_modes.parallel_pull_unpack.decompress_streams.zstd]\npath = \"/usr/bin/zstd\"\nargs = [\"-d\", \"-c\"]\n";
     for more in [String::new(), format!("concurrent_download_chunk_size = \"1000000b\"\n{gzip}{zstd}")] {
         let node = Node::new(&slot, Version::V22, &format!("{FALLBACK}max_concurrent_unpacks_per_image = 3\n{more}"));
@@ -187,9 +190,12 @@ fn privileged_every_form_of_a_layer_arrives_and_so_does_one_that_a_program_decom
         }
         assert_eq!(node.daemon.layers(), fallen_back(8));
         if !more.is_empty() {
-            let (longest, _) = node.proxy.take_seen().iter().filter_map(|s| s.range.clone()).fold((0, 0), |(l, n), r| {
-                (l.max(r.end - r.start), n + 1)
-            });
+            let (longest, _) = node
+                .proxy
+                .take_seen()
+                .iter()
+                .filter_map(|s| s.range.clone())
+                .fold((0, 0), |(l, n), r| (l.max(r.end - r.start), n + 1));
             assert!(longest <= 1_000_000, "{longest}");
         }
     }
@@ -347,9 +353,8 @@ fn privileged_a_daemon_that_dies_during_a_pull_leaves_nothing_that_the_next_one_
 fn privileged_fifty_pulls_of_one_image_fetch_it_once_and_those_that_are_cancelled_harm_nobody() {
     let slot = Slot::take();
     let node = Node::new(&slot, Version::V22, FALLBACK);
-    let (layout, reference) = node.publish_plain("popular", &Image::new(vec![
-        busybox(), bulk("bulk", 30, 6), bulk("more", 31, 4),
-    ]));
+    let (layout, reference) =
+        node.publish_plain("popular", &Image::new(vec![busybox(), bulk("bulk", 30, 6), bulk("more", 31, 4)]));
     let (_, manifest) = image_manifest(&layout);
     node.proxy.shape(6_000_000, Duration::from_millis(2));
     let before = descriptors(&node);
@@ -462,7 +467,8 @@ fn kill_workers(daemon: &crate::support::daemon::Daemon, during: Duration) {
     while start.elapsed() < during {
         for (name, pid) in daemon.pids() {
             if name.contains("custodian") && !permanent.contains(&pid) {
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL);
+                let _ =
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL);
                 break;
             }
         }
@@ -509,7 +515,12 @@ fn privileged_bad_settings_end_the_start_with_what_is_wrong() {
         assert!(!done.status.success(), "{table}");
         let said = format!("{}{}", text(&done.stdout), text(&done.stderr));
         assert!(said.contains(expected), "{table}: {said}");
-        let unmount = attempt(std::process::Command::new(env!("CARGO_BIN_EXE_soci-mount")).arg("--root").arg(root.join("r")).arg("--unmount"));
+        let unmount = attempt(
+            std::process::Command::new(env!("CARGO_BIN_EXE_soci-mount"))
+                .arg("--root")
+                .arg(root.join("r"))
+                .arg("--unmount"),
+        );
         drop(unmount);
     }
 }

@@ -73,12 +73,7 @@ impl Contents for Content {
         })
     }
 
-    fn read<'a>(
-        &'a self,
-        namespace: &'a str,
-        blob: Digest,
-        range: Range<u64>,
-    ) -> BoxFuture<'a, Result<Bytes, String>> {
+    fn read<'a>(&'a self, namespace: &'a str, blob: Digest, range: Range<u64>) -> BoxFuture<'a, Result<Bytes, String>> {
         Box::pin(async move { self.0.read(namespace, &blob, range).await.map_err(|e| chain(&e)) })
     }
 

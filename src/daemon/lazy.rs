@@ -72,13 +72,9 @@ pub struct LazyMounts {
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
-<<<<<<< HEAD
     /// Brings the layers of an indexed image that have no zTOC.
     pub pulls: Pulls,
-    pub settings: LazySettings,
-=======
     pub settings: RwLock<LazySettings>,
->>>>>>> main
     /// [`State::default`] at first.
     pub state: State,
 }

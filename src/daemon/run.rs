@@ -208,12 +208,8 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-<<<<<<< HEAD
-    let result = runtime.block_on(serve(layout, config, pulling, held, custodian, listening));
-=======
     let parts = Received { held, how, custodian, listening };
-    let result = runtime.block_on(serve(layout, config, &options.config, parts));
->>>>>>> main
+    let result = runtime.block_on(serve(layout, config, &options.config, pulling, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -251,15 +247,9 @@ fn raise_descriptor_limit() {
 async fn serve(
     layout: Layout,
     config: &Config,
-<<<<<<< HEAD
-    pulling: pull::Settings,
-    held: Held,
-    custodian: custodian::Connection,
-    listening: Listening,
-=======
     config_path: &Path,
+    pulling: pull::Settings,
     Received { held, how, custodian, listening }: Received,
->>>>>>> main
 ) -> Result<(), StartError> {
     let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
@@ -413,19 +403,9 @@ fn lazy_side(
     unpacker: Arc<dyn pull::Unpacker>,
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
-<<<<<<< HEAD
     let throttle = pull::Throttle::new(pulling.downloads);
     let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
     let registry = Registry::observed(http_settings(config), hosts(config), keychain, Arc::new(exchanges))?;
-    let discovery = DiscoverySettings {
-        v1: config.pull_modes.soci_v1.enable,
-        v2: config.pull_modes.soci_v2.enable,
-        prefetch: config.prefetch.enable,
-        ..DiscoverySettings::default()
-    };
-=======
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
->>>>>>> main
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
@@ -446,7 +426,6 @@ fn lazy_side(
             shared
         }
     });
-<<<<<<< HEAD
     let parts = pull::Parts {
         registry: registry.clone(),
         contents: Arc::new(eager::Content(containerd.clone())),
@@ -454,12 +433,6 @@ fn lazy_side(
         observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
         throttle,
     };
-    let headers = match config.disable_verification {
-        true => lazyfs::HeaderCheck::Skipped,
-        false => lazyfs::HeaderCheck::Required,
-    };
-=======
->>>>>>> main
     Ok(LazyMounts {
         layout: layout.clone(),
         registry,
@@ -469,12 +442,8 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
-<<<<<<< HEAD
         pulls: Pulls::new(pulling, parts),
-        settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
-=======
         settings: RwLock::new(lazy_settings(config)),
->>>>>>> main
         state: lazy::State::default(),
     })
 }

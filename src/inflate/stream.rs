@@ -92,7 +92,8 @@ impl LayerDecoder {
 
     fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<(Moved, Step), StreamError> {
         let read = |read| (Moved { read, written: 0 }, Step::On);
-        let starved = |moved: Moved| (moved, if moved.read == 0 && moved.written == 0 { Step::Starved } else { Step::On });
+        let starved =
+            |moved: Moved| (moved, if moved.read == 0 && moved.written == 0 { Step::Starved } else { Step::On });
         match &mut self.at {
             At::Sniffing(held) => {
                 let wanted = (MAGIC - held.len()).min(input.len());

@@ -214,12 +214,7 @@ impl Downloads {
     }
 
     /// One plain request, again from the start where it breaks off. The first `skip` bytes are not wanted any more.
-    async fn plain(
-        &self,
-        wanted: &Wanted<'_>,
-        skip: u64,
-        sink: &mut impl Sink,
-    ) -> Result<Vec<HostId>, DownloadError> {
+    async fn plain(&self, wanted: &Wanted<'_>, skip: u64, sink: &mut impl Sink) -> Result<Vec<HostId>, DownloadError> {
         let _slot = slot(&self.throttle, &wanted.limit).await;
         let (mut delivered, mut failures) = (skip, 0);
         loop {

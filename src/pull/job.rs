@@ -14,11 +14,7 @@ use crate::{
     telemetry::catalog::say,
 };
 use bytes::Bytes;
-use std::{
-    os::fd::OwnedFd,
-    sync::Arc,
-    time::Instant,
-};
+use std::{os::fd::OwnedFd, sync::Arc, time::Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Most a pipe can hold without privilege: the unpacker may pause that long without anybody noticing.
@@ -152,11 +148,8 @@ async fn attempt(
 ) -> Result<Box<dyn Place>, Failed> {
     let layer = order.layer();
     let digest = layer.blob.digest;
-    let trouble = |why: String, again| Failed {
-        why: NotPulled::Resources { layer: digest, why },
-        again,
-        hosts: Vec::new(),
-    };
+    let trouble =
+        |why: String, again| Failed { why: NotPulled::Resources { layer: digest, why }, again, hosts: Vec::new() };
     let place = places.reserve().await.map_err(|e| trouble(chain(&e), Again::No))?;
     let id = place.id();
     let unpacking =
@@ -165,8 +158,8 @@ async fn attempt(
     let (read, write) = pipe().map_err(|e| trouble(e.to_string(), Again::Yes))?;
     let budget = shop.unpacker.room();
     let program = shop.settings.programs.of(&layer.blob.media_type);
-    let pipeline = pipeline::start(write, program, budget.bytes.saturating_mul(2))
-        .map_err(|e| trouble(chain(&e), Again::Yes))?;
+    let pipeline =
+        pipeline::start(write, program, budget.bytes.saturating_mul(2)).map_err(|e| trouble(chain(&e), Again::Yes))?;
     let worker = tokio::spawn({
         let unpacker = shop.unpacker.clone();
         let depth = if order.index == 0 { Depth::Bottom } else { Depth::Above };

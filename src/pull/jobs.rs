@@ -182,12 +182,10 @@ impl Pulls {
                 return Err(unknown(format!("{} is not a manifest", target.manifest)));
             }
             let config = self.document(target, manifest.config.digest, CONFIG_MAX, Document::Config).await;
-            let layers =
-                image::layers(&manifest, &config.map_err(unknown)?).map_err(|e| unknown(e.to_string()))?;
+            let layers = image::layers(&manifest, &config.map_err(unknown)?).map_err(|e| unknown(e.to_string()))?;
             let settings = &self.0.shop.settings;
-            let limit = |most: Option<usize>| {
-                most.map(|most| Arc::new(Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS))))
-            };
+            let limit =
+                |most: Option<usize>| most.map(|most| Arc::new(Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS))));
             Ok(Arc::new(Image {
                 layers,
                 downloads: limit(settings.downloads_per_image),
@@ -337,8 +335,7 @@ impl EagerLayers for Pulls {
         Box::pin(async move {
             let target = &wanted.target;
             let image = self.image(target).await?;
-            let index =
-                image.find(&target.layer, &wanted.chain_id).ok_or(NotPulled::NotInImage(target.layer))?;
+            let index = image.find(&target.layer, &wanted.chain_id).ok_or(NotPulled::NotInImage(target.layer))?;
             let key = Key { chain_id: wanted.chain_id.clone(), layer: target.layer };
             let mut job = self.use_job(key, self.order(target, &image, index));
             let others: Vec<usize> = match wanted.extent {

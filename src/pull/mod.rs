@@ -116,12 +116,7 @@ pub trait Contents: Send + Sync {
     /// Size of a blob, if it is there. Soon, or not at all.
     fn size<'a>(&'a self, namespace: &'a str, blob: Digest) -> BoxFuture<'a, Option<u64>>;
     /// The bytes `range` of a blob, exactly, unverified.
-    fn read<'a>(
-        &'a self,
-        namespace: &'a str,
-        blob: Digest,
-        range: Range<u64>,
-    ) -> BoxFuture<'a, Result<Bytes, String>>;
+    fn read<'a>(&'a self, namespace: &'a str, blob: Digest, range: Range<u64>) -> BoxFuture<'a, Result<Bytes, String>>;
     /// Begins to put a layer there. It is visible there when it was finished and has the digest that it should have.
     fn ingest<'a>(
         &'a self,

@@ -7,6 +7,7 @@
 //! ```
 
 use super::directories;
+use super::directories::Access;
 use super::disk::blocking;
 use super::eager::{Extent, NotPulled, Wanted};
 use super::error::{SnapshotError, chain};
@@ -15,7 +16,6 @@ use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::snapshotter::Inner;
 use super::state::{self, Mount, Plan};
 use super::store::{Change, Link};
-use super::directories::Access;
 use crate::layout::SnapshotId;
 use crate::telemetry::catalog::say;
 use tokio::sync::oneshot;

@@ -44,7 +44,6 @@ pub fn inherited_descriptors() -> io::Result<Vec<OwnedFd>> {
     Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
 }
 
-<<<<<<< HEAD
 /// Which of the two processes after [`fork`] this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Forked {
@@ -101,7 +100,8 @@ pub fn die_with(socket: BorrowedFd<'_>) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::new(io::ErrorKind::BrokenPipe, "nobody is waiting any more")),
     }
-=======
+}
+
 /// A connection to whom `NOTIFY_SOCKET` names, for descriptors to be sent over; `None` when nobody listens.
 pub fn notify_socket() -> io::Result<Option<OwnedFd>> {
     use std::os::{linux::net::SocketAddrExt, unix::ffi::OsStrExt};
@@ -112,7 +112,6 @@ pub fn notify_socket() -> io::Result<Option<OwnedFd>> {
         None => socket.connect(&address)?,
     }
     Ok(Some(socket.into()))
->>>>>>> main
 }
 
 /// Says something on standard error, for the helpers that have no log of their own.

@@ -9,7 +9,9 @@ use soci::grpc::proto::types::Mount;
 use soci::grpc::{Limits, serve};
 use soci::layout::{Layout, SnapshotId};
 use soci::oci::Digest;
-use soci::snapshot::{InProcessDisk, LazyLayers, NeverEager, NotLazyReason, Options, Pull, Snapshotter, Target, Usage, label};
+use soci::snapshot::{
+    InProcessDisk, LazyLayers, NeverEager, NotLazyReason, Options, Pull, Snapshotter, Target, Usage, label,
+};
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
