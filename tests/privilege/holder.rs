@@ -1,7 +1,6 @@
 use super::{HOLDER, Killed, eventually, privileged, run, somebody_else_is_answered, status_row};
 use soci::{
     holder::{self, Held, How, Keeping},
-    layout::Layout,
     sys::{fuse, mountinfo, seqpacket},
 };
 use std::{
