@@ -390,6 +390,7 @@ fn privileged_fifty_pulls_of_one_image_fetch_it_once_and_those_that_are_cancelle
         assert_eq!(std::fs::read_dir(mount.path.join("bulk")).unwrap().count(), 6);
         assert!(std::fs::read(mount.path.join("bulk/0000")).unwrap().len() == 1 << 20);
     }
+    end_leases_of_the_dead(&node, &["n0", "n1", "n2", "n3", "n4"]);
     for namespace in 0..5 {
         let namespace = format!("n{namespace}");
         output(node.containerd.ctr().args(["-n", &namespace, "images", "rm", "--sync", &reference]));
@@ -445,6 +446,7 @@ fn privileged_fifty_images_at_once_with_cancels_dead_workers_and_collection_all_
             assert!(content == noise(number as u64 * 100 + file, 20_000), "{reference} {file}");
         }
     }
+    end_leases_of_the_dead(&node, &["default"]);
     for reference in output(node.containerd.ctr().args(["images", "ls", "-q"])).lines() {
         output(node.containerd.ctr().args(["images", "rm", "--sync", reference]));
     }
@@ -478,6 +480,16 @@ fn kill_workers(daemon: &crate::support::daemon::Daemon, during: Duration) {
 
 fn descriptors(node: &Node) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", node.daemon.pid())).unwrap().count()
+}
+
+/// Ends the leases of clients that were killed: containerd would keep what they pulled for a day.
+fn end_leases_of_the_dead(node: &Node, namespaces: &[&str]) {
+    for namespace in namespaces {
+        let leases = output(node.containerd.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
+        for lease in leases.lines().filter(|l| !l.starts_with("soci-")) {
+            let _ = attempt(node.containerd.ctr().args(["-n", namespace, "leases", "rm", lease]));
+        }
+    }
 }
 
 /// After everything was removed: no directory, no worker, no mount, no lease, no descriptor is left.
