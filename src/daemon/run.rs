@@ -85,8 +85,6 @@ enum StartError {
         address: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    #[error(transparent)]
-    Registries(#[from] registries::RegistriesError),
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
 }
@@ -162,7 +160,7 @@ fn start(options: Options) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let chosen = match settings::choose(&options.config, &layout) {
+    let chosen = match settings::choose(&options.config, &options.address, &layout) {
         Ok(chosen) => chosen,
         Err(error) => {
             logs::fatal(&snapshot::chain(&error), &error);
@@ -197,7 +195,6 @@ fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
 fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
     let config = &chosen.config;
-    registries::no_circle(config, &options.address)?;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -306,7 +303,7 @@ async fn serve(
         // Containers read these, whatever else is wrong.
         Err(error) if !records.is_empty() => {
             condition.open_later(&error, open);
-            recover(records, &lazy, Unreferenced::Kept).await;
+            recover(records.clone(), &lazy, Unreferenced::Kept).await;
         }
         Err(error) => return Err(error.into()),
     }
@@ -325,7 +322,11 @@ async fn serve(
         metrics.background_fetch_enabled();
     }
     tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
-    serve_telemetry(config, metrics.clone()).await?;
+    match serve_telemetry(config, metrics.clone()).await {
+        // An address that is taken is no reason to leave containers alone.
+        Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
+        served => served?,
+    }
     tokio::spawn(keep_held(layout.clone(), held, how, condition.clone()));
     let Listening { listener, address } = listening;
     let failed =
@@ -333,7 +334,7 @@ async fn serve(
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     condition.answers();
-    if chosen.trouble.is_none() {
+    if condition.refusal().is_none() {
         settings::keep(&layout, config);
     }
     let note = Note::default();
