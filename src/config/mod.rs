@@ -69,22 +69,9 @@ pub struct Warning {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WarningKind {
-    UnknownKey {
-        key: String,
-        nearest: Option<String>,
-    },
-    Deprecated {
-        key: String,
-        now: String,
-    },
-    UnknownDecompressor {
-        name: String,
-    },
-    /// The key is known and asks for something that this version does not do.
-    NotYet {
-        key: &'static str,
-        instead: &'static str,
-    },
+    UnknownKey { key: String, nearest: Option<String> },
+    Deprecated { key: String, now: String },
+    UnknownDecompressor { name: String },
 }
 
 impl fmt::Display for Warning {
@@ -96,7 +83,6 @@ impl fmt::Display for Warning {
             }
             WarningKind::UnknownKey { key, nearest: None } => write!(f, "{key}: unknown key, ignored"),
             WarningKind::Deprecated { key, now } => write!(f, "{key}: deprecated; the key is now {now}"),
-            WarningKind::NotYet { key, instead } => write!(f, "{key}: not implemented yet; {instead}"),
             WarningKind::UnknownDecompressor { name } => {
                 write!(
                     f,
@@ -265,6 +251,19 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     let per_image = written("max_concurrent_unpacks_per_image");
     fit(&mut pull.max_concurrent_unpacks_per_image, pull.max_concurrent_unpacks, per_image);
 
+    let kubelet = &config.kubelet_keychain;
+    for (value, key) in [
+        (&kubelet.config_path, "kubelet_keychain.image_credential_provider_config"),
+        (&kubelet.bin_dir, "kubelet_keychain.image_credential_provider_bin_dir"),
+    ] {
+        if kubelet.enable_keychain && value.is_empty() {
+            let on = reader.written.get("kubelet_keychain.enable_keychain");
+            let at = on.map_or(Position { line: 1, column: 1 }, |written| written.at);
+            let message =
+                "must be set, to what kubelet is given, where kubelet_keychain.enable_keychain is true".into();
+            reader.unusable.push(Problem { at, key: key.into(), message });
+        }
+    }
     let at = |key: &str| written(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
     let (mut problems, mut warnings) = (Vec::new(), Vec::new());
     for fault in pull.faults() {
@@ -278,15 +277,6 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     for name in pull.decompress_streams.keys().filter(|name| !matches!(name.as_str(), "gzip" | "zstd")) {
         let kind = WarningKind::UnknownDecompressor { name: name.clone() };
         warnings.push(Warning { at: at("decompress_streams"), kind });
-    }
-    let elsewhere = "logins come from the docker configuration of the daemon's user only";
-    let asked = [
-        (config.kubeconfig_keychain.enable_keychain, "kubeconfig_keychain.enable_keychain", elsewhere),
-        (config.cri_keychain.enable_keychain, "cri_keychain.enable_keychain", elsewhere),
-    ];
-    for (_, key, instead) in asked.into_iter().filter(|(on, ..)| *on) {
-        let at = reader.written.get(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
-        warnings.push(Warning { at, kind: WarningKind::NotYet { key, instead } });
     }
     reader.unusable.extend(problems);
     reader.warnings.extend(warnings);
@@ -348,6 +338,13 @@ impl ParallelPullUnpack {
             }
         }
         faults
+    }
+}
+
+impl Registry {
+    /// The directories of `config_path`, in order.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.config_path.split(':').filter(|path| !path.is_empty()).map(PathBuf::from).collect()
     }
 }
 

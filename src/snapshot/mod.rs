@@ -27,6 +27,7 @@
 
 mod directories;
 mod disk;
+mod door;
 mod eager;
 mod error;
 mod extract;
@@ -41,6 +42,7 @@ mod tests;
 
 pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
+pub use door::Door;
 pub use eager::{EagerLayers, Extent, NeverEager, NotPulled, Place, Places, Pulled, Wanted};
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
