@@ -75,10 +75,10 @@
 //!    is tried again, then with one plain request, then left to containerd, which has the last word. (The Go daemon lets a failed parallel
 //!    pull fail the whole pull, and all pulls of the image.)
 //! 10. **A pulled layer has a snapshot number before it has a record.** It is unpacked where it will stay; a crash leaves a directory without record,
-//!    which is swept like any other. So containerd 2.2, which prepares the layers of a proxy snapshotter one after another, gets layers
-//!    that were unpacked at the same time, without being told of `rebase`.
+//!     which is swept like any other. So containerd 2.2, which prepares the layers of a proxy snapshotter one after another, gets layers
+//!     that were unpacked at the same time, without being told of `rebase`.
 //! 11. **No content store of our own for compressed layers.** With `content_store.type = "soci"` they are dropped whatever
-//!    `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
+//!     `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
 //!
 //! 8. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
 //!    status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
