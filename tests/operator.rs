@@ -311,6 +311,45 @@ fn privileged_status_and_explain_tell_each_layer_s_mode_and_why() {
 }
 
 #[test]
+fn privileged_doctor_says_whether_the_registry_lets_this_node_in() {
+    let slot = Slot::take();
+    let root = slot.root();
+    let registry = Registry::start(Kind::Guarded, &root);
+    let layout = root.join("layout");
+    Image::new(vec![bulk("bulk", 1, 1)]).write(&layout);
+    registry.push(&layout, "private", "v1");
+    let image = registry.reference("private", "v1");
+    let (config, docker) = (root.join("config.toml"), root.dir("docker"));
+    let host = &registry.host;
+    std::fs::write(
+        &config,
+        format!("[[resolver.host.\"{host}\".mirrors]]\nhost = \"http://{host}\"\ninsecure = true\n"),
+    )
+    .unwrap();
+    let ask = || {
+        let mut command = Command::new(SOCI);
+        command.args(["doctor", "--json", "--config"]).arg(&config).arg(&image);
+        let done = attempt(command.env("DOCKER_CONFIG", &docker).env("HOME", root.path()));
+        assert!(!text(&done.stdout).contains("dTpw") && !text(&done.stderr).contains("dTpw"), "logins are not shown");
+        let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+        report["findings"].as_array().unwrap().clone()
+    };
+    let of = |findings: &[Value], check: &str| findings.iter().find(|f| f["check"] == check).cloned().unwrap();
+    let without = ask();
+    assert_eq!(of(&without, "login")["verdict"], "skipped", "{without:#?}");
+    let refused = of(&without, "registry");
+    assert!(refused["verdict"] == "problem" && refused["fix"].as_str().unwrap().contains("docker login"), "{refused}");
+    std::fs::write(docker.join("config.json"), format!("{{\"auths\":{{\"{host}\":{{\"auth\":\"dTpw\"}}}}}}")).unwrap();
+    let with = ask();
+    assert_eq!(
+        (&of(&with, "login")["verdict"], &of(&with, "registry")["verdict"]),
+        (&"ok".into(), &"ok".into()),
+        "{with:#?}"
+    );
+    assert_eq!(of(&with, "index")["verdict"], "warning", "it has no index: {with:#?}");
+}
+
+#[test]
 fn privileged_doctor_names_a_daemon_that_is_gone_a_bad_configuration_and_a_registry_out_of_reach() {
     let slot = Slot::take();
     let mut node = Node::new(&slot, Version::V22);

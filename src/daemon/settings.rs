@@ -3,7 +3,10 @@
 //! After each good start a copy of the settings is kept in the root directory. A broken file on a node without lazily loaded layers is an error:
 //! nobody depends on the daemon there, and whoever starts it is looking.
 
-use super::record;
+use super::{
+    record,
+    registries::{self, RegistriesError},
+};
 use crate::{
     config::{self, Config, ConfigError},
     layout::Layout,
@@ -26,13 +29,27 @@ pub struct Chosen {
     pub trouble: Option<String>,
 }
 
+/// Why a file's settings are not used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    #[error(transparent)]
+    File(#[from] ConfigError),
+    #[error(transparent)]
+    Registries(#[from] RegistriesError),
+}
+
+/// What a file says, if a daemon on the socket `address` can run with it.
+fn usable(path: &Path, address: &str) -> Result<Chosen, SettingsError> {
+    let loaded = config::load(path)?;
+    registries::no_circle(&loaded.config, address)?;
+    let warnings = loaded.warning_lines();
+    Ok(Chosen { config: loaded.config, warnings, trouble: None })
+}
+
 /// The settings to run with.
-pub fn choose(path: &Path, layout: &Layout) -> Result<Chosen, ConfigError> {
-    let error = match config::load(path) {
-        Ok(loaded) => {
-            let warnings = loaded.warning_lines();
-            return Ok(Chosen { config: loaded.config, warnings, trouble: None });
-        }
+pub fn choose(path: &Path, address: &str, layout: &Layout) -> Result<Chosen, SettingsError> {
+    let error = match usable(path, address) {
+        Ok(chosen) => return Ok(chosen),
         Err(error) => error,
     };
     if record::all(layout).is_empty() {
@@ -81,19 +98,19 @@ mod tests {
         let (file, layout) = (dir.path().join("config.toml"), Layout::new(dir.path().join("root")));
         std::fs::create_dir_all(layout.snapshots().join("7")).unwrap();
         std::fs::write(&file, "mount_timeout_sec = 77").unwrap();
-        let good = choose(&file, &layout).unwrap();
+        let good = choose(&file, "/run/sock", &layout).unwrap();
         keep(&layout, &good.config);
         std::fs::write(&file, "mount_timeout_sec = nonsense").unwrap();
-        assert!(choose(&file, &layout).is_err());
+        assert!(choose(&file, "/run/sock", &layout).is_err());
         std::fs::write(layout.snapshot_lazy_record(crate::layout::SnapshotId(7)), "{}").unwrap();
-        let chosen = choose(&file, &layout).unwrap();
+        let chosen = choose(&file, "/run/sock", &layout).unwrap();
         assert_eq!(chosen.config.mount_timeout.duration(), Some(std::time::Duration::from_secs(77)));
         let trouble = chosen.trouble.unwrap();
         assert!(trouble.contains("config.toml") && trouble.contains("last good start"), "{trouble}");
         // And with no copy of earlier ones, the defaults.
         std::fs::remove_file(layout.settings_kept()).unwrap();
-        assert!(choose(&file, &layout).unwrap().trouble.unwrap().contains("defaults"));
+        assert!(choose(&file, "/run/sock", &layout).unwrap().trouble.unwrap().contains("defaults"));
         std::fs::remove_file(&file).unwrap();
-        assert!(choose(&file, &layout).unwrap().trouble.is_some(), "a file that is gone is no better");
+        assert!(choose(&file, "/run/sock", &layout).unwrap().trouble.is_some(), "a file that is gone is no better");
     }
 }

@@ -121,6 +121,13 @@ fn privileged_with_a_broken_configuration_the_last_good_settings_serve_what_is_m
         lazy.says("config", "config.toml:1:");
         lazy.refuses("config.toml:1:");
     }
+    // A good file is taken without another restart.
+    std::fs::write(lazy.site.root.join("config.toml"), &lazy.config).unwrap();
+    lazy.running.as_ref().unwrap().process.signal(Signal::SIGHUP);
+    lazy.heals();
+    snapshots::remove(&Client::connect(&lazy.site.socket()), "later").unwrap();
+    lazy.kill();
+    lazy.start("mount_timeout_sec = nonsense\n");
     // The rest of the layer needs the mirror that only the last good settings name as one that speaks plain HTTP.
     lazy.reads();
     lazy.kill();
@@ -168,6 +175,18 @@ fn privileged_with_a_full_disk_what_is_mounted_is_served_and_the_rest_again_when
     lazy.reads();
     std::fs::remove_file(&filler).unwrap();
     lazy.heals();
+}
+
+#[test]
+fn privileged_a_metrics_address_that_is_taken_does_not_leave_containers_alone() {
+    let slot = Slot::take();
+    let mut lazy = Lazy::new(&slot, |_| {});
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = format!("metrics_address = \"{}\"\n{}", taken.local_addr().unwrap(), lazy.config);
+    lazy.kill();
+    lazy.start(&config);
+    lazy.says("config", "metrics_address");
+    lazy.reads();
 }
 
 #[test]
