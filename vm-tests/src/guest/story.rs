@@ -53,7 +53,6 @@ fn install(_: &Guest) -> Outcome<Next> {
     run("soci", &["--version"])?;
     for path in [
         "/usr/share/licenses/soci-snapshotter/THIRD-PARTY-LICENCES",
-        "/usr/share/bash-completion/completions/soci",
         "/usr/share/man/man8/soci-snapshotter-grpc.8.gz",
         "/run/soci-snapshotter-grpc",
     ] {
@@ -104,10 +103,9 @@ fn configure_containerd(guest: &Guest) -> Outcome {
         fs::create_dir_all("/etc/systemd/system/containerd.service.d").map_err(|error| error.to_string())?;
         fs::write("/etc/systemd/system/containerd.service.d/vm.conf", drop_in).map_err(|error| error.to_string())?;
         run("systemctl", &["daemon-reload"])?;
-        if readme::run("soci enable containerd").is_ok() { return Ok(()) } // INTERIM
+        return readme::run("soci enable containerd").map(drop);
     }
     let mut text = String::from("version = 2\n");
-    if guest.has_containerd_2() { text = "version = 3\n[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux/amd64\"\n  snapshotter = \"soci\"\n".into(); } // INTERIM
     text += "[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock\"\n";
     text += "  [proxy_plugins.soci.exports]\n    root = \"/var/lib/soci-snapshotter-grpc\"\n    enable_remote_snapshot_annotations = \"true\"\n";
     fs::create_dir_all("/etc/containerd").map_err(|error| error.to_string())?;

@@ -122,7 +122,9 @@ fn repositories(payload: &Payload, distribution: Distribution) -> Outcome {
 fn stand_in(payload: &Payload, distribution: Distribution) -> Outcome<PathBuf> {
     let (glibc, systemd) = distribution.limits();
     let mut provides = vec![format!("systemd = {systemd}")];
-    provides.extend(["ca-certificates", "container-selinux", "policycoreutils", "/bin/sh", "rtld(GNU_HASH)"].map(str::to_owned));
+    provides.extend(
+        ["ca-certificates", "container-selinux", "policycoreutils", "/bin/sh", "rtld(GNU_HASH)"].map(str::to_owned),
+    );
     let old = ["2.2.5", "2.2.6", "2.3", "2.3.2", "2.3.3", "2.3.4"].map(str::to_owned);
     let versions: Vec<String> = old.into_iter().chain((4..=glibc).map(|minor| format!("2.{minor}"))).collect();
     for library in ["libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"] {
