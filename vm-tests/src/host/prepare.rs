@@ -162,7 +162,8 @@ fn stand_in(payload: &Payload, distribution: Distribution) -> Outcome<PathBuf> {
 
 /// This program, for the oldest glibc of any guest.
 fn program(payload: &Payload) -> Outcome {
-    let target = target().join("package");
+    // Its own, so that nobody waits for a build of the packages.
+    let target = payload.work.join("target");
     let zig = cache().join("zig/bin");
     shell(&format!(
         "cd {} && PATH={}:$PATH CARGO_TARGET_DIR={} cargo zigbuild --quiet --locked --package vm-tests --target x86_64-unknown-linux-gnu.2.26",
