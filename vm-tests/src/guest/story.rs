@@ -378,10 +378,15 @@ fn upgrade(guest: &Guest) -> Outcome<Next> {
 /// No room for what is fetched: reads go on from the network, the status line says so, and when there is room again it is used.
 fn disk_full(guest: &Guest) -> Outcome<Next> {
     let ballast = format!("{ROOT}/ballast");
+    // Only what is read is fetched, so that there is something left to fetch when the disk is full.
+    edit("disable = false", "disable = true")?;
+    run("systemctl", &["reload", DAEMON])?;
+    within(PATIENCE, "the background has stopped", || {
+        journal(DAEMON, &["-o", "json"]).ok()?.contains("\"SOCI_APPLIED\":\"background_fetch.disable\"").then_some(())
+    })?;
     guest.pull("soci", "huge")?;
-    // What the file system keeps for root is taken as well.
     let _ = shell(&format!(
-        "dd if=/dev/zero of={ballast} bs=1M 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null"
+        "dd if=/dev/zero of={ballast} bs=1M 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; sync"
     ));
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
@@ -396,6 +401,8 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
         format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
     })?;
     fs::remove_file(&ballast).map_err(|error| error.to_string())?;
+    edit("disable = true", "disable = false")?;
+    run("systemctl", &["reload", DAEMON])?;
     within(PATIENCE * 2, "the rest is fetched when there is room again", || {
         property(DAEMON, "StatusText").contains("; all complete").then_some(())
     })?;
