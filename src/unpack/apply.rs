@@ -191,15 +191,15 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// Unpacks into the directory `tree` of `work`, both empty so far; `old_kernel` goes without openat2 even where there is one.
+    /// Unpacks into the directory `tree` of `work`, both empty so far.
     ///
     /// The process' umask must be 0.
-    pub fn new(work: OwnedFd, place: Place, budget: Budget, old_kernel: bool) -> std::result::Result<Applier, Errno> {
+    pub fn new(work: OwnedFd, place: Place, budget: Budget) -> std::result::Result<Applier, Errno> {
         let tree = beneath::open_nofollow(work.as_fd(), TREE)?;
         let trash = beneath::open_nofollow(work.as_fd(), TRASH)?;
         Ok(Applier {
             trash,
-            directories: Directories::new(tree, old_kernel)?,
+            directories: Directories::new(tree),
             work,
             place,
             left: budget,

@@ -1,7 +1,8 @@
 //! The directories of a tree that is being made: which there are, how to get at them, and what they will look like at the end.
 //!
 //! Nobody else writes to the tree, so this table is the truth about it: a name is a directory if it is here. Descriptors of recently used ones stay
-//! open; every other is opened again from its parent, one component at a time.
+//! open; every other is opened again from its parent, one component at a time, without following a link. openat2 would add nothing to that, and its
+//! flags are in memory, where the worker's filter of system calls cannot see them: see `sys::seccomp`.
 
 use super::{Refusal, apply::Why};
 use crate::sys::beneath;
@@ -50,18 +51,8 @@ struct Directory {
     replaced: bool,
 }
 
-/// How to open a child without being led elsewhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Opener {
-    /// openat2 (Linux 5.6) refuses links, mounts and ways up itself.
-    Kernel,
-    /// O_NOFOLLOW and a single component: the same, as nobody mounts anything in a directory that is a few seconds old.
-    NoFollow,
-}
-
 pub struct Directories {
     root: OwnedFd,
-    opener: Opener,
     /// A parent stands before its children.
     table: Vec<Directory>,
     /// By number of the parent, then name.
@@ -76,12 +67,7 @@ fn key(parent: usize, name: &CStr) -> Vec<u8> {
 }
 
 impl Directories {
-    pub fn new(root: OwnedFd, old_kernel: bool) -> Result<Directories, Errno> {
-        let opener = match beneath::open(root.as_fd(), c".") {
-            Ok(_) if !old_kernel => Opener::Kernel,
-            Ok(_) | Err(Errno::NOSYS | Errno::PERM) => Opener::NoFollow,
-            Err(error) => return Err(error),
-        };
+    pub fn new(root: OwnedFd) -> Directories {
         let top = Directory {
             parent: ROOT,
             name: CString::default(),
@@ -91,7 +77,7 @@ impl Directories {
             opaque: false,
             replaced: false,
         };
-        Ok(Directories { root, opener, table: vec![top], by_name: HashMap::new(), open: VecDeque::new(), memory: 0 })
+        Directories { root, table: vec![top], by_name: HashMap::new(), open: VecDeque::new(), memory: 0 }
     }
 
     pub fn get(&self, parent: usize, name: &CStr) -> Option<usize> {
@@ -156,11 +142,7 @@ impl Directories {
         for at in closed.into_iter().rev() {
             let Directory { parent, name, .. } = &self.table[at];
             let above = self.table[*parent].fd.as_ref().unwrap_or(&self.root).as_fd();
-            let opened = match self.opener {
-                Opener::Kernel => beneath::open(above, name)?,
-                Opener::NoFollow => beneath::open_nofollow(above, name)?,
-            };
-            self.table[at].fd = Some(opened);
+            self.table[at].fd = Some(beneath::open_nofollow(above, name)?);
             self.open.push_back(at);
             if self.open.len() > KEPT_OPEN {
                 // The oldest, which is never the one just opened.
@@ -214,15 +196,15 @@ mod tests {
     use super::*;
     use std::{ffi::OsStr, fs::File, os::unix::ffi::OsStrExt, path::Path};
 
-    fn below(path: &Path, old_kernel: bool) -> Directories {
-        Directories::new(File::open(path).expect("open").into(), old_kernel).expect("a directory")
+    fn below(path: &Path) -> Directories {
+        Directories::new(File::open(path).expect("open").into())
     }
 
     #[test]
     fn what_the_table_takes_has_a_bound_whatever_the_names() {
         let root = tempfile::tempdir().expect("temp");
         for length in [8, 250] {
-            let mut directories = below(root.path(), false);
+            let mut directories = below(root.path());
             let name = |n: usize| CString::new(format!("{n:0length$}")).expect("no NUL");
             let refused = (0..MEMORY).find_map(|n| directories.add(ROOT, &name(n)).err().map(|why| (n, why)));
             let (count, why) = refused.expect("a bound");
@@ -233,33 +215,30 @@ mod tests {
 
     #[test]
     fn few_descriptors_are_open_however_deep_and_wide_the_tree() {
-        for old_kernel in [false, true] {
-            let root = tempfile::tempdir().expect("temp");
-            let mut directories = below(root.path(), old_kernel);
-            let mut all = vec![ROOT];
-            for n in 0..300 {
-                let parent = if n < 200 { all[n] } else { ROOT };
-                let name = CString::new(format!("d{n}")).expect("no NUL");
-                rustix::fs::mkdirat(directories.fd(parent).expect("open"), &name, rustix::fs::Mode::RWXU)
-                    .expect("mkdir");
-                all.push(directories.add(parent, &name).expect("room"));
-            }
-            for number in all.iter().rev().chain(&all) {
-                let expected = root.path().join(OsStr::from_bytes(&directories.path(*number)));
-                let fd = directories.fd(*number).expect("open");
-                let (there, here) = (rustix::fs::stat(&expected).expect("stat"), rustix::fs::fstat(fd).expect("stat"));
-                assert_eq!(there.st_ino, here.st_ino, "{}", expected.display());
-                assert!(directories.open.len() <= KEPT_OPEN);
-            }
-            let open = directories.table.iter().filter(|directory| directory.fd.is_some()).count();
-            assert_eq!(open, directories.open.len());
+        let root = tempfile::tempdir().expect("temp");
+        let mut directories = below(root.path());
+        let mut all = vec![ROOT];
+        for n in 0..300 {
+            let parent = if n < 200 { all[n] } else { ROOT };
+            let name = CString::new(format!("d{n}")).expect("no NUL");
+            rustix::fs::mkdirat(directories.fd(parent).expect("open"), &name, rustix::fs::Mode::RWXU).expect("mkdir");
+            all.push(directories.add(parent, &name).expect("room"));
         }
+        for number in all.iter().rev().chain(&all) {
+            let expected = root.path().join(OsStr::from_bytes(&directories.path(*number)));
+            let fd = directories.fd(*number).expect("open");
+            let (there, here) = (rustix::fs::stat(&expected).expect("stat"), rustix::fs::fstat(fd).expect("stat"));
+            assert_eq!(there.st_ino, here.st_ino, "{}", expected.display());
+            assert!(directories.open.len() <= KEPT_OPEN);
+        }
+        let open = directories.table.iter().filter(|directory| directory.fd.is_some()).count();
+        assert_eq!(open, directories.open.len());
     }
 
     #[test]
     fn a_directory_that_was_replaced_takes_everything_below_along() {
         let root = tempfile::tempdir().expect("temp");
-        let mut directories = below(root.path(), false);
+        let mut directories = below(root.path());
         let a = directories.add(ROOT, c"a").expect("room");
         let b = directories.add(a, c"b").expect("room");
         let other = directories.add(ROOT, c"other").expect("room");

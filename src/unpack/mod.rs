@@ -13,6 +13,8 @@
 //! Invariants:
 //! * Every name is taken apart here; a system call only ever gets one component that is neither `.` nor `..`, relative to a descriptor of a directory
 //!   that this process made, opened without following links. So links in the tree are never followed, whatever they point to.
+//! * A worker can open files only by creating them, and directories; its filter of system calls refuses every other open. So even one that has been
+//!   taken over cannot write to a disk through a device node of its own making.
 //! * What the tree contains is what containerd's overlay unpack would have made of the same tar (whiteouts are 0:0 devices, opaque directories have
 //!   `trusted.overlay.opaque=y`, `trusted.*` of the tar is ignored, the root entry's attributes are ignored), or it is refused: names through
 //!   symlinks, `..`, and sparse entries are left to containerd.

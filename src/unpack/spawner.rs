@@ -38,7 +38,7 @@ const CAPABILITIES: [Capability; 8] = [
 pub struct Order {
     pub place: Place,
     pub budget: Budget,
-    /// Behave as on a kernel without openat2 and landlock.
+    /// Behave as on a kernel without landlock.
     pub old_kernel: bool,
 }
 

@@ -33,7 +33,7 @@ pub fn work(order: &Order, tar: OwnedFd, work: OwnedFd, report: OwnedFd, spawner
 }
 
 fn unpack(order: &Order, tar: BorrowedFd<'_>, work: OwnedFd) -> report::Report {
-    let applier = Applier::new(work, order.place, order.budget, order.old_kernel)
+    let applier = Applier::new(work, order.place, order.budget)
         .map_err(|e| Stopped::Failed { errno: e.raw_os_error(), detail: Detail::new(b"opening the directory") })?;
     apply::unpack(tar, applier)
 }

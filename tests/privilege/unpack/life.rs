@@ -212,3 +212,66 @@ fn privileged_a_worker_can_reach_its_directory_and_nothing_else() {
         nothing_is_left(&lab);
     }
 }
+
+/// Set for the process in which [`helper_a_confined_worker`] does something.
+const CONFINE: &str = "SOCI_TEST_CONFINE_WORKER";
+
+#[test]
+fn privileged_a_worker_that_was_taken_over_cannot_open_a_device_or_anything_else_that_exists() {
+    if !privileged() {
+        return;
+    }
+    let output = super::super::run(
+        std::process::Command::new(std::env::current_exe().expect("own path"))
+            .args(["--exact", "privilege::unpack::life::helper_a_confined_worker", "--nocapture"])
+            .env(CONFINE, "1"),
+    );
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("CONFINED"), "{text}");
+}
+
+#[test]
+fn helper_a_confined_worker() {
+    use rustix::{
+        fs::{CWD, FileType, Mode, OFlags, ResolveFlags, makedev, mknodat, openat, openat2},
+        io::Errno,
+    };
+    use soci::sys::{process::SingleThread, seccomp};
+    if std::env::var_os(CONFINE).is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("temp");
+    // SAFETY: the other thread of this process only waits for this one, so it holds no lock that the child could need.
+    match unsafe { nix::unistd::fork() }.expect("fork") {
+        nix::unistd::ForkResult::Parent { child } => {
+            let ended = nix::sys::wait::waitpid(child, None).expect("wait");
+            assert_eq!(ended, nix::sys::wait::WaitStatus::Exited(child, 0));
+        }
+        nix::unistd::ForkResult::Child => {
+            let attempt = || {
+                let alone = SingleThread::prove().expect("alone");
+                seccomp::confine(seccomp::Role::Worker, &alone).expect("confined");
+                let node = dir.path().join("node");
+                // /dev/zero, which would open for anybody.
+                mknodat(CWD, &node, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, makedev(1, 5)).expect("made");
+                let none = Mode::empty();
+                for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR | OFlags::CREATE, OFlags::PATH, OFlags::EXCL]
+                {
+                    assert_eq!(openat(CWD, &node, flags, none).expect_err("refused"), Errno::PERM, "{flags:?}");
+                }
+                let new = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+                assert_eq!(openat(CWD, &node, new, none).expect_err("it exists"), Errno::EXIST);
+                assert_eq!(openat(CWD, &node, OFlags::DIRECTORY, none).expect_err("a node"), Errno::NOTDIR);
+                let plain = openat2(CWD, &node, OFlags::WRONLY, none, ResolveFlags::empty());
+                assert_eq!(plain.expect_err("refused"), Errno::PERM);
+                openat(CWD, dir.path().join("file"), new, Mode::RUSR).expect("new files are what it makes");
+                let socket =
+                    rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None);
+                assert_eq!(socket.expect_err("refused"), Errno::PERM);
+                eprintln!("CONFINED");
+            };
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt));
+            soci::sys::process::exit_now(i32::from(ended.is_err()))
+        }
+    }
+}
