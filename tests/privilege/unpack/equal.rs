@@ -56,8 +56,6 @@ enum What {
 }
 
 fn drafts() -> impl Strategy<Value = Vec<Draft>> {
-    let path = prop::collection::vec(prop::sample::select(vec!["a", "b", "c", "usr", "tmp"]), 1..4)
-        .prop_map(|parts| parts.join("/").into_bytes());
     let what = prop_oneof![
         4 => (0usize..300_000).prop_map(What::File),
         4 => Just(What::Directory),

@@ -225,7 +225,7 @@ fn rows(outside: &str) -> Vec<Row> {
         row("a file again and again", &vec![file("f"); 3001], Refused(Refusal::TooManyInodes, "\"f\"")),
         row(
             "a full directory replaced again and again",
-            &(0..300).flat_map(|_| [file("d/a/b/c"), file("d")]).collect::<Vec<_>>(),
+            &(0..300).flat_map(|_| [dir("d"), file("d/a/b/c"), file("d")]).collect::<Vec<_>>(),
             made(&[("d", "file")]),
         ),
         row("a sparse file of GNU", &[Member::new(b'S', "s")], Refused(Refusal::Sparse, "offset")),
