@@ -70,8 +70,17 @@ fn drafts() -> impl Strategy<Value = Vec<Draft>> {
     let mode = prop::sample::select(vec![0o644, 0o755, 0o600, 0o4755, 0o2755, 0o1777, 0o2770, 0o000]);
     let owner = prop::sample::select(vec![(0, 0), (0, 42), (1000, 1000), (4_000_000_000, 3)]);
     let mtime = (0..2 * MTIME, 0..1_000_000_000u32);
-    let draft = (path, what, mode, owner, mtime, any::<bool>())
-        .prop_map(|(path, what, mode, owner, mtime, xattr)| Draft { path, what, mode, owner, mtime, xattr });
+    // Directories have names of their own: containerd fails where a layer implies a directory below what is none in a layer underneath.
+    let above = prop::collection::vec(prop::sample::select(vec!["a", "b", "c", "usr", "tmp"]), 1..4);
+    let leaf = prop::sample::select(vec!["f", "g", "h", "gone"]);
+    let draft = (above, leaf, what, mode, owner, mtime, any::<bool>()).prop_map(
+        |(mut parts, leaf, what, mode, owner, mtime, xattr)| {
+            if !matches!(what, What::Directory | What::Opaque) {
+                parts.push(leaf);
+            }
+            Draft { path: parts.join("/").into_bytes(), what, mode, owner, mtime, xattr }
+        },
+    );
     prop::collection::vec(draft, 1..60)
 }
 
