@@ -180,7 +180,7 @@ pub(super) fn dress(
     inherit(snapshots.opener(), tree, &everything, &list)
 }
 
-/// What no layer has is as mkdir(2) makes it, below a directory that got a set-group-ID bit just now: with the bit and the group.
+/// What no layer has gets the group of the directory above it where that got a set-group-ID bit just now: see `crate::unpack`.
 fn inherit(opener: Opener, tree: BorrowedFd<'_>, implied: &HashSet<Vec<u8>>, list: &[Implied]) -> Result<()> {
     for Implied { path, .. } in list {
         let Some(slash) = path.iter().rposition(|c| *c == b'/') else { continue };
@@ -192,7 +192,7 @@ fn inherit(opener: Opener, tree: BorrowedFd<'_>, implied: &HashSet<Vec<u8>>, lis
         let stat = rustix::fs::fstat(walk(opener, tree, above)?)?;
         if stat.st_mode & SET_GROUP_ID != 0 {
             let directory = walk(opener, tree, path)?;
-            set_mode_and_owner(directory.as_fd(), SET_GROUP_ID | 0o755, None, stat.st_gid)?;
+            rustix::fs::fchown(&directory, None, Some(Gid::from_raw(stat.st_gid)))?;
         }
     }
     Ok(())
@@ -264,15 +264,15 @@ fn walk(opener: Opener, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
 }
 
 /// Without CAP_FSETID a set-group-ID bit can only be given to what belongs to our own group; a directory keeps it when it changes hands after that.
-fn set_mode_and_owner(directory: BorrowedFd<'_>, mode: u32, uid: Option<u32>, gid: u32) -> Result<()> {
+fn set_mode_and_owner(directory: BorrowedFd<'_>, mode: u32, uid: u32, gid: u32) -> Result<()> {
     rustix::fs::fchown(directory, None, Some(rustix::process::getegid()))?;
     rustix::fs::fchmod(directory, Mode::from_raw_mode(mode & 0o7777))?;
-    rustix::fs::fchown(directory, uid.map(Uid::from_raw), Some(Gid::from_raw(gid)))
+    rustix::fs::fchown(directory, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
 }
 
 fn apply(snapshots: &Snapshots, tree: BorrowedFd<'_>, path: &[u8], wanted: &DirectoryAttributes) -> Result<()> {
     let directory = walk(snapshots.opener(), tree, path)?;
-    set_mode_and_owner(directory.as_fd(), wanted.mode, Some(wanted.uid), wanted.gid)?;
+    set_mode_and_owner(directory.as_fd(), wanted.mode, wanted.uid, wanted.gid)?;
     for (name, value) in &wanted.xattrs {
         let name: &CStr = &CString::new(name.as_slice()).map_err(|_| Errno::INVAL)?;
         match rustix::fs::fsetxattr(&directory, name, value, XattrFlags::empty()) {

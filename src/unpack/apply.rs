@@ -2,7 +2,7 @@
 
 use super::{
     Detail, IMPLIED, Refusal, TRASH, TREE,
-    directories::{Attributes, Directories, ROOT, SET_GROUP_ID},
+    directories::{Attributes, Directories, ROOT},
 };
 use crate::{
     sys::beneath,
@@ -488,12 +488,10 @@ impl Applier {
         }
         let group = self.directories.inherited_group(number);
         let fd = self.directories.fd(number)?;
-        let mut mode = 0o755;
         if let Some(group) = group {
             rustix::fs::fchown(fd, None, Some(Gid::from_raw(group)))?;
-            mode |= SET_GROUP_ID;
         }
-        Ok(rustix::fs::fchmod(fd, Mode::from_raw_mode(mode))?)
+        Ok(rustix::fs::fchmod(fd, Mode::from_raw_mode(0o755))?)
     }
 
     fn write_list(&self, list: &[u8]) -> Result<()> {

@@ -23,7 +23,7 @@ const MEMORY: usize = 64 << 20;
 const OVERHEAD: usize = 192;
 
 /// S_ISGID.
-pub const SET_GROUP_ID: u32 = 0o2000;
+const SET_GROUP_ID: u32 = 0o2000;
 
 /// The table's number of the tree's own root.
 pub const ROOT: usize = 0;
@@ -44,7 +44,7 @@ struct Directory {
     fd: Option<OwnedFd>,
     /// `None`: the tar only implies it.
     attributes: Option<Attributes>,
-    /// Of one that was implied below a directory with the set-group-ID bit: the kernel gives it that directory's group and the bit.
+    /// Of one that was implied below a directory with the set-group-ID bit: it has that directory's group, see `super`.
     group: Option<u32>,
     opaque: bool,
     /// Another entry took its name; it and what is below it are in the trash.
@@ -89,10 +89,7 @@ impl Directories {
         self.account(OVERHEAD + 2 * name.count_bytes())?;
         let number = self.table.len();
         let above = &self.table[parent];
-        let group = match &above.attributes {
-            Some(attributes) => (attributes.mode & SET_GROUP_ID != 0).then_some(attributes.gid),
-            None => above.group,
-        };
+        let group = above.attributes.as_ref().and_then(|a| (a.mode & SET_GROUP_ID != 0).then_some(a.gid));
         self.table.push(Directory {
             parent,
             name: name.to_owned(),

@@ -19,7 +19,8 @@
 //!   `trusted.overlay.opaque=y`, `trusted.*` of the tar is ignored, the root entry's attributes are ignored), or it is refused: names through
 //!   symlinks, `..`, and sparse entries are left to containerd.
 //! * A directory gets its attributes last, so that neither set-group-ID bits nor default ACLs reach its files, and its time is not overwritten.
-//!   (Directories that are only implied inherit a set-group-ID bit and the group all the same, as they would from mkdir(2).)
+//!   (A directory that is only implied has the group of a set-group-ID directory above it all the same: containerd makes it there with mkdir(2), which
+//!   gives it the group and the bit, then chmod(2), which takes the bit away.)
 //! * Nothing is synced. Like containerd's unpack (with its default `sync_fs = false`), a layer may be lost when the machine loses power
 //!   within seconds after the pull; the process dying loses nothing.
 #![forbid(unsafe_code)]
