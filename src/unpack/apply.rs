@@ -400,26 +400,18 @@ impl Applier {
         self.dress_link(parent, name, wanted)
     }
 
-    /// A link's entry repeats the attributes of its file; where it says something else, the last word counts, as in containerd's unpack.
+    /// A link's entry repeats the attributes of its file. Where it says something else the last word counts, and file capabilities that it does not
+    /// repeat are lost with the change of owner: all as in containerd's unpack.
     fn dress_link(&mut self, parent: usize, name: &CStr, wanted: &Attributes) -> Result<()> {
         let directory = self.directories.fd(parent)?;
         let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
-        let same_mode = kind == FileType::Symlink || stat.st_mode & 0o7777 == wanted.mode;
-        let same_owner = (stat.st_uid, stat.st_gid) == (wanted.uid, wanted.gid);
-        if same_mode
-            && same_owner
-            && (stat.st_mtime, stat.st_mtime_nsec as u32) == wanted.mtime
-            && wanted.xattrs.is_empty()
-        {
-            return Ok(());
+        let (uid, gid) = (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid));
+        rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+        if !wanted.xattrs.is_empty() {
+            rustix::process::fchdir(directory)?;
+            set_xattrs(wanted, kind, |key, value| rustix::fs::lsetxattr(name, key, value, XattrFlags::empty()))?;
         }
-        if !same_owner {
-            let (uid, gid) = (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid));
-            rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
-        }
-        rustix::process::fchdir(directory)?;
-        set_xattrs(wanted, kind, |key, value| rustix::fs::lsetxattr(name, key, value, XattrFlags::empty()))?;
         if kind != FileType::Symlink {
             rustix::fs::chmodat(directory, name, Mode::from_raw_mode(wanted.mode), AtFlags::empty())?;
         }
