@@ -118,7 +118,13 @@ impl Directories {
         }
     }
 
-    pub fn set_attributes(&mut self, number: usize, attributes: Attributes) -> Result<(), Why> {
+    /// What an entry says. Extended attributes that an earlier entry of the same directory gave it and this one does not mention stay.
+    pub fn set_attributes(&mut self, number: usize, mut attributes: Attributes) -> Result<(), Why> {
+        if let Some(earlier) = self.table[number].attributes.take() {
+            let kept = earlier.xattrs.into_iter().filter(|(name, _)| !attributes.xattrs.iter().any(|(n, _)| n == name));
+            let kept: Vec<_> = kept.collect();
+            attributes.xattrs.extend(kept);
+        }
         self.account(attributes.xattrs.iter().map(|(name, value)| name.count_bytes() + value.len() + 64).sum())?;
         self.table[number].attributes = Some(attributes);
         Ok(())

@@ -85,12 +85,14 @@ fn drafts() -> impl Strategy<Value = Vec<Draft>> {
 }
 
 /// What of a draft both sides understand: nothing goes through links or files (we refuse that), hard links go to files that are there, no whiteout names
-/// what its own layer has (containerd fails then), nothing but a directory takes a directory's place (containerd gives it the directory's time), and
+/// what its own layer has (containerd fails then), no directory is listed after what is in it (containerd then adds its attributes to those of a lower
+/// layer's), nothing but a directory takes a directory's place (containerd gives it the directory's time), and
 /// the bottom layer hides nothing (containerd takes that for an order to remove what it has just made).
 fn layer(drafts: &[Draft], place: Place) -> Layer {
     let mut layer = Layer::new().form(Form::Tar);
     // Paths that are there, and whether they are directories.
     let mut there: BTreeMap<PathBuf, bool> = BTreeMap::new();
+    let mut listed: BTreeSet<PathBuf> = BTreeSet::new();
     let mut whiteouts: BTreeSet<PathBuf> = BTreeSet::new();
     for draft in drafts {
         let path = Path::new(OsStr::from_bytes(&draft.path)).to_owned();
@@ -99,7 +101,8 @@ fn layer(drafts: &[Draft], place: Place) -> Layer {
         let hidden = matches!(draft.what, What::Whiteout) && (there.contains_key(&path) || whiteouts.contains(&path));
         let hides = matches!(draft.what, What::Whiteout | What::Opaque);
         let replaces = there.get(&path) == Some(&true) && !hides && !matches!(draft.what, What::Directory);
-        if blocked || hidden || replaces || (hides && place == Place::Bottom) {
+        let late = matches!(draft.what, What::Directory) && there.contains_key(&path) && !listed.contains(&path);
+        if blocked || hidden || replaces || late || (hides && place == Place::Bottom) {
             continue;
         }
         let files: Vec<&PathBuf> =
@@ -129,6 +132,9 @@ fn layer(drafts: &[Draft], place: Place) -> Layer {
             _ => {
                 whiteouts.remove(&path);
                 there.insert(path.clone(), matches!(draft.what, What::Directory));
+                if matches!(draft.what, What::Directory) {
+                    listed.insert(path.clone());
+                }
                 path.clone()
             }
         };

@@ -151,6 +151,11 @@ fn privileged_what_an_earlier_custodian_left_is_removed_at_the_next_start() {
     }
 }
 
+fn end_spawner(lab: &Lab) {
+    kill(lab.spawner().expect("running"));
+    eventually("it is gone", || lab.spawner().is_none().then_some(()));
+}
+
 #[test]
 fn privileged_without_its_spawner_a_unit_ends_to_be_started_again_and_a_child_serves_the_rest() {
     if !privileged() {
@@ -159,7 +164,7 @@ fn privileged_without_its_spawner_a_unit_ends_to_be_started_again_and_a_child_se
     let lab = Lab::new();
     lab.fs(ID.0);
     let client = lab.client();
-    kill(lab.spawner().expect("running"));
+    end_spawner(&lab);
     let error = unpack(&client, ID.0, whole_layer(), Place::Above, PLENTY).expect_err("nobody forks");
     assert!(matches!(error, UnpackError::Custodian { .. }), "{error}");
     assert!(!lab.layout.snapshot_unpack(ID).exists());
@@ -170,7 +175,7 @@ fn privileged_without_its_spawner_a_unit_ends_to_be_started_again_and_a_child_se
     lab.fs(ID.0);
     let (mut unit, _): (Killed, _) = lab.as_a_unit(&[]);
     let client = lab.client();
-    kill(lab.spawner().expect("running"));
+    end_spawner(&lab);
     unpack(&client, ID.0, whole_layer(), Place::Above, PLENTY).expect_err("nobody forks");
     assert!(!unit.ended().success(), "systemd starts it again");
 }
