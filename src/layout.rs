@@ -8,7 +8,8 @@
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
 //!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
 //!   holder.sock                   the holder of the FUSE descriptor
-//!   custodian.sock                the custodian, where systemd does not provide it
+//!   holder.json                   what was negotiated on the connection it made last
+//!   custodian.sock                the custodian's: its own socket unit listens here
 //! ```
 #![forbid(unsafe_code)]
 
@@ -97,6 +98,10 @@ impl Layout {
     }
     pub fn holder_socket(&self) -> PathBuf {
         self.root.join("holder.sock")
+    }
+    /// What was negotiated on the FUSE connection that the holder made last.
+    pub fn holder_parameters(&self) -> PathBuf {
+        self.root.join("holder.json")
     }
     pub fn custodian_socket(&self) -> PathBuf {
         self.root.join("custodian.sock")

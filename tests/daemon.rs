@@ -2,6 +2,8 @@
 
 #[path = "daemon/lazy.rs"]
 mod lazy;
+#[path = "daemon/reload.rs"]
+mod reload;
 #[path = "daemon/startup.rs"]
 mod startup;
 

@@ -22,3 +22,4 @@ mod registry_environment;
 mod registry_login;
 mod registry_real;
 mod support;
+mod units;

@@ -348,6 +348,38 @@ impl ParallelPullUnpack {
     }
 }
 
+/// Keys whose settings differ, in the order of their names. Keys that have no effect are left out.
+pub fn changes(old: &Config, new: &Config) -> Vec<String> {
+    let (old, new) = (flat(old), flat(new));
+    let idle = |key: &str| {
+        let doc = catalogue().into_iter().find(|entry| entry.path == key).map(|entry| entry.doc.concat());
+        doc.is_some_and(|doc| doc.trim_start().starts_with("Accepted for compatibility"))
+    };
+    let keys: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    keys.into_iter().filter(|key| old.get(*key) != new.get(*key) && !idle(key)).cloned().collect()
+}
+
+/// Every setting as text, by its dotted path.
+fn flat(config: &Config) -> std::collections::BTreeMap<String, String> {
+    fn walk(path: &str, table: &toml_edit::Table, out: &mut std::collections::BTreeMap<String, String>) {
+        for (key, item) in table {
+            let path = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+            match item.as_table() {
+                Some(table) => walk(&path, table, out),
+                None => {
+                    out.insert(path, item.to_string().trim().to_owned());
+                }
+            }
+        }
+    }
+    let mut out = std::collections::BTreeMap::new();
+    // What we print ourselves is TOML; a test holds it to that.
+    if let Ok(document) = render(config).parse::<toml_edit::DocumentMut>() {
+        walk("", document.as_table(), &mut out);
+    }
+    out
+}
+
 fn catalogue() -> Vec<Entry> {
     let mut entries = Vec::new();
     Config::catalogue("", &mut entries);

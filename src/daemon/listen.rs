@@ -39,7 +39,7 @@ pub fn listen(address: &str) -> Result<Listening, ListenError> {
 }
 
 fn inherited() -> Result<Listening, ListenError> {
-    let mut sockets: Vec<OwnedFd> = process::inherited_sockets().map_err(ListenError::Inherit)?;
+    let mut sockets: Vec<OwnedFd> = process::inherited_descriptors().map_err(ListenError::Inherit)?;
     match (sockets.pop(), sockets.len()) {
         (None, _) => {
             tracing::info!("socket activation: no file descriptors were passed");

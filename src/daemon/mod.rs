@@ -2,7 +2,8 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
+//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory;
+//! [`reload`] takes a changed configuration; [`systemd`] tells the service manager how we are.
 #![forbid(unsafe_code)]
 
 mod artifacts;
@@ -12,7 +13,9 @@ mod lazy;
 mod listen;
 mod observe;
 mod record;
+mod reload;
 mod root;
 mod run;
+mod systemd;
 
 pub use run::main;

@@ -5,7 +5,9 @@ use super::{
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
+    reload,
     root::{self, RootError},
+    systemd::{self, Note},
 };
 use crate::{
     config::{
@@ -34,7 +36,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, RwLock},
     time::Duration,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -144,7 +146,7 @@ fn start(options: Options) -> ExitCode {
         Ok(loaded) => loaded,
         Err(error) => {
             logs::fatal(&snapshot::chain(&error), &error);
-            return ExitCode::FAILURE;
+            return failed_start(&error);
         }
     };
     for warning in loaded.warning_lines() {
@@ -157,9 +159,18 @@ fn start(options: Options) -> ExitCode {
         }
         Err(error) => {
             logs::fatal("failed to serve snapshotter", &error);
-            ExitCode::FAILURE
+            failed_start(&error)
         }
     }
+}
+
+/// systemd tries again at once: the status line says why, and there is time to read it.
+fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    if systemd::listens() {
+        systemd::status(&format!("NOT RUNNING: {}", snapshot::chain(error).replace(['\n', '\r'], " ")));
+        std::thread::sleep(systemd::FAILED_START_PAUSE);
+    }
+    ExitCode::FAILURE
 }
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
@@ -178,7 +189,8 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     raise_descriptor_limit();
     // Before the mount, which would stay: containerd may connect now, and is answered when everything is here.
     let listening = listen::listen(&options.address)?;
-    let held = holder::obtain(&layout, How::SpawnChild)?;
+    let how = holder_from()?;
+    let held = holder::obtain(&layout, how)?;
     let custodian = custodian::start(&layout)?;
     let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
@@ -190,10 +202,25 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, config, held, custodian, listening));
+    let parts = Received { held, how, custodian, listening };
+    let result = runtime.block_on(serve(layout, config, &options.config, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// What the start collected while it had its powers.
+struct Received {
+    held: Held,
+    how: How,
+    custodian: custodian::Connection,
+    listening: Listening,
+}
+
+/// A unit that took the power to mount away from us runs `soci-mount` in another one.
+fn holder_from() -> Result<How, StartError> {
+    let may_mount = sys::capabilities::may_mount().map_err(StartError::Confine)?;
+    Ok(if systemd::listens() && !may_mount { How::Connect } else { How::SpawnChild })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, RootError> {
@@ -214,15 +241,14 @@ fn raise_descriptor_limit() {
 async fn serve(
     layout: Layout,
     config: &Config,
-    held: Held,
-    custodian: custodian::Connection,
-    listening: Listening,
+    config_path: &Path,
+    Received { held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
+    let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     let metrics = Metrics::new();
-    let operations = if config.fuse.log_fuse_operations || config.debug { OperationLog::On } else { OperationLog::Off };
-    let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
+    let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
@@ -242,17 +268,30 @@ async fn serve(
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {
         metrics.background_fetch_enabled();
-        tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
     }
-    serve_telemetry(config, metrics).await?;
-    tokio::spawn(keep_held(layout.clone(), held));
+    tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
+    serve_telemetry(config, metrics.clone()).await?;
+    tokio::spawn(keep_held(layout.clone(), held, how));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let note = Note::default();
+    let progress = {
+        let observers = observers.clone();
+        move || observers.progress(scheduler.background())
+    };
+    tokio::spawn(systemd::watchdog({
+        let progress = progress.clone();
+        move || {
+            let _ = progress();
+        }
+    }));
+    tokio::spawn(systemd::show_status(progress, note.clone()));
+    let live = reload::Parts { lazy, observers, metrics };
+    tokio::spawn(reload::on_hangup(hangup, config_path.to_owned(), config.clone(), live, note));
+    systemd::ready();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
@@ -260,7 +299,7 @@ async fn serve(
             _ = terminate.recv() => tracing::info!("Got terminated"),
             _ = interrupt.recv() => tracing::info!("Got interrupt"),
         }
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        systemd::stopping();
         told.notify_one();
     };
     let patience = async {
@@ -284,6 +323,9 @@ async fn serve(
 async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<(), StartError> {
     let layers = snapshotter.lazy_layers()?;
     let count = layers.len();
+    if count > 0 {
+        systemd::status(&format!("starting: restoring {count} lazy layers from local disk"));
+    }
     let recovered = futures::stream::StreamExt::fold(
         futures::stream::StreamExt::buffer_unordered(
             futures::stream::iter(layers.into_iter().map(|id| {
@@ -319,7 +361,7 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held) {
+async fn keep_held(layout: Layout, held: Held, how: How) {
     let held = Arc::new(held);
     let mut said = false;
     loop {
@@ -327,7 +369,7 @@ async fn keep_held(layout: Layout, held: Held) {
         let (layout, held) = (layout.clone(), held.clone());
         let kept = tokio::task::spawn_blocking(move || {
             use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, How::SpawnChild)
+            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
         });
         match kept.await {
             Ok(Ok(holder::Keeping::Already)) => said = false,
@@ -349,19 +391,13 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let keychain = Arc::new(Keychain::new(keychain_sources()));
     let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
-    let discovery = DiscoverySettings {
-        v1: config.pull_modes.soci_v1.enable,
-        v2: config.pull_modes.soci_v2.enable,
-        prefetch: config.prefetch.enable,
-        ..DiscoverySettings::default()
-    };
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
         config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
         config::ContentStoreType::Soci => None,
     };
-    let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
+    let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
         Scheduler::new(scheduling(config)),
@@ -375,10 +411,6 @@ fn lazy_side(
             shared
         }
     });
-    let headers = match config.disable_verification {
-        true => lazyfs::HeaderCheck::Skipped,
-        false => lazyfs::HeaderCheck::Required,
-    };
     Ok(LazyMounts {
         layout: layout.clone(),
         registry,
@@ -388,16 +420,33 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
-        settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
+        settings: RwLock::new(lazy_settings(config)),
         state: lazy::State::default(),
     })
+}
+
+pub(super) fn discovery(config: &Config) -> DiscoverySettings {
+    DiscoverySettings {
+        v1: config.pull_modes.soci_v1.enable,
+        v2: config.pull_modes.soci_v2.enable,
+        prefetch: config.prefetch.enable,
+        ..DiscoverySettings::default()
+    }
+}
+
+pub(super) fn lazy_settings(config: &Config) -> LazySettings {
+    let headers = match config.disable_verification {
+        true => lazyfs::HeaderCheck::Skipped,
+        false => lazyfs::HeaderCheck::Required,
+    };
+    LazySettings { headers, mount_timeout: config.mount_timeout.duration() }
 }
 
 fn limit(timeout: config::Timeout) -> registry::Limit {
     timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
 }
 
-fn http_settings(config: &Config) -> HttpSettings {
+pub(super) fn http_settings(config: &Config) -> HttpSettings {
     let (http, blob) = (&config.http, &config.blob);
     HttpSettings {
         // A connection that takes longer than an hour is not going to be one.
@@ -411,7 +460,7 @@ fn http_settings(config: &Config) -> HttpSettings {
     }
 }
 
-fn hosts(config: &Config) -> HostSettings {
+pub(super) fn hosts(config: &Config) -> HostSettings {
     let mirror = |m: &config::Mirror| Mirror {
         host: m.host.clone(),
         security: if m.insecure { Security::PlainHttp } else { Security::Tls },
@@ -425,7 +474,7 @@ fn hosts(config: &Config) -> HostSettings {
     HostSettings { mirrors: mirrors.collect() }
 }
 
-fn scheduling(config: &Config) -> Settings {
+pub(super) fn scheduling(config: &Config) -> Settings {
     let (background, blob) = (&config.background_fetch, &config.blob);
     let pace = match (background.disable, background.pace) {
         (true, _) => Pace::Off,

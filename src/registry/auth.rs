@@ -77,6 +77,11 @@ impl Auth {
         Auth { keychain, doors: Mutex::new(Bounded::new(CAPACITY)) }
     }
 
+    /// Where logins come from.
+    pub fn keychain(&self) -> Arc<Keychain> {
+        self.keychain.clone()
+    }
+
     pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>) -> Arc<Door> {
         let key = (endpoint.id.clone(), repository.clone());
         let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);

@@ -46,7 +46,10 @@ use client::{Ask, Client, Site};
 use error::Failure;
 use hosts::{Endpoint, Hosts};
 use http::{StatusCode, header};
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, PoisonError, RwLock},
+};
 use transport::{Transport, Unobserved, text};
 
 /// What may come as a manifest, as containerd lists it.
@@ -57,7 +60,9 @@ const MANIFEST_TYPES: &str = "application/vnd.docker.distribution.manifest.v2+js
 /// The way to all registries. Cheap to clone.
 #[derive(Clone)]
 pub struct Registry {
-    client: Arc<Client>,
+    /// What repositories are made with from now on; those that exist keep theirs.
+    client: Arc<RwLock<Arc<Client>>>,
+    observer: Arc<dyn Observer>,
 }
 
 /// One repository. Cheap to clone.
@@ -87,24 +92,42 @@ impl Registry {
         keychain: Arc<Keychain>,
         observer: Arc<dyn Observer>,
     ) -> Result<Registry, RegistryError> {
-        Ok(Registry {
-            client: Arc::new(Client {
-                transport: Transport::new(&http, observer)?,
-                settings: http,
-                hosts: Hosts::new(hosts),
-                auth: auth::Auth::new(keychain),
-                redirects: redirect::RedirectCache::new(),
-            }),
-        })
+        let client = Client {
+            transport: Transport::new(&http, observer.clone())?,
+            settings: http,
+            hosts: Hosts::new(hosts),
+            auth: auth::Auth::new(keychain),
+            redirects: redirect::RedirectCache::new(),
+        };
+        Ok(Registry { client: Arc::new(RwLock::new(Arc::new(client))), observer })
+    }
+
+    /// Other settings for the repositories that are made from now on, here and in every clone. An error changes nothing.
+    pub fn reconfigure(&self, http: HttpSettings, hosts: HostSettings) -> Result<(), RegistryError> {
+        let transport = Transport::new(&http, self.observer.clone())?;
+        let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
+        *client = Arc::new(Client {
+            transport,
+            settings: http,
+            hosts: Hosts::new(hosts),
+            auth: auth::Auth::new(client.auth.keychain()),
+            redirects: redirect::RedirectCache::new(),
+        });
+        Ok(())
+    }
+
+    fn client(&self) -> Arc<Client> {
+        self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The repository that `reference` names. Asks nobody.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
+        let client = self.client();
         let endpoints =
-            self.client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
+            client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
         Ok(Repository {
             site: Site {
-                client: self.client.clone(),
+                client,
                 name: reference.repository.as_str().into(),
                 reference: Arc::new(reference.clone()),
                 endpoints,

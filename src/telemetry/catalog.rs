@@ -88,6 +88,18 @@ messages! {
         happened "The configuration file has something that is ignored or deprecated; the message names file, line and key."
         means "The daemon runs with its default where a key is unknown. A misspelt key is a setting that is not in effect."
         act "Correct the file. All such places:\n\n    soci-snapshotter-grpc config check --strict";
+    ConfigReloaded = "e1de716c8ec04c7ab23978249775062f" INFO Always "The SOCI snapshotter has read its configuration again"
+        happened "The settings @SOCI_APPLIED@ changed and are in effect."
+        means "Nothing changes for containers that run. Layers that are mounted already keep the mirrors and time-outs they began with."
+        act "Nothing.";
+    ConfigNotReloaded = "02e807c48ebb4930b0f16a87e59970e1" ERROR Always "The SOCI snapshotter has refused a changed configuration"
+        happened "The configuration was to be read again and cannot be used: @SOCI_ERROR@. Nothing of it was applied."
+        means "Nothing changes: the daemon goes on with the settings it had. A start with this file would fail."
+        act "Correct what the message names and reload again:\n\n    soci-snapshotter-grpc config check\n    systemctl reload soci-snapshotter";
+    ConfigNeedsRestart = "6732e55e229a4a958afb5d572d11f54a" WARN Always "Settings of the SOCI snapshotter wait for a restart"
+        happened "The configuration was read again. The settings @SOCI_KEYS@ cannot change while the daemon runs and are as they were."
+        means "Nothing until the restart, which containers survive: their reads wait for a moment."
+        act "systemctl restart soci-snapshotter";
     LayerLazy = "c41df71244bd42ef97efe5c17cd43810" INFO OncePerImage "An image is loaded lazily"
         happened "Layer @SOCI_LAYER@ of @SOCI_IMAGE@ was mounted without being downloaded first. The journal has this line once for each image; \
                   other layers of it follow silently."
