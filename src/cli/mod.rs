@@ -8,10 +8,17 @@
 
 mod args;
 mod convert;
+mod daemon;
+mod doctor;
+mod enable;
+mod explain;
+mod image;
 mod index;
 mod interrupt;
 mod layout;
+mod node;
 mod output;
+mod status;
 mod store;
 mod values;
 mod ztoc;
@@ -36,6 +43,14 @@ enum CommandError {
     Index(#[from] index::IndexError),
     #[error(transparent)]
     Ztoc(#[from] ztoc::ZtocCommandError),
+    #[error(transparent)]
+    Status(#[from] status::StatusError),
+    #[error(transparent)]
+    Explain(#[from] explain::ExplainError),
+    #[error(transparent)]
+    Doctor(#[from] doctor::DoctorError),
+    #[error(transparent)]
+    Enable(#[from] enable::EnableError),
     #[error("cannot watch for signals")]
     Signals(#[source] io::Error),
 }
@@ -69,6 +84,11 @@ fn run(args: &Args) -> Result<(), CommandError> {
         Some(Command::Ztoc { command: Some(ZtocCommand::GetFile(get_file)) }) => {
             ztoc::get_file(get_file, &args.global)?;
         }
+        Some(Command::Status(own)) => status::run(own)?,
+        Some(Command::Explain(own)) => explain::run(own)?,
+        Some(Command::Doctor(own)) => doctor::run(own, &args.global)?,
+        Some(Command::Enable(own)) => enable::run(own, false, &args.global)?,
+        Some(Command::Disable(own)) => enable::run(own, true, &args.global)?,
         // `args::parse` answers these itself.
         None | Some(Command::Help { .. } | Command::Index { command: None } | Command::Ztoc { command: None }) => {}
     }

@@ -10,13 +10,17 @@
 //! Invariant: a key that needs a restart is named at every reload until the daemon was restarted or the file was put back.
 
 use super::{
+    condition::{Cause, Condition},
     lazy::LazyMounts,
     observe::{Observers, OperationLog},
-    run::{discovery, hosts, http_settings, lazy_settings, scheduling},
+    registries::{hosts, http_settings},
+    run::{discovery, lazy_settings, scheduling},
+    settings,
     systemd::{self, Note},
 };
 use crate::{
     config::{self, Config},
+    layout::Layout,
     snapshot,
     telemetry::{catalog::say, metrics::Metrics},
 };
@@ -33,6 +37,7 @@ const LIVE: &[&str] = &[
     "http",
     "blob",
     "resolver.host",
+    "registry",
     "background_fetch.disable",
     "background_fetch.fetch_period_msec",
     "background_fetch.silence_period_msec",
@@ -64,9 +69,11 @@ fn difference(started: &Config, applied: &Config, new: &Config) -> Difference {
 
 /// What can be changed.
 pub struct Parts {
+    pub layout: Layout,
     pub lazy: Arc<LazyMounts>,
     pub observers: Arc<Observers>,
     pub metrics: Metrics,
+    pub condition: Arc<Condition>,
 }
 
 impl Parts {
@@ -127,6 +134,9 @@ fn reload(
     {
         return refused(snapshot::chain(&error));
     }
+    settings::keep(&parts.layout, &new);
+    // A daemon that was started with a broken file has waited for this one.
+    parts.condition.over(Cause::Config);
     *applied = new;
     match changed.is_empty() {
         true => tracing::info!("configuration reloaded: nothing that can change without a restart has changed"),

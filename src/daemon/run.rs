@@ -2,11 +2,13 @@
 
 use super::{
     artifacts::Artifacts,
+    condition::{Cause, Condition, Identity, Reporter},
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
-    reload,
+    record, registries, reload,
     root::{self, RootError},
+    settings::{self, Chosen},
     systemd::{self, Note},
 };
 use crate::{
@@ -18,11 +20,11 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::{DockerConfig, Keychain},
+    keychain::{CriLogins, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
-    layout::Layout,
-    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
-    snapshot::{self, Snapshotter},
+    layout::{Layout, SnapshotId},
+    registry::{self, Registry},
+    snapshot::{self, Door, Snapshotter},
     sys,
     telemetry::{
         catalog::say,
@@ -126,10 +128,19 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
+    let registries = match registries::check(&loaded.config, options) {
+        Ok(registries) => registries,
+        Err(problem) => return refuse(&problem),
+    };
+    let ok = format!("{}: ok\n", options.config.display());
     match strictness {
-        Strictness::Lenient => print(&format!("{}: ok\n", options.config.display())),
+        Strictness::Lenient => print(&(registries.text + &ok)),
+        Strictness::Strict if registries.warnings > 0 => {
+            eprintln!("{}: {} warnings about registries", config::args::PROGRAM, registries.warnings);
+            ExitCode::FAILURE
+        }
         Strictness::Strict => match loaded.strict() {
-            Ok(_) => print(&format!("{}: ok\n", options.config.display())),
+            Ok(_) => print(&(registries.text + &ok)),
             Err(error) => refuse(&error),
         },
     }
@@ -142,17 +153,24 @@ fn start(options: Options) -> ExitCode {
     }
     let (version, revision) = config::args::version();
     tracing::info!(version, revision, "starting soci-snapshotter-grpc");
-    let loaded = match config::load(&options.config) {
-        Ok(loaded) => loaded,
+    let layout = match absolute(&options.root) {
+        Ok(root) => Layout::new(root),
+        Err(error) => {
+            logs::fatal("failed to serve snapshotter", &error);
+            return ExitCode::FAILURE;
+        }
+    };
+    let chosen = match settings::choose(&options.config, &options.address, &layout) {
+        Ok(chosen) => chosen,
         Err(error) => {
             logs::fatal(&snapshot::chain(&error), &error);
             return failed_start(&error);
         }
     };
-    for warning in loaded.warning_lines() {
+    for warning in &chosen.warnings {
         say!(ConfigDoubtful, "{warning}");
     }
-    match run(&options, &loaded.config) {
+    match run(&options, layout, &chosen) {
         Ok(()) => {
             tracing::info!("Exiting");
             ExitCode::SUCCESS
@@ -174,9 +192,9 @@ fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
 }
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
-fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
-    let layout = Layout::new(absolute(&options.root)?);
+    let config = &chosen.config;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -203,7 +221,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .build()
         .map_err(StartError::Runtime)?;
     let parts = Received { held, how, custodian, listening };
-    let result = runtime.block_on(serve(layout, config, &options.config, parts));
+    let result = runtime.block_on(serve(layout, chosen, options, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -240,10 +258,11 @@ fn raise_descriptor_limit() {
 
 async fn serve(
     layout: Layout,
-    config: &Config,
-    config_path: &Path,
+    chosen: &Chosen,
+    options: &Options,
     Received { held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
+    let config = &chosen.config;
     let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
@@ -251,10 +270,43 @@ async fn serve(
     let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
-    let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
-    recover(&snapshotter, &lazy).await?;
+    let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), cri_logins.clone())?);
+    let door = Door::closed();
+    let condition = Condition::starting(door.clone());
+    if let Some(trouble) = &chosen.trouble {
+        condition.trouble(Cause::Config, trouble.clone());
+    }
+    condition.watch_room(layout.root().to_owned());
+    let reporter = Reporter {
+        identity: Identity {
+            address: listening.address.clone(),
+            root: layout.root().to_owned(),
+            config: options.config.clone(),
+        },
+        condition: condition.clone(),
+        observers: observers.clone(),
+        scheduler: lazy.store.shared().scheduler.clone(),
+    };
+    reporter.serve(&listening.path()).await;
+    let snapshots = snapshot::Options::new(layout.clone(), config.into());
+    let open = {
+        let lazy = Arc::new(lazy.clone());
+        move || Snapshotter::open(snapshots.clone(), lazy.clone(), disk.clone())
+    };
+    let records = record::all(&layout);
+    match open().await {
+        Ok(snapshotter) => {
+            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            door.open(snapshotter);
+        }
+        // Containers read these, whatever else is wrong.
+        Err(error) if !records.is_empty() => {
+            condition.open_later(&error, open);
+            recover(records.clone(), &lazy, Unreferenced::Kept).await;
+        }
+        Err(error) => return Err(error.into()),
+    }
     tokio::spawn({
         let lazy = lazy.clone();
         async move { lazy.find_local_copies().await }
@@ -270,13 +322,21 @@ async fn serve(
         metrics.background_fetch_enabled();
     }
     tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
-    serve_telemetry(config, metrics.clone()).await?;
-    tokio::spawn(keep_held(layout.clone(), held, how));
+    match serve_telemetry(config, metrics.clone()).await {
+        // An address that is taken is no reason to leave containers alone.
+        Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
+        served => served?,
+    }
+    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
+    condition.answers();
+    if condition.refusal().is_none() {
+        settings::keep(&layout, config);
+    }
     let note = Note::default();
     let progress = {
         let observers = observers.clone();
@@ -288,11 +348,23 @@ async fn serve(
             let _ = progress();
         }
     }));
-    tokio::spawn(systemd::show_status(progress, note.clone()));
-    let live = reload::Parts { lazy, observers, metrics };
-    tokio::spawn(reload::on_hangup(hangup, config_path.to_owned(), config.clone(), live, note));
+    let line = {
+        let condition = condition.clone();
+        move || match condition.refusal() {
+            Some(why) => format!("TAKES NOTHING NEW: {why}; {}", progress()),
+            None => progress().to_string(),
+        }
+    };
+    tokio::spawn(systemd::show_status(line, note.clone()));
+    let live = reload::Parts { layout: layout.clone(), lazy, observers, metrics, condition };
+    tokio::spawn(reload::on_hangup(hangup, options.config.clone(), config.clone(), live, note));
     systemd::ready();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
+    let images = cri_logins.map(|logins| {
+        let path = &config.cri_keychain.image_service_path;
+        tracing::info!(path, "CRI's image service is passed on");
+        grpc::CriImages::new(path, logins)
+    });
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
@@ -307,7 +379,7 @@ async fn serve(
         tokio::time::sleep(LAST_REQUESTS).await;
     };
     tokio::select! {
-        served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        served = grpc::serve(listener, door, images, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
@@ -319,9 +391,16 @@ async fn serve(
     Ok(())
 }
 
+/// What becomes of layers in the store that no snapshot refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unreferenced {
+    Removed,
+    /// Which snapshots there are is not known for certain.
+    Kept,
+}
+
 /// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
-async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<(), StartError> {
-    let layers = snapshotter.lazy_layers()?;
+async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: Unreferenced) {
     let count = layers.len();
     if count > 0 {
         systemd::status(&format!("starting: restoring {count} lazy layers from local disk"));
@@ -352,16 +431,15 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
     if count > 0 {
         tracing::info!(layers = count.to_string(), restored = recovered.to_string(), "lazy layers restored");
     }
-    if recovered == count {
+    // Not while something could not be read.
+    if recovered == count && unreferenced == Unreferenced::Removed {
         let store = lazy.store.clone();
-        // What no snapshot refers to any more; not while something could not be read.
         let _ = tokio::task::spawn_blocking(move || store.sweep()).await;
     }
-    Ok(())
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held, how: How) {
+async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
     let held = Arc::new(held);
     let mut said = false;
     loop {
@@ -371,7 +449,9 @@ async fn keep_held(layout: Layout, held: Held, how: How) {
             use std::os::fd::AsFd;
             holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
         });
-        match kept.await {
+        let kept = kept.await;
+        condition.connection_kept(matches!(kept, Ok(Ok(_))));
+        match kept {
             Ok(Ok(holder::Keeping::Already)) => said = false,
             Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
             Ok(Err(error)) if !said => {
@@ -388,9 +468,11 @@ fn lazy_side(
     config: &Config,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
+    cri_logins: Option<Arc<CriLogins>>,
 ) -> Result<LazyMounts, StartError> {
-    let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
+    let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
+    let registry =
+        Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
@@ -425,7 +507,8 @@ fn lazy_side(
     })
 }
 
-pub(super) fn discovery(config: &Config) -> DiscoverySettings {
+/// Which ways of finding an index are on under `config`.
+pub fn discovery(config: &Config) -> DiscoverySettings {
     DiscoverySettings {
         v1: config.pull_modes.soci_v1.enable,
         v2: config.pull_modes.soci_v2.enable,
@@ -440,38 +523,6 @@ pub(super) fn lazy_settings(config: &Config) -> LazySettings {
         false => lazyfs::HeaderCheck::Required,
     };
     LazySettings { headers, mount_timeout: config.mount_timeout.duration() }
-}
-
-fn limit(timeout: config::Timeout) -> registry::Limit {
-    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
-}
-
-pub(super) fn http_settings(config: &Config) -> HttpSettings {
-    let (http, blob) = (&config.http, &config.blob);
-    HttpSettings {
-        // A connection that takes longer than an hour is not going to be one.
-        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
-        header_timeout: limit(http.response_header_timeout),
-        request_timeout: limit(http.request_timeout),
-        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
-        blob_timeout: limit(blob.fetching_timeout),
-        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
-        ..HttpSettings::default()
-    }
-}
-
-pub(super) fn hosts(config: &Config) -> HostSettings {
-    let mirror = |m: &config::Mirror| Mirror {
-        host: m.host.clone(),
-        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
-        timeout: match m.request_timeout {
-            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
-            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
-            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
-        },
-    };
-    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect() }
 }
 
 pub(super) fn scheduling(config: &Config) -> Settings {
@@ -565,11 +616,4 @@ fn scratch_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
     (memory / 8).clamp(64 << 20, 1 << 30)
-}
-
-fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
-    DockerConfig::of_environment()
-        .into_iter()
-        .map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>)
-        .collect()
 }

@@ -137,13 +137,13 @@ impl Note {
 }
 
 /// Keeps the status line up to date.
-pub async fn show_status(progress: impl Fn() -> Progress, note: Note) {
+pub async fn show_status(progress: impl Fn() -> String, note: Note) {
     if !listens() {
         return;
     }
     let mut shown = String::new();
     loop {
-        let mut line = progress().to_string();
+        let mut line = progress();
         if let Some(note) = note.get() {
             line = format!("{line}; {note}");
         }

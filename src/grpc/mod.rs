@@ -2,12 +2,14 @@
 //!
 //! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
-//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has.
+//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has;
+//! [`CriImages`] passes CRI's image service on, for the logins in it.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
 #![forbid(unsafe_code)]
 
 pub mod content;
+mod cri;
 pub mod filter;
 pub mod labels;
 mod server;
@@ -15,6 +17,7 @@ mod service;
 mod source;
 mod status;
 
+pub use cri::CriImages;
 pub use server::{Limits, serve};
 pub use service::Service;
 pub use source::ContainerdBlob;
@@ -36,6 +39,9 @@ pub mod proto {
                 tonic::include_proto!("containerd.services.content.v1");
             }
         }
+    }
+    pub mod cri {
+        tonic::include_proto!("runtime.v1");
     }
     pub use services::content::v1 as content;
     pub use services::snapshots::v1 as snapshots;

@@ -192,10 +192,7 @@ impl Indexes {
 
     /// The index of `image`, when it and all its zTOCs are here. Cancel-safe: the search goes on for the next who asks.
     pub async fn get(&self, image: &ImageTarget) -> Result<Arc<SociIndex>, NoIndex> {
-        let explicit = match image.explicit.as_deref() {
-            None | Some("") => None,
-            Some(text) => Some(text.parse().map_err(|_| NoIndex::InvalidExplicit(text.chars().take(100).collect()))?),
-        };
+        let explicit = explicit(image)?;
         let settings = self.inner.settings();
         if explicit.is_none() && !settings.v1 && !settings.v2 {
             return Err(NoIndex::Disabled);
@@ -211,6 +208,15 @@ impl Indexes {
                 }
             })
             .await
+    }
+
+    /// The index that [`Indexes::get`] would give, by what is written in it: none of its blobs is fetched, so they may be missing or wrong.
+    pub async fn preview(&self, image: &ImageTarget) -> Result<Arc<SociIndex>, NoIndex> {
+        let explicit = explicit(image)?;
+        let inner = &self.inner;
+        let repository = inner.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
+        let found = discover::find(&repository, &inner.store, &inner.settings(), image.manifest, explicit).await?;
+        fetch::preview(&repository, &inner.store, &inner.settings(), &found).await.map(Arc::new)
     }
 
     /// Other settings for searches that begin from now on.
@@ -248,6 +254,14 @@ impl Indexes {
                 None
             }
         }
+    }
+}
+
+/// The index that the image's client named.
+fn explicit(image: &ImageTarget) -> Result<Option<Digest>, NoIndex> {
+    match image.explicit.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|_| NoIndex::InvalidExplicit(text.chars().take(100).collect())),
     }
 }
 

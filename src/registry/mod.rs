@@ -20,8 +20,12 @@ mod body;
 pub(crate) mod bounded;
 mod challenge;
 mod client;
+mod directory;
+mod endpoint;
 mod error;
 mod hosts;
+mod hosts_file;
+mod proxy;
 mod redirect;
 mod referrers;
 mod retry;
@@ -30,8 +34,10 @@ mod transport;
 mod url;
 
 pub use body::RangeBody;
+pub use endpoint::HostId;
 pub use error::{Class, RegistryError, Request};
-pub use hosts::HostId;
+pub use hosts::{DecidedBy, HostReport};
+pub use hosts_file::Capabilities;
 pub use retry::RetrySettings;
 pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
 pub use transport::{Kind, Observer, Outcome};
@@ -43,8 +49,9 @@ use crate::{
 use body::{Excess, content_range};
 use bytes::Bytes;
 use client::{Ask, Client, Site};
+use endpoint::{Endpoint, Need};
 use error::Failure;
-use hosts::{Endpoint, Hosts};
+use hosts::Hosts;
 use http::{StatusCode, header};
 use std::{
     ops::Range,
@@ -92,10 +99,11 @@ impl Registry {
         keychain: Arc<Keychain>,
         observer: Arc<dyn Observer>,
     ) -> Result<Registry, RegistryError> {
+        let transport = Arc::new(Transport::new(&http, observer.clone())?);
         let client = Client {
-            transport: Transport::new(&http, observer.clone())?,
+            transport: transport.clone(),
             settings: http,
-            hosts: Hosts::new(hosts),
+            hosts: Hosts::new(hosts, transport),
             auth: auth::Auth::new(keychain),
             redirects: redirect::RedirectCache::new(),
         };
@@ -104,12 +112,12 @@ impl Registry {
 
     /// Other settings for the repositories that are made from now on, here and in every clone. An error changes nothing.
     pub fn reconfigure(&self, http: HttpSettings, hosts: HostSettings) -> Result<(), RegistryError> {
-        let transport = Transport::new(&http, self.observer.clone())?;
+        let transport = Arc::new(Transport::new(&http, self.observer.clone())?);
         let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
         *client = Arc::new(Client {
-            transport,
+            transport: transport.clone(),
             settings: http,
-            hosts: Hosts::new(hosts),
+            hosts: Hosts::new(hosts, transport),
             auth: auth::Auth::new(client.auth.keychain()),
             redirects: redirect::RedirectCache::new(),
         });
@@ -120,19 +128,20 @@ impl Registry {
         self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The repository that `reference` names. Asks nobody.
+    /// The repository that `reference` names. Asks nobody; an error says what is wrong with the configuration of its host.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
-        let client = self.client();
-        let endpoints =
-            client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
-        Ok(Repository {
-            site: Site {
-                client,
-                name: reference.repository.as_str().into(),
-                reference: Arc::new(reference.clone()),
-                endpoints,
-            },
-        })
+        let site = Site {
+            client: self.client(),
+            name: reference.repository.as_str().into(),
+            reference: Arc::new(reference.clone()),
+        };
+        site.endpoints()?;
+        Ok(Repository { site })
+    }
+
+    /// What is in force for every image host that something is configured for.
+    pub fn hosts_report(&self) -> Vec<HostReport> {
+        self.client().hosts.report()
     }
 }
 
@@ -149,7 +158,8 @@ impl Repository {
         let path = format!("manifests/{target}");
         let path = path.as_str();
         let settings = &site.client.settings;
-        site.ask(&settings.retry, &[], |endpoint, places| async move {
+        let need = if expected.is_some() { Need::Pull } else { Need::Resolve };
+        site.ask(need, &settings.retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Manifest, path, accept: Some(MANIFEST_TYPES), range: None, blob: None };
             let body = site.open(&endpoint, places, &ask).await?;
             let headers = body.response().headers();
@@ -174,8 +184,8 @@ impl Repository {
     pub async fn referrers(&self, manifest: Digest, artifact_type: &str) -> Result<Vec<Descriptor>, RegistryError> {
         let site = &self.site;
         let result = site
-            .ask(&site.client.settings.retry, &[], |endpoint, places| async move {
-                let is_last = site.endpoints.last().is_some_and(|last| last.id == endpoint.id);
+            .ask(Need::Pull, &site.client.settings.retry, &[], |endpoint, places| async move {
+                let is_last = site.hosts(Need::Pull)?.last().is_some_and(|last| last.id == endpoint.id);
                 let found = referrers::of_host(site, &endpoint, places, manifest, artifact_type).await?;
                 if found.is_empty() && !is_last {
                     // A mirror need not know of referrers; the registry does.
@@ -196,7 +206,7 @@ impl Repository {
         let site = &self.site;
         let path = format!("blobs/{digest}");
         let path = path.as_str();
-        site.ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
             let body = site.open(&endpoint, places, &ask).await?;
             refuse_encoding(&body)?;
@@ -217,7 +227,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let sized = site
-            .ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+            .ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
                 let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(0..1), blob: Some(digest) };
                 let body = site.open(&endpoint, places, &ask).await?;
                 let response = body.response();
@@ -254,7 +264,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let range = &range;
-        site.ask(&site.client.settings.blob_retry, avoid, |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, avoid, |endpoint, places| async move {
             if range.is_empty() {
                 return Ok(RangeBody::new(None, 0, Excess::CutOff, endpoint, None));
             }

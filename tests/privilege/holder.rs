@@ -299,8 +299,10 @@ fn privileged_when_both_keepers_die_the_copy_in_systemds_store_is_as_good() {
     holder.kill();
     drop(daemon.pause());
     // It comes back the way systemd passes descriptors on: as number 3, for the process named by LISTEN_PID.
-    let script =
-        format!("exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {HOLDER} --root {}", lab.layout.root().display());
+    let script = format!(
+        "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {HOLDER} --root {}",
+        lab.layout.root().display()
+    );
     let _next = Killed(Command::new("sh").args(["-c", &script]).stdin(device).spawn().expect("spawn"));
     let second = lab.obtain();
     assert!(!second.first, "the mount is the old one");

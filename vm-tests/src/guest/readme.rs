@@ -27,7 +27,8 @@ fn commands() -> Vec<&'static str> {
     for line in page.lines() {
         match line.strip_prefix("```") {
             Some(kind) => inside = kind == "console",
-            None if inside => found.extend(line.strip_prefix("# ").map(|command| command.split("  #").next().unwrap_or_default().trim())),
+            None if inside => found
+                .extend(line.strip_prefix("# ").map(|command| command.split("  #").next().unwrap_or_default().trim())),
             None => {}
         }
     }
@@ -50,7 +51,8 @@ pub fn run(begin: &str) -> Outcome<String> {
 /// An error if the page has a command that nobody ran.
 pub fn was_run() -> Outcome {
     let run = fs::read_to_string(RUN).unwrap_or_default();
-    let missing: Vec<&str> = commands().into_iter().filter(|command| !run.lines().any(|line| line == *command)).collect();
+    let missing: Vec<&str> =
+        commands().into_iter().filter(|command| !run.lines().any(|line| line == *command)).collect();
     ensure!(missing.is_empty(), "commands of README's first page that were not run: {}", missing.join("; "));
     Ok(())
 }
