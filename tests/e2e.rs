@@ -186,7 +186,7 @@ fn privileged_a_read_that_outlives_its_budget_is_an_io_error_with_a_reason_and_t
     node.proxy.rule(Rule::blobs(Fault::Status(503)).containing(&layer));
     node.containerd.pull("soci", &reference).unwrap();
     let said = node.sums(&reference).unwrap_err();
-    assert!(said.contains("I/O error"), "{said}");
+    assert!(said.contains("Input/output error"), "{said}");
     let log = node.daemon.log();
     let line = log.lines().find(|line| line.contains("statFile error")).expect("one line says why");
     for part in [&layer, "503", "bulk/0000", "app:v1"] {
