@@ -2,8 +2,8 @@
 //!
 //! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
-//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has;
-//! [`CriImages`] passes CRI's image service on, for the logins in it.
+//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has, [`ingest`]
+//! gives it those that were pulled here; [`CriImages`] passes CRI's image service on, for the logins in it.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
 #![forbid(unsafe_code)]
@@ -11,6 +11,7 @@
 pub mod content;
 mod cri;
 pub mod filter;
+pub mod ingest;
 pub mod labels;
 mod server;
 mod service;
@@ -39,10 +40,16 @@ pub mod proto {
                 tonic::include_proto!("containerd.services.content.v1");
             }
         }
+        pub mod leases {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
     }
     pub mod cri {
         tonic::include_proto!("runtime.v1");
     }
     pub use services::content::v1 as content;
+    pub use services::leases::v1 as leases;
     pub use services::snapshots::v1 as snapshots;
 }

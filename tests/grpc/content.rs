@@ -8,7 +8,7 @@ use soci::grpc::proto::content::*;
 use soci::oci::Digest;
 use std::time::{Duration, Instant};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 /// Holds one blob in the namespace `k8s.io`, and lies about every range that starts at 13. Offsets of what it sends count from the
 /// start of the read, as containerd's do; for ranges that start at 999, from the start of the blob.
@@ -42,6 +42,16 @@ impl Content for Store {
             })
             .collect();
         Ok(Response::new(Box::pin(futures::stream::iter(chunks))))
+    }
+
+    type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
+
+    async fn write(&self, _: Request<Streaming<WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {
+        Err(Status::permission_denied("this store is read-only"))
+    }
+
+    async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<()>, Status> {
+        Ok(Response::new(()))
     }
 }
 
