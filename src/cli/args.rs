@@ -153,8 +153,13 @@ pub struct Platforms {
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Daemon {
     /// Socket that containerd reaches the snapshotter at
-    #[arg(long, value_name = "SOCKET", default_value = layout::DEFAULT_ADDRESS)]
+    #[arg(long, value_name = "SOCKET", default_value = layout::DEFAULT_ADDRESS, value_parser = socket)]
     pub daemon: PathBuf,
+}
+
+/// A path, which may be written as containerd writes it: `unix:///run/…`.
+fn socket(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(text.strip_prefix("unix://").unwrap_or(text).into())
 }
 
 /// `soci status`.
