@@ -81,7 +81,7 @@
 //!     `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
 //! 12. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
-//! 9. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
+//! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!    if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
 //!
 //! # Who may name whom

@@ -369,6 +369,22 @@ fn tars_end_where_gos_reader_lets_them_end() {
 }
 
 #[test]
+fn content_that_somebody_else_took_is_passed_over_by_the_reader() {
+    let tar = TarWriter::of(Dialect::Pax, &[Member::file("a", vec![1; 1300]), Member::file("b", "")]);
+    let expected = members(&tar);
+    let mut reader = tar::Reader::new();
+    let mut input = &tar[..];
+    let first = reader.next(&mut input).unwrap().unwrap();
+    // Part of it by the reader itself, the rest by us, which ends at the padding: there is no more to pass over than the content.
+    assert_eq!(reader.next(&mut &input[..300]).unwrap(), None);
+    reader.pass(5000);
+    input = &input[first.size as usize..];
+    assert_eq!(reader.next(&mut input).unwrap().unwrap(), expected[1].0);
+    assert_eq!(reader.next(&mut input).unwrap(), None);
+    reader.finish().unwrap();
+}
+
+#[test]
 fn sparse_entries_are_refused_in_all_their_forms() {
     let sparse = |member: Member| {
         let reason = refusal(&TarWriter::of(Dialect::Pax, &[member]), Compression::Uncompressed);

@@ -145,9 +145,10 @@ fn systemd_finds_nothing_wrong_with_the_units() {
 
 #[test]
 fn the_units_for_amazon_linux_2023_are_as_closed_as_promised() {
-    // Tenths of systemd's exposure level. The daemon's rest: root, Internet sockets, homes that can be read.
+    // Tenths of systemd's exposure level. The daemon's rest: root, Internet sockets, homes that can be read. The custodian's: what unpacking takes,
+    // set-ID bits and device nodes among it.
     for (unit, at_most) in
-        [("soci-snapshotter.service", 18), ("soci-custodian.service", 25), ("soci-mount.service", 40)]
+        [("soci-snapshotter.service", 18), ("soci-custodian.service", 30), ("soci-mount.service", 40)]
     {
         let found = Command::new("systemd-analyze")
             .args(["security", "--offline=true", "--no-pager", &format!("--threshold={at_most}")])

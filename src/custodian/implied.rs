@@ -192,8 +192,7 @@ fn inherit(opener: Opener, tree: BorrowedFd<'_>, implied: &HashSet<Vec<u8>>, lis
         let stat = rustix::fs::fstat(walk(opener, tree, above)?)?;
         if stat.st_mode & SET_GROUP_ID != 0 {
             let directory = walk(opener, tree, path)?;
-            rustix::fs::fchown(&directory, None, Some(Gid::from_raw(stat.st_gid)))?;
-            rustix::fs::fchmod(&directory, Mode::from_raw_mode(SET_GROUP_ID | 0o755))?;
+            set_mode_and_owner(directory.as_fd(), SET_GROUP_ID | 0o755, None, stat.st_gid)?;
         }
     }
     Ok(())
@@ -264,9 +263,16 @@ fn walk(opener: Opener, from: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
     Ok(at)
 }
 
+/// Without CAP_FSETID a set-group-ID bit can only be given to what belongs to our own group; a directory keeps it when it changes hands after that.
+fn set_mode_and_owner(directory: BorrowedFd<'_>, mode: u32, uid: Option<u32>, gid: u32) -> Result<()> {
+    rustix::fs::fchown(directory, None, Some(rustix::process::getegid()))?;
+    rustix::fs::fchmod(directory, Mode::from_raw_mode(mode & 0o7777))?;
+    rustix::fs::fchown(directory, uid.map(Uid::from_raw), Some(Gid::from_raw(gid)))
+}
+
 fn apply(snapshots: &Snapshots, tree: BorrowedFd<'_>, path: &[u8], wanted: &DirectoryAttributes) -> Result<()> {
     let directory = walk(snapshots.opener(), tree, path)?;
-    rustix::fs::fchown(&directory, Some(Uid::from_raw(wanted.uid)), Some(Gid::from_raw(wanted.gid)))?;
+    set_mode_and_owner(directory.as_fd(), wanted.mode, Some(wanted.uid), wanted.gid)?;
     for (name, value) in &wanted.xattrs {
         let name: &CStr = &CString::new(name.as_slice()).map_err(|_| Errno::INVAL)?;
         match rustix::fs::fsetxattr(&directory, name, value, XattrFlags::empty()) {
@@ -275,7 +281,6 @@ fn apply(snapshots: &Snapshots, tree: BorrowedFd<'_>, path: &[u8], wanted: &Dire
             Err(error) => return Err(error),
         }
     }
-    rustix::fs::fchmod(&directory, Mode::from_raw_mode(wanted.mode & 0o7777))?;
     let time = Timespec { tv_sec: wanted.mtime.0, tv_nsec: wanted.mtime.1.into() };
     rustix::fs::futimens(&directory, &Timestamps { last_access: time, last_modification: time })
 }

@@ -66,6 +66,20 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { nix::libc::_exit(code) }
 }
 
+/// Closes every descriptor but standard input, output and error, and `kept`.
+///
+/// Must be called by a process that is about to run something of its own and has no other use for what it was given: whoever still owned one of them
+/// would be left with a number.
+pub fn close_all_but(kept: BorrowedFd<'_>, _: &SingleThread) -> io::Result<()> {
+    let listed = std::fs::read_dir("/proc/self/fd").map_err(|e| context("listing /proc/self/fd", e))?;
+    let numbers: Vec<i32> = listed.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2 && *number != kept.as_raw_fd()) {
+        // SAFETY: by this function's contract nobody uses these numbers any more; that of the listing itself is closed already, which is harmless.
+        unsafe { nix::libc::close(number) };
+    }
+    Ok(())
+}
+
 /// Children that end leave nothing behind that somebody would have to collect.
 pub fn forget_children() -> io::Result<()> {
     use nix::sys::signal::{SigHandler, Signal, signal};

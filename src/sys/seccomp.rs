@@ -212,6 +212,7 @@ const CUSTODIAN: &[i64] = &[
     libc::SYS_flistxattr,
     libc::SYS_fgetxattr,
     libc::SYS_fsetxattr,
+    libc::SYS_getegid,
     libc::SYS_dup,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,

@@ -208,3 +208,66 @@ impl Directories {
         names.join(&b'/')
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{ffi::OsStr, fs::File, os::unix::ffi::OsStrExt, path::Path};
+
+    fn below(path: &Path, old_kernel: bool) -> Directories {
+        Directories::new(File::open(path).expect("open").into(), old_kernel).expect("a directory")
+    }
+
+    #[test]
+    fn what_the_table_takes_has_a_bound_whatever_the_names() {
+        let root = tempfile::tempdir().expect("temp");
+        for length in [8, 250] {
+            let mut directories = below(root.path(), false);
+            let name = |n: usize| CString::new(format!("{n:0length$}")).expect("no NUL");
+            let refused = (0..MEMORY).find_map(|n| directories.add(ROOT, &name(n)).err().map(|why| (n, why)));
+            let (count, why) = refused.expect("a bound");
+            assert_eq!(why, Why::Refused(Refusal::TooManyDirectories));
+            assert!(count > 90_000, "{count} of {length} bytes");
+        }
+    }
+
+    #[test]
+    fn few_descriptors_are_open_however_deep_and_wide_the_tree() {
+        for old_kernel in [false, true] {
+            let root = tempfile::tempdir().expect("temp");
+            let mut directories = below(root.path(), old_kernel);
+            let mut all = vec![ROOT];
+            for n in 0..300 {
+                let parent = if n < 200 { all[n] } else { ROOT };
+                let name = CString::new(format!("d{n}")).expect("no NUL");
+                rustix::fs::mkdirat(directories.fd(parent).expect("open"), &name, rustix::fs::Mode::RWXU)
+                    .expect("mkdir");
+                all.push(directories.add(parent, &name).expect("room"));
+            }
+            for number in all.iter().rev().chain(&all) {
+                let expected = root.path().join(OsStr::from_bytes(&directories.path(*number)));
+                let fd = directories.fd(*number).expect("open");
+                let (there, here) = (rustix::fs::stat(&expected).expect("stat"), rustix::fs::fstat(fd).expect("stat"));
+                assert_eq!(there.st_ino, here.st_ino, "{}", expected.display());
+                assert!(directories.open.len() <= KEPT_OPEN);
+            }
+            let open = directories.table.iter().filter(|directory| directory.fd.is_some()).count();
+            assert_eq!(open, directories.open.len());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_was_replaced_takes_everything_below_along() {
+        let root = tempfile::tempdir().expect("temp");
+        let mut directories = below(root.path(), false);
+        let a = directories.add(ROOT, c"a").expect("room");
+        let b = directories.add(a, c"b").expect("room");
+        let other = directories.add(ROOT, c"other").expect("room");
+        directories.forget(ROOT, c"a");
+        assert_eq!(directories.get(ROOT, c"a"), None);
+        let again = directories.add(ROOT, c"a").expect("room");
+        assert_eq!(directories.get(again, c"b"), None, "its child was another directory's");
+        assert_eq!(directories.remaining(), [ROOT, other, again]);
+        assert_eq!(directories.path(b), b"a/b");
+    }
+}

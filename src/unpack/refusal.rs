@@ -109,7 +109,9 @@ impl Detail {
 
 impl std::fmt::Display for Detail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "\"{}\"", self.as_bytes().escape_ascii())
+        // As Rust writes byte strings, but within double quotes single ones are nothing special.
+        let escaped = self.as_bytes().escape_ascii().to_string().replace(r"\'", "'");
+        write!(f, "\"{escaped}\"")
     }
 }
 
@@ -129,6 +131,6 @@ mod tests {
     #[test]
     fn details_are_cut_and_shown_without_control_characters() {
         assert_eq!(Detail::new(&[b'x'; 500]).as_bytes().len(), Detail::MAX);
-        assert_eq!(Detail::new(b"a\x1b[2J\xff\n").to_string(), r#""a\x1b[2J\xff\n""#);
+        assert_eq!(Detail::new(b"it's a\x1b[2J\xff\n").to_string(), r#""it's a\x1b[2J\xff\n""#);
     }
 }

@@ -108,6 +108,7 @@ fn serve(socket: OwnedFd, alone: &SingleThread) -> io::Result<()> {
     rustix::thread::set_name(c"soci-spawner")?;
     // In a custodian that the daemon started, standard input is the daemon's socket.
     nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    sys::process::close_all_but(socket.as_fd(), alone)?;
     rustix::process::umask(rustix::fs::Mode::empty());
     sys::process::forget_children()?;
     sys::capabilities::keep_only(&CAPABILITIES)?;

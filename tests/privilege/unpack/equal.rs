@@ -161,7 +161,8 @@ fn unpacked_by_containerd(containerd: &Containerd, image: &Image, name: &str, wo
         &format!("view-{name}"),
         &top,
     ]));
-    let lower = mounts.split([',', ' ']).find_map(|word| word.strip_prefix("lowerdir=")).expect("an overlay");
+    let lower =
+        mounts.split([',', ' ', '"', '\n']).find_map(|word| word.strip_prefix("lowerdir=")).expect("an overlay");
     lower.trim().split(':').rev().map(PathBuf::from).collect()
 }
 

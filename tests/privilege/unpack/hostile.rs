@@ -176,7 +176,7 @@ fn rows(outside: &str) -> Vec<Row> {
             &[Member { dev: (0, 1 << 20), ..Member::new(b'3', "n") }],
             Refused(Refusal::Device, "\"n\""),
         ),
-        row("an entry of no known type", &[Member::new(b'V', "label")], Refused(Refusal::Unsupported, "'V'")),
+        row("an entry of no known type", &[Member::new(b'V', "label")], Refused(Refusal::Unsupported, "tar entry 'V'")),
         row(
             "an owner that chown leaves out",
             &[Member { uid: 0xffff_ffff, ..file("f") }],
