@@ -1,12 +1,14 @@
-//! The gRPC side: containerd's Snapshots service in, containerd's content store out.
+//! The gRPC side: containerd's Snapshots service in, containerd's content, images and leases out.
 //!
 //! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
-//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has.
+//! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has, for the daemon,
+//! which must not wait; [`containerd`] is the `soci` tool's client, which may.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
 #![forbid(unsafe_code)]
 
+pub mod containerd;
 pub mod content;
 pub mod filter;
 pub mod labels;
@@ -36,7 +38,19 @@ pub mod proto {
                 tonic::include_proto!("containerd.services.content.v1");
             }
         }
+        pub mod images {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.images.v1");
+            }
+        }
+        pub mod leases {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
     }
     pub use services::content::v1 as content;
+    pub use services::images::v1 as images;
+    pub use services::leases::v1 as leases;
     pub use services::snapshots::v1 as snapshots;
 }
