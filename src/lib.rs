@@ -67,7 +67,8 @@
 //!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
 //!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config names toml_edit
 //!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
-//!   cli
+//!   cli         the soci tool: plain threads over traits for "where blobs are" and "where new ones go" (layouts, containerd, registries);
+//!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
 //! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
 //! its `layers::toc`; `snapshot` takes its settings in the types of `config`, because a copy of each enum would only be translated.

@@ -26,7 +26,11 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("telemetry", &["oci", "sys"]),
     ("custodian", &["layout", "sys", "snapshot"]),
     ("holder", &["layout", "sys", "fs"]),
-    ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index"]),
+    (
+        "cli",
+        // containerd and registries are what the tool's commands are about.
+        &["oci", "layout", "ztoc", "inflate", "tar", "index", "grpc", "registry", "keychain"],
+    ),
     (
         "daemon",
         &[
@@ -53,7 +57,19 @@ const MAY_NAME: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     (
         "tokio",
-        &["registry", "keychain", "index", "layers", "fs", "snapshot", "grpc", "custodian", "telemetry", "daemon"],
+        &[
+            "registry",
+            "keychain",
+            "index",
+            "layers",
+            "fs",
+            "snapshot",
+            "grpc",
+            "custodian",
+            "telemetry",
+            "daemon",
+            "cli",
+        ],
     ),
     ("reqwest", &["registry"]),
     ("tonic", &["grpc"]),

@@ -83,12 +83,9 @@ pub trait Blobs: Sync {
     /// A layer, to be read once. Reading fails when the process should stop.
     fn open(&self, descriptor: &Descriptor) -> Result<Box<dyn Read + Send>, BlobError>;
 
-    /// [`Blobs::document`], parsed.
-    fn parsed<T: DeserializeOwned>(&self, descriptor: &Descriptor) -> Result<T, BlobError>
-    where
-        Self: Sized,
-    {
-        parsed(self, descriptor)
+    /// Whether a layer is there, where that decides something.
+    fn has_layer(&self, digest: Digest) -> Result<bool, BlobError> {
+        self.has(digest)
     }
 }
 

@@ -224,7 +224,12 @@ impl Keeper<'_> {
         self.placed.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    fn in_containerd(&self, digest: Digest, bytes: Vec<u8>, labels: &BTreeMap<String, String>) -> Result<(), BlobError> {
+    fn in_containerd(
+        &self,
+        digest: Digest,
+        bytes: Vec<u8>,
+        labels: &BTreeMap<String, String>,
+    ) -> Result<(), BlobError> {
         Ok(self.session.remote.wait(self.containerd.write(digest, bytes.into(), labels))??)
     }
 
@@ -277,9 +282,8 @@ impl Sink for Keeper<'_> {
             // Whoever records the result will say what is wrong with the database.
             Err(_) => return Ok(None),
         };
-        let found = rows
-            .of_kind(Kind::Ztoc)
-            .find(|(_, row)| row.describes == Some(layer.digest) && row.span_size == span_size);
+        let found =
+            rows.of_kind(Kind::Ztoc).find(|(_, row)| row.describes == Some(layer.digest) && row.span_size == span_size);
         let Some((digest, _)) = found else { return Ok(None) };
         match self.session.artifact(digest) {
             // A damaged one is built again.

@@ -5,7 +5,7 @@ use super::{
     artifacts::ArtifactsError,
     blobs::{BlobError, New, Sink},
     containerd::{Purpose, Session, SessionError},
-    create::{self, CreateError},
+    create,
     indexing::{self, IndexingError, PerPlatform, Places, Plan, Version, report, rewrite, source},
     interrupt::Stopped,
     layout::{
@@ -46,8 +46,6 @@ pub enum ConvertError {
     Containerd(#[from] ContainerdError),
     #[error(transparent)]
     Remote(#[from] super::registry::RemoteError),
-    #[error(transparent)]
-    Create(#[from] CreateError),
     #[error("failed to write to stdout")]
     Output(#[source] io::Error),
     #[error(transparent)]
@@ -64,9 +62,9 @@ pub fn run(args: &args::Convert, global: &Global) -> Result<(), ConvertError> {
     }
     let (source, destination) = (source.to_string_lossy(), destination.to_string_lossy());
     let reference = tagged(&destination)?;
-    let console = Console::new(if args.indexing.json || args.indexing.quiet { Lines::Nowhere } else { Lines::Stdout });
+    let console = Console::new(Lines::of(args.indexing.json, args.indexing.quiet));
     if args.registry {
-        return Ok(super::registry::convert(args, &plan, &source, &reference, global, &console)?);
+        return super::registry::convert(args, &plan, &source, &reference, global, &console);
     }
     in_containerd(&plan, &source, &destination, args, global, &console)
 }
@@ -94,11 +92,7 @@ pub fn select<'a>(plan: &Plan, image: &'a source::Image) -> Result<Vec<PerPlatfo
 }
 
 /// Builds everything that is new about the image, and keeps it.
-pub fn index(
-    plan: &Plan,
-    places: Places<'_>,
-    indexed: &mut [PerPlatform<'_>],
-) -> Result<(), IndexingError> {
+pub fn index(plan: &Plan, places: Places<'_>, indexed: &mut [PerPlatform<'_>]) -> Result<(), IndexingError> {
     indexing::build_layers(plan, places, indexed)?;
     for platform in indexed.iter_mut() {
         indexing::add_index(plan, places, platform, Version::V2, None)?;
@@ -146,22 +140,17 @@ fn in_containerd(
     if args.indexing.quiet && !args.indexing.json {
         return writeln!(io::stdout().lock(), "{}", result.target.digest).map_err(ConvertError::Output);
     }
-    Ok(create::finish(&args.indexing, &[], report::converted(&result, &indexed, &image, output, console))?)
+    create::print(&args.indexing, &[], || report::converted(&result, &indexed, &image, output, console))
+        .map_err(ConvertError::Output)
 }
 
-fn standalone(
-    plan: &Plan,
-    source: &Path,
-    destination: &Path,
-    args: &args::Convert,
-) -> Result<(), ConvertError> {
+fn standalone(plan: &Plan, source: &Path, destination: &Path, args: &args::Convert) -> Result<(), ConvertError> {
     let (format, json) = (args.format, args.indexing.json);
     let layout = OciLayout::open(source)?;
     let target = Destination::check(destination, format)?;
-    let lines = match (json || args.indexing.quiet, target.is_stdout()) {
-        (true, _) => Lines::Nowhere,
-        (false, true) => Lines::Stderr,
-        (false, false) => Lines::Stdout,
+    let lines = match Lines::of(json, args.indexing.quiet) {
+        Lines::Stdout if target.is_stdout() => Lines::Stderr,
+        lines => lines,
     };
     let stdout_taken = target.is_stdout();
     let console = Console::new(lines);
@@ -175,7 +164,8 @@ fn standalone(
     index(plan, places, &mut indexed)?;
     let result = rewrite::rewrite(&image, &indexed, &staging)?;
     let reachable = rewrite::reachable(&result.target, &layout, &staging, &console)?;
-    let report = (json || args.indexing.quiet).then(|| said(&result, &indexed, &image, destination, format, json, &console));
+    let report =
+        (json || args.indexing.quiet).then(|| said(&result, &indexed, &image, destination, format, json, &console));
     staging.publish(&layout, &reachable, &rewrite::layout_index(&result.target))?;
     if let Some(report) = report {
         let write = |out: &mut dyn Write| out.write_all(&report).and_then(|()| out.flush());

@@ -14,7 +14,10 @@ use super::{
     output::{Console, Lines},
     recording::{self, Record},
 };
-use crate::{grpc::containerd::ContainerdError, oci::{Digest, Platform}};
+use crate::{
+    grpc::containerd::ContainerdError,
+    oci::{Digest, Platform},
+};
 use std::{
     collections::BTreeMap,
     io::{self, Write},
@@ -27,10 +30,8 @@ pub enum CreateError {
     NoSource,
     #[error(transparent)]
     Session(#[from] SessionError),
-    #[error("{image}")]
-    Indexing { image: String, source: IndexingError },
     #[error(transparent)]
-    Plan(#[from] IndexingError),
+    Indexing(#[from] IndexingError),
     #[error(transparent)]
     Blob(#[from] BlobError),
     #[error(transparent)]
@@ -49,17 +50,16 @@ pub enum CreateError {
 pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
     let name = args.operands.first().filter(|name| !name.is_empty()).ok_or(CreateError::NoSource)?;
     let plan = Plan::new(&args.indexing)?;
-    let console = Console::new(if args.indexing.json || args.indexing.quiet { Lines::Nowhere } else { Lines::Stdout });
+    let console = Console::new(Lines::of(args.indexing.json, args.indexing.quiet));
     if args.registry {
-        return Ok(super::registry::create(args, &plan, name, global, &console)?);
+        return super::registry::create(args, &plan, name, global, &console);
     }
     let session = Session::open(global)?;
     let record = session.image(name)?;
     let image = source::of_target(&session, &record.target)?;
     let mut indexed = select(&plan, &image)?;
     let keeper = session.keeper(super::containerd::Purpose::Index)?;
-    let places =
-        Places { blobs: &session, sink: &keeper, console: &console, workers: indexing::processors() };
+    let places = Places { blobs: &session, sink: &keeper, console: &console, workers: indexing::processors() };
     indexing::build_layers(&plan, places, &mut indexed)?;
     for at in 0..indexed.len() {
         let manifest = &image.base.manifests[indexed[at].place];
@@ -84,20 +84,19 @@ pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
         recording::record(&session.artifacts, &[record])?;
     }
     keeper.done();
-    finish(&args.indexing, &indexed, report::created(&record.target, &indexed, &image, &console))
+    print(&args.indexing, &indexed, || report::created(&record.target, &indexed, &image, &console))
+        .map_err(CreateError::Output)
 }
 
 /// Prints what `--json` or `--quiet` leave to be printed.
-pub fn finish(args: &args::Indexing, indexed: &[PerPlatform<'_>], report: Vec<u8>) -> Result<(), CreateError> {
+pub fn print(args: &args::Indexing, indexed: &[PerPlatform<'_>], report: impl FnOnce() -> Vec<u8>) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let written = if args.json {
-        out.write_all(&report)
+    if args.json {
+        out.write_all(&report())?;
     } else if args.quiet {
-        indexed.iter().filter_map(|p| p.index.as_ref()).try_for_each(|index| writeln!(out, "{}", index.digest))
-    } else {
-        Ok(())
-    };
-    written.and_then(|()| out.flush()).map_err(CreateError::Output)
+        indexed.iter().filter_map(|p| p.index.as_ref()).try_for_each(|index| writeln!(out, "{}", index.digest))?;
+    }
+    out.flush()
 }
 
 /// The label by which the index of one of several platforms is kept.

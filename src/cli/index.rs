@@ -129,7 +129,10 @@ pub fn list(args: &IndexList, global: &Global) -> Result<(), IndexError> {
     };
     let wanted = |row: &Row| match &manifests {
         Some(manifests) => row.describes.is_some_and(|digest| manifests.contains(&digest)),
-        None => platforms.is_empty() || platforms.iter().any(|p| p.to_string() == row.platform),
+        None => {
+            let of = values::platform(&row.platform);
+            platforms.is_empty() || of.is_ok_and(|of| platforms.iter().any(|p| p.matches(&of)))
+        }
     };
     let rows = session.artifacts.rows()?;
     let mut found: Vec<(Digest, Row)> = rows.of_kind(Kind::Index).filter(|(_, row)| wanted(row)).collect();
@@ -224,8 +227,11 @@ pub fn remove(args: &IndexRemove, global: &Global) -> Result<(), IndexError> {
         Some(name) => {
             let target = session.image(name)?.target.digest;
             let rows = session.artifacts.rows()?;
-            let its: Vec<Digest> =
-                rows.of_kind(Kind::Index).filter(|(_, row)| row.image == Some(target)).map(|(digest, _)| digest).collect();
+            let its: Vec<Digest> = rows
+                .of_kind(Kind::Index)
+                .filter(|(_, row)| row.image == Some(target))
+                .map(|(digest, _)| digest)
+                .collect();
             its.into_iter().try_for_each(|digest| remove_one(&session, digest))
         }
         None => {

@@ -24,7 +24,9 @@ pub enum PrefetchError {
     Unknown(Digest),
     #[error("the provided digest is not a prefetch artifact (type: {0})")]
     NotPrefetch(&'static str),
-    #[error("prefetch artifact {0} is recorded, but its bytes are not in the content store; `soci rebuild-db` forgets it")]
+    #[error(
+        "prefetch artifact {0} is recorded, but its bytes are not in the content store; `soci rebuild-db` forgets it"
+    )]
     Gone(Digest),
     #[error("prefetch artifact {digest} cannot be read")]
     Malformed { digest: Digest, source: serde_json::Error },

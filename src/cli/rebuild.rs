@@ -21,7 +21,7 @@ use crate::{
     layout::Layout,
     oci::{Descriptor, Digest, ImageConfig, Manifest, annotation, media_type},
 };
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Blobs that are shorter cannot be an index.
 const SHORTEST: u64 = 10;
@@ -62,7 +62,7 @@ struct Found {
 pub fn run(global: &Global) -> Result<(), RebuildError> {
     let session = Session::open(global)?;
     let console = Console::new(Lines::Nowhere);
-    let present: HashMap<Digest, u64> = match &session.store {
+    let present: BTreeMap<Digest, u64> = match &session.store {
         Store::Containerd => {
             let all = session.remote.wait(session.containerd.all_content())??;
             all.into_iter().map(|info| (info.digest, info.size)).collect()
@@ -116,10 +116,11 @@ pub fn run(global: &Global) -> Result<(), RebuildError> {
         };
         found.push(Found { digest: *digest, size: *size, manifest, known, describes });
     }
+    let now = jiff::Timestamp::now();
     session.artifacts.change(|rows| {
         let gone: Vec<Digest> = rows.iter().map(|(digest, _)| digest).filter(|d| !present.contains_key(d)).collect();
         gone.into_iter().for_each(|digest| rows.remove(digest));
-        found.iter().for_each(|index| add(rows, index, &present));
+        found.iter().for_each(|index| add(rows, index, &present, now));
     })?;
     Ok(())
 }
@@ -170,8 +171,7 @@ fn platform(session: &Session, index: &Manifest) -> Result<Option<String>, BlobE
     }
 }
 
-fn add(rows: &mut Rows, index: &Found, present: &HashMap<Digest, u64>) {
-    let now = jiff::Timestamp::now();
+fn add(rows: &mut Rows, index: &Found, present: &BTreeMap<Digest, u64>, now: jiff::Timestamp) {
     let row = |kind, size, describes: Option<Digest>, media_type: &str| Row {
         kind,
         size,

@@ -43,10 +43,7 @@ pub fn record(artifacts: &Artifacts, records: &[Record<'_>]) -> Result<(), Artif
             for (layer, artifact) in &record.platform.prefetch {
                 rows.put(artifact.digest, &blob(Kind::Prefetch, *layer, artifact.size, media_type::SOCI_PREFETCH));
             }
-            rows.put(
-                index.digest,
-                &index_row(record.version, index.size, record, &record.platform.platform, now),
-            );
+            rows.put(index.digest, &index_row(record.version, index.size, record, &record.platform.platform, now));
         }
     })
 }

@@ -44,6 +44,14 @@ impl Remote {
         self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(5), future).await.ok() })
     }
 
+    /// Begins something that goes on by itself.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> tokio::task::JoinHandle<T> {
+        self.runtime.spawn(future)
+    }
+
     /// The pieces of `stream` as something that a thread can read.
     pub fn reader<E: std::error::Error + Send + Sync + 'static>(
         &self,

@@ -25,7 +25,9 @@ pub enum StoreError {
     InvalidDigest(String),
     #[error("couldn't retrieve artifact for {digest}, not found in {}", path.display())]
     NotFound { digest: Digest, path: PathBuf },
-    #[error("couldn't retrieve artifact for {0}, not found in containerd's content store (--namespace and --content-store select where to look)")]
+    #[error(
+        "couldn't retrieve artifact for {0}, not found in containerd's content store (--namespace and --content-store select where to look)"
+    )]
     NotInContainerd(Digest),
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -45,7 +47,6 @@ pub struct Artifact {
     pub bytes: Vec<u8>,
     /// Where other blobs of the same image may be.
     pub store: Option<OciLayout>,
-    pub session: Option<Session>,
 }
 
 /// Finds what `operand` names: a digest in a store, or a file.
@@ -55,7 +56,7 @@ pub fn find(operand: &OsStr, layout: Option<&Path>, global: &Global) -> Result<A
         if layout.is_none() && StoreKind::parse(&global.content_store)? == StoreKind::Containerd {
             let session = Session::open(global)?;
             let bytes = session.artifact(digest)?.ok_or(StoreError::NotInContainerd(digest))?;
-            return Ok(Artifact { digest, bytes, store: None, session: Some(session) });
+            return Ok(Artifact { digest, bytes, store: None });
         }
         let store = open(layout, global)?;
         let not_found = |path: &Path| StoreError::NotFound { digest, path: path.to_owned() };
@@ -65,7 +66,7 @@ pub fn find(operand: &OsStr, layout: Option<&Path>, global: &Global) -> Result<A
             Err(LayoutError::Missing { .. }) => return Err(not_found(store.path())),
             other => other?,
         };
-        return Ok(Artifact { digest, bytes, store: Some(store), session: None });
+        return Ok(Artifact { digest, bytes, store: Some(store) });
     }
     let path = Path::new(operand);
     if !path.is_file() {
@@ -76,7 +77,7 @@ pub fn find(operand: &OsStr, layout: Option<&Path>, global: &Global) -> Result<A
         Some(layout) => Some(OciLayout::open(layout)?),
         None => around(path),
     };
-    Ok(Artifact { digest: Digest::of(&bytes), bytes, store, session: None })
+    Ok(Artifact { digest: Digest::of(&bytes), bytes, store })
 }
 
 /// The store to look in; `Err` is where it would be.

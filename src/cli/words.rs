@@ -31,7 +31,9 @@ pub fn man(args: &Man) -> Result<(), WordsError> {
     let mut tree = Args::command().version(args::VERSION);
     tree.build();
     pages(&tree, "soci", directory)?;
-    for (name, text) in [("soci-ci.7", include_str!("man/soci-ci.7")), ("soci-check.7", include_str!("man/soci-check.7"))] {
+    for (name, text) in
+        [("soci-ci.7", include_str!("man/soci-ci.7")), ("soci-check.7", include_str!("man/soci-check.7"))]
+    {
         write(&directory.join(name), text.as_bytes())?;
     }
     Ok(())

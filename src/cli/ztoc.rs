@@ -55,11 +55,15 @@ pub enum ZtocCommandError {
          or pass --layout PATH"
     )]
     NoLayer(Digest),
-    #[error("the layer {0} of this ztoc is not in containerd: pull the image, or pass --layout PATH of a layout that has it")]
+    #[error(
+        "the layer {0} of this ztoc is not in containerd: pull the image, or pass --layout PATH of a layout that has it"
+    )]
     LayerNotInContainerd(Digest),
     #[error("invalid checksum digest format: {0:?} is not a digest (sha256: and 64 hexadecimal digits)")]
     InvalidDigest(String),
-    #[error("failed to get ztoc from artifacts store (try running \"soci rebuild-db\" first): {0} is not in artifacts.db")]
+    #[error(
+        "failed to get ztoc from artifacts store (try running \"soci rebuild-db\" first): {0} is not in artifacts.db"
+    )]
     NotRecorded(Digest),
     #[error("the specified ztoc doesn't exist or is not associated with the specified image")]
     NotOfImage,

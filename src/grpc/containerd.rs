@@ -266,12 +266,7 @@ impl Containerd {
         }
     }
 
-    async fn try_write(
-        &self,
-        digest: Digest,
-        bytes: Bytes,
-        labels: &BTreeMap<String, String>,
-    ) -> Result<(), Status> {
+    async fn try_write(&self, digest: Digest, bytes: Bytes, labels: &BTreeMap<String, String>) -> Result<(), Status> {
         let total = i64::try_from(bytes.len()).map_err(|_| Status::out_of_range("the blob is too large"))?;
         let base = content::WriteContentRequest {
             r#ref: reference(digest),
@@ -279,7 +274,8 @@ impl Containerd {
             expected: digest.to_string(),
             ..Default::default()
         };
-        let mut messages = vec![content::WriteContentRequest { action: content::WriteAction::Stat.into(), ..base.clone() }];
+        let mut messages =
+            vec![content::WriteContentRequest { action: content::WriteAction::Stat.into(), ..base.clone() }];
         for at in (0..bytes.len()).step_by(WRITE) {
             messages.push(content::WriteContentRequest {
                 action: content::WriteAction::Write.into(),

@@ -123,17 +123,16 @@ impl Repository {
     pub async fn mount(&self, digest: Digest, from: &str) -> Result<bool, RegistryError> {
         match self.begin(Some((digest, from))).await? {
             Begun::Mounted => Ok(true),
+            // We did not ask for an upload.
             Begun::At(place) => {
-                // We did not ask for an upload. If it cannot be cancelled, the registry forgets it by itself.
-                let site = &self.site;
-                if let Ok(endpoint) = host(site) {
-                    let cancel = Sending::new(Kind::Blob, Method::DELETE);
-                    let origin = site.url(&endpoint, "").ok();
-                    let _ = send(site, &endpoint, &cancel, origin.as_ref().unwrap_or(&place), &place).await;
-                }
+                self.upload_at(place).cancel().await;
                 Ok(false)
             }
         }
+    }
+
+    fn upload_at(&self, place: Url) -> Upload {
+        Upload { repository: self.clone(), place, taken: 0, piece: BytesMut::new() }
     }
 
     async fn begin(&self, mount: Option<(Digest, &str)>) -> Result<Begun, RegistryError> {
@@ -165,9 +164,11 @@ impl Repository {
     /// Begins to upload a blob.
     pub async fn upload(&self) -> Result<Upload, RegistryError> {
         match self.begin(None).await? {
-            Begun::At(place) => Ok(Upload { repository: self.clone(), place, taken: 0, piece: BytesMut::new() }),
+            Begun::At(place) => Ok(self.upload_at(place)),
             // Nothing was to be mounted.
-            Begun::Mounted => Err(RegistryError::Setup { what: "the registry mounted what it was not asked to".into() }),
+            Begun::Mounted => {
+                Err(RegistryError::Setup { what: "the registry mounted what it was not asked to".into() })
+            }
         }
     }
 
@@ -218,7 +219,9 @@ impl Repository {
         for _ in 0..TAG_ATTEMPTS {
             let (current, etag) = self.fallback_index(subject).await?;
             let Some(extended) = extended(&current, referrer) else { return Ok(()) };
-            let bytes = extended.map_err(|what| RegistryError::Setup { what: format!("the list of what refers to {subject} {what}") })?;
+            let bytes = extended.map_err(|what| RegistryError::Setup {
+                what: format!("the list of what refers to {subject} {what}"),
+            })?;
             let put = self.put_manifest(&fallback_tag(subject), media_type::OCI_INDEX, bytes, etag.as_deref()).await;
             match put {
                 Ok(_) => {}
@@ -336,13 +339,22 @@ impl Upload {
         patiently(site, |endpoint| async move {
             let origin = site.url(&endpoint, "")?;
             let answer = send(site, &endpoint, &Sending::new(Kind::Blob, Method::GET), &origin, place).await?;
-            let last = text(&answer.headers, header::RANGE).and_then(|range| range.trim_start_matches("bytes=").split_once('-'));
+            let last = text(&answer.headers, header::RANGE)
+                .and_then(|range| range.trim_start_matches("bytes=").split_once('-'));
             let last: Option<u64> = last.and_then(|(_, last)| last.trim().parse().ok());
             // `0-0` is how registries say "nothing yet"; our pieces are never of one byte.
             let has = last.map_or(0, |last| if last == 0 { 0 } else { last + 1 });
             Ok((answer.location(place).unwrap_or_else(|| place.clone()), has))
         })
         .await
+    }
+
+    /// Gives it up. A registry that does not hear of it forgets it by itself.
+    pub async fn cancel(self) {
+        let site = &self.repository.site;
+        let Ok(endpoint) = host(site) else { return };
+        let Ok(origin) = site.url(&endpoint, "") else { return };
+        let _ = send(site, &endpoint, &Sending::new(Kind::Blob, Method::DELETE), &origin, &self.place).await;
     }
 
     /// Sends what is left; the registry checks that all of it has this digest.

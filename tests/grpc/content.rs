@@ -43,6 +43,29 @@ impl Content for Store {
             .collect();
         Ok(Response::new(Box::pin(futures::stream::iter(chunks))))
     }
+
+    // The rest is never asked for.
+    type ListStream = BoxStream<'static, Result<ListContentResponse, Status>>;
+    type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
+
+    async fn list(&self, _: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+        Err(Status::unimplemented("list"))
+    }
+    async fn update(&self, _: Request<UpdateRequest>) -> Result<Response<UpdateResponse>, Status> {
+        Err(Status::unimplemented("update"))
+    }
+    async fn delete(&self, _: Request<DeleteContentRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented("delete"))
+    }
+    async fn write(
+        &self,
+        _: Request<tonic::Streaming<WriteContentRequest>>,
+    ) -> Result<Response<Self::WriteStream>, Status> {
+        Err(Status::unimplemented("write"))
+    }
+    async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented("abort"))
+    }
 }
 
 #[tokio::test]

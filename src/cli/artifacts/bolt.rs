@@ -151,13 +151,7 @@ fn header(number: u64, flags: u16, count: u16, overflow: u32) -> Vec<u8> {
 
 /// An empty database, not yet on disk: committing it gives a valid file.
 pub fn empty() -> Database {
-    Database {
-        root: Bucket::default(),
-        page_size: PAGE,
-        transaction: 0,
-        used: BTreeSet::from([0, 1]),
-        pages: 2,
-    }
+    Database { root: Bucket::default(), page_size: PAGE, transaction: 0, used: BTreeSet::from([0, 1]), pages: 2 }
 }
 
 /// Reads a whole file.
@@ -200,7 +194,8 @@ impl<'a> Walk<'a> {
         let bad = || Damaged::Page(number);
         let start = usize::try_from(number).ok().and_then(|n| n.checked_mul(self.page_size)).ok_or_else(bad)?;
         let overflow = u32_at(self.file.get(start..).ok_or_else(bad)?, 12).ok_or_else(bad)?;
-        let length = usize::try_from(overflow).ok().and_then(|n| (n + 1).checked_mul(self.page_size)).ok_or_else(bad)?;
+        let length =
+            usize::try_from(overflow).ok().and_then(|n| (n + 1).checked_mul(self.page_size)).ok_or_else(bad)?;
         let end = start.checked_add(length).ok_or_else(bad)?;
         let page = self.file.get(start..end).ok_or_else(bad)?;
         if u64_at(page, 0) != Some(number) || (number..=number + u64::from(overflow)).any(|n| !self.used.insert(n)) {
@@ -378,7 +373,8 @@ impl Writer<'_> {
         let size = self.database.page_size;
         let pages = (PAGE_HEADER + body.len()).div_ceil(size).max(1);
         let number = self.allocate(pages as u64);
-        let (count, overflow) = (u16::try_from(count).unwrap_or(u16::MAX), u32::try_from(pages - 1).unwrap_or(u32::MAX));
+        let (count, overflow) =
+            (u16::try_from(count).unwrap_or(u16::MAX), u32::try_from(pages - 1).unwrap_or(u32::MAX));
         let mut page = header(number, flags, count, overflow);
         page.extend_from_slice(&body);
         page.resize(pages * size, 0);
@@ -407,7 +403,8 @@ fn leaf(elements: &[Element<'_>]) -> Vec<u8> {
     let (mut heads, mut bodies) = (Vec::new(), Vec::new());
     for (i, element) in elements.iter().enumerate() {
         let position = (elements.len() - i) * ELEMENT + bodies.len();
-        let words = [u32::from(element.is_bucket), narrow(position), narrow(element.key.len()), narrow(element.value.len())];
+        let words =
+            [u32::from(element.is_bucket), narrow(position), narrow(element.key.len()), narrow(element.value.len())];
         words.iter().for_each(|word| heads.extend_from_slice(&word.to_le_bytes()));
         bodies.extend_from_slice(element.key);
         bodies.extend_from_slice(&element.value);
@@ -451,7 +448,9 @@ mod tests {
     fn sample(rows: usize, salt: usize) -> Bucket {
         let mut bucket = Bucket::default();
         for n in 0..rows {
-            let row = (0..n % 13).map(|k| (format!("key{k}").into_bytes(), Value::Bytes(vec![salt as u8; n % 400]))).collect();
+            let row = (0..n % 13)
+                .map(|k| (format!("key{k}").into_bytes(), Value::Bytes(vec![salt as u8; n % 400])))
+                .collect();
             let row = Bucket { sequence: n as u64, entries: row };
             bucket.entries.insert(format!("sha256:{n:064}").into_bytes(), Value::Bucket(row));
         }

@@ -17,7 +17,7 @@ use std::{
     fs::{DirBuilder, File},
     io::{self, Read},
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -149,11 +149,6 @@ impl Artifacts {
             interrupt::check()?;
             std::thread::sleep(Duration::from_millis(20));
         }
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 }
 

@@ -32,8 +32,8 @@ use super::{
     values::{self, BadPlatform},
 };
 use crate::oci::{BUILD_TOOL, Descriptor, Digest, Manifest, Platform, annotation, media_type};
-use build::{Job, Options};
 pub use build::{Budget, Built, Outcome};
+use build::{Job, Options};
 use std::{
     collections::{BTreeMap, HashMap},
     io,
@@ -73,6 +73,11 @@ pub enum IndexingError {
          configuration and makes a v2 index"
     )]
     NoPlatformNamed { manifest: Digest },
+    #[error(
+        "manifest should have proper platform: the image's list has another list in it, {0}, which no runtime looks into; convert it with \
+         --standalone, or import it so that its name stands for the inner list"
+    )]
+    NestedList(Digest),
     #[error("index.json contains no manifests")]
     EmptyLayout,
     #[error("manifest list contains no entries with available blobs")]
@@ -294,7 +299,7 @@ fn step(
     let compression = match select::layer_type(&layer.media_type) {
         select::LayerType::Prefetch => return Ok(Step::Decided(Outcome::Prefetch)),
         select::LayerType::NotALayer => return Ok(Step::Decided(Outcome::NotALayer)),
-        _ if select::is_foreign(&layer.media_type) && !blobs.has(layer.digest)? => {
+        _ if select::is_foreign(&layer.media_type) && !blobs.has_layer(layer.digest)? => {
             return Ok(Step::Decided(Outcome::Foreign));
         }
         // The image must be complete even where nothing is built.
@@ -333,8 +338,7 @@ pub fn add_index(
         platform.built().map(|(layer, built)| ztoc_descriptor(plan, layer, built)).collect();
     let mut artifacts = BTreeMap::new();
     if !plan.prefetch.is_empty() {
-        let found: Vec<_> =
-            platform.built().map(|(layer, built)| (layer.digest, built.prefetch.as_slice())).collect();
+        let found: Vec<_> = platform.built().map(|(layer, built)| (layer.digest, built.prefetch.as_slice())).collect();
         let (ranges, nowhere) = prefetch::assign(&plan.prefetch, &found);
         for path in nowhere {
             console.warn(format!("prefetch file {path} not found in any layer"));

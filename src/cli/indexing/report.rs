@@ -71,11 +71,7 @@ enum Status<'a> {
 }
 
 /// What there is to say about each platform. `entries` are the manifests as they are afterwards.
-fn platforms<'a>(
-    indexed: &'a [PerPlatform<'_>],
-    image: &'a Image,
-    entries: Option<&'a [Digest]>,
-) -> Vec<Platform<'a>> {
+fn platforms<'a>(indexed: &'a [PerPlatform<'_>], image: &'a Image, entries: Option<&'a [Digest]>) -> Vec<Platform<'a>> {
     let platforms = indexed.iter().map(|c| {
         let original = image.base.manifests[c.place].digest;
         Platform {

@@ -29,6 +29,7 @@ const MAX_BLOBS: usize = 1 << 20;
 pub struct Rewritten {
     /// Its index.
     pub target: Descriptor,
+    pub index: Index,
     /// New digest of each entry of the image's list, in its order.
     pub entries: Vec<Digest>,
 }
@@ -65,7 +66,7 @@ pub fn rewrite(image: &Image, converted: &[PerPlatform<'_>], sink: &dyn Sink) ->
         }
     }
     let (digest, size) = sink.put(New::List(&index))?;
-    Ok(Rewritten { target: Descriptor::new(media_type::OCI_INDEX, digest, size), entries })
+    Ok(Rewritten { target: Descriptor::new(media_type::OCI_INDEX, digest, size), index, entries })
 }
 
 /// `index.json` of a layout with this image.

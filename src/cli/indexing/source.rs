@@ -83,12 +83,7 @@ pub fn of_target(blobs: &dyn Blobs, target: &Descriptor) -> Result<Image, Indexi
     resolve(blobs, base, false, None)
 }
 
-fn resolve(
-    blobs: &dyn Blobs,
-    mut base: Index,
-    single: bool,
-    made_up: Option<Vec<u8>>,
-) -> Result<Image, IndexingError> {
+fn resolve(blobs: &dyn Blobs, mut base: Index, single: bool, made_up: Option<Vec<u8>>) -> Result<Image, IndexingError> {
     base.media_type = media_type::OCI_INDEX.into();
     if base.manifests.len() > MAX_ENTRIES {
         return Err(IndexingError::TooMany { what: "manifests", limit: MAX_ENTRIES as u64 });
@@ -117,7 +112,12 @@ fn resolve(
     }
     let platforms: Vec<Platform> = base.manifests.iter().filter_map(|entry| platform_of(entry).cloned()).collect();
     let default = match platforms.first() {
-        None => return Err(IndexingError::NoPlatforms),
+        None => {
+            let nested = kinds.iter().position(|kind| *kind == Kind::Nested);
+            return Err(
+                nested.map_or(IndexingError::NoPlatforms, |at| IndexingError::NestedList(base.manifests[at].digest))
+            );
+        }
         Some(first) if single => first.clone(),
         Some(_) => Platform::host(),
     };
