@@ -11,6 +11,7 @@ mod fs;
 mod fuzz;
 mod grpc;
 mod index;
+mod journal;
 mod lab;
 mod layers;
 mod licences;

@@ -23,7 +23,8 @@ use crate::{
     layout::{Layout, SnapshotId},
     oci::Digest,
     registry::Registry,
-    snapshot::{LazyLayers, NotLazyReason, Target, Usage},
+    snapshot::{Extraction, LazyLayers, NotLazyReason, Outcome, Target, Usage},
+    telemetry::catalog::say,
 };
 use futures::future::BoxFuture;
 use rustix::fs::{Mode, OFlags};
@@ -145,7 +146,7 @@ impl LazyMounts {
                 let digest = layer.digest();
                 drop(layer);
                 if let Err(error) = me.store.release(digest, claim).await {
-                    tracing::warn!(layer = %digest, %error, "cannot remove the layer from disk");
+                    say!(NotRemoved, layer = %digest, %error, "cannot remove the layer from disk");
                 }
             }
         });
@@ -170,14 +171,20 @@ impl LazyMounts {
         }
         match self.recover(id).await {
             Ok(()) => {
-                tracing::info!(
+                say!(
+                    LayerRestored,
                     snapshot = id.to_string(),
                     "the remote snapshot that could not be restored at start is back"
                 );
                 true
             }
             Err(error) => {
-                tracing::warn!(snapshot = id.to_string(), error, "the remote snapshot still cannot be restored");
+                say!(
+                    LayerNotRestored,
+                    snapshot = id.to_string(),
+                    error,
+                    "the remote snapshot still cannot be restored"
+                );
                 false
             }
         }
@@ -195,7 +202,7 @@ impl LazyMounts {
         let store = self.store.clone();
         self.store.shared().runtime.spawn(async move {
             if let Err(error) = store.release(layer, id).await {
-                tracing::warn!(%layer, %error, "cannot remove the layer from disk; the next start of the daemon will");
+                say!(NotRemoved, %layer, %error, "cannot remove the layer from disk; the next start of the daemon will");
             }
         });
     }
@@ -256,7 +263,7 @@ impl LazyMounts {
             xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
         };
         self.tree.add(in_tree)?;
-        self.observers.mounted(id, record.manifest, &layer, self.layout.snapshot_fs(id));
+        self.observers.mounted(id, record, &layer, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
         self.mounted().insert(id, Mounted { layer, shown, namespace: record.namespace.clone() });
         Ok(())
@@ -396,6 +403,7 @@ impl LazyLayers for Arc<LazyMounts> {
     }
 
     fn remove(&self, id: SnapshotId) {
+        self.observers.decisions.forget(id);
         self.store.shared().scheduler.way_is_free(u64::from(id.0));
         self.let_go(id);
     }
@@ -412,6 +420,10 @@ impl LazyLayers for Arc<LazyMounts> {
         self.observers.not_lazy(reason);
         // containerd fetches it now, and the pull waits for that: what we stream meanwhile is less urgent.
         self.store.shared().scheduler.make_way(u64::from(id.0));
+    }
+
+    fn decided(&self, id: SnapshotId, extraction: &Extraction, outcome: Outcome<'_>) {
+        self.observers.decisions.record(id, extraction, outcome);
     }
 
     fn committed(&self, id: SnapshotId) {

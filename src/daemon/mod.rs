@@ -2,10 +2,11 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`root`] is what must be true of the root directory.
+//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod decisions;
 mod implied;
 mod lazy;
 mod listen;

@@ -3,6 +3,10 @@
 //! Everything below this module only knows the trait it reports to. Names of metrics and texts of log lines are those of the Go
 //! snapshotter where they mean the same thing.
 
+use super::{
+    decisions::{self, Decisions},
+    record::LazyRecord,
+};
 use crate::{
     fs::{self, FailedOp, Failure, Op},
     index,
@@ -11,16 +15,20 @@ use crate::{
     oci::Digest,
     registry,
     snapshot::NotLazyReason,
-    telemetry::metrics::{
-        Count, FirstUse, FuseFailure, ImageOperation, ImageOperations, LayerMetrics, Metrics, MicrosecondOperation,
-        MillisecondOperation, MountedLayer,
+    telemetry::{
+        catalog::say,
+        metrics::{
+            Count, FirstUse, FuseFailure, ImageOperation, ImageOperations, LayerMetrics, Metrics, MicrosecondOperation,
+            MillisecondOperation, MountedLayer,
+        },
+        status::{self, Mode},
     },
 };
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock, Weak},
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
+    time::{Duration, SystemTime},
 };
 
 /// Whether each FUSE operation is logged.
@@ -36,6 +44,15 @@ struct Mounted {
     mountpoint: String,
     counters: Arc<LayerMetrics>,
     image: Arc<ImageOperations>,
+    record: LazyRecord,
+    errors: Mutex<Errors>,
+}
+
+/// Reads of a layer that failed.
+#[derive(Default)]
+struct Errors {
+    count: u64,
+    last: Option<String>,
 }
 
 /// All observers in one.
@@ -46,11 +63,18 @@ pub struct Observers {
     window: Duration,
     /// Read by every FUSE request, written when layers come and go.
     mounted: RwLock<HashMap<SnapshotId, Mounted>>,
+    pub decisions: Decisions,
 }
 
 impl Observers {
     pub fn new(metrics: Metrics, operations: OperationLog, window: Duration) -> Arc<Observers> {
-        let observers = Arc::new(Observers { metrics, operations, window, mounted: RwLock::default() });
+        let observers = Arc::new(Observers {
+            metrics,
+            operations,
+            window,
+            mounted: RwLock::default(),
+            decisions: Decisions::default(),
+        });
         let weak = Arc::downgrade(&observers);
         observers.metrics.set_mounted_layers(move || weak.upgrade().map(|o| o.layers()).unwrap_or_default());
         observers
@@ -67,8 +91,9 @@ impl Observers {
             .collect()
     }
 
-    /// A layer of `image` was put into the tree.
-    pub fn mounted(&self, id: SnapshotId, image: Digest, layer: &Arc<Layer>, mountpoint: PathBuf) {
+    /// A layer was put into the tree.
+    pub fn mounted(&self, id: SnapshotId, record: &LazyRecord, layer: &Arc<Layer>, mountpoint: PathBuf) {
+        let image = record.manifest;
         let (operations, first) = self.metrics.image(image);
         if first == FirstUse::Yes {
             let (metrics, window) = (self.metrics.clone(), self.window);
@@ -79,6 +104,8 @@ impl Observers {
             mountpoint: mountpoint.display().to_string(),
             counters: self.metrics.layer(layer.digest()),
             image: operations,
+            record: record.clone(),
+            errors: Mutex::default(),
         };
         self.mounted.write().unwrap_or_else(PoisonError::into_inner).insert(id, mounted);
     }
@@ -103,6 +130,57 @@ impl Observers {
         if reason.is_failure() {
             self.metrics.general().count(Count::FuseMountFailure);
         }
+    }
+
+    /// Every layer that is mounted or that something was decided about, by image.
+    pub fn images(&self) -> Vec<status::Image> {
+        type Key = (String, String, String);
+        let mut images: BTreeMap<Key, BTreeMap<SnapshotId, status::Layer>> = BTreeMap::new();
+        let decided = self.decisions.all();
+        for (id, decision) in &decided {
+            let key = (decision.image.clone(), decision.manifest.clone(), decision.namespace.clone());
+            let layer = status::Layer {
+                layer: decision.layer.clone(),
+                snapshot: id.0,
+                mode: decision.mode,
+                reason: decision.reason.to_owned(),
+                why: decision.why.clone(),
+                decided: rfc3339(decision.at),
+                lazy: None,
+            };
+            images.entry(key).or_default().insert(*id, layer);
+        }
+        for (id, mounted) in self.mounted.read().unwrap_or_else(PoisonError::into_inner).iter() {
+            let Some(layer) = mounted.layer.upgrade() else { continue };
+            let record = &mounted.record;
+            let key = (record.image.to_string(), record.manifest.to_string(), record.namespace.clone());
+            let entry = images.entry(key).or_default().entry(*id).or_insert_with(|| status::Layer {
+                layer: record.layer.to_string(),
+                snapshot: id.0,
+                mode: Mode::Lazy,
+                reason: decisions::INDEXED.to_owned(),
+                why: "an earlier daemon mounted it".to_owned(),
+                decided: String::new(),
+                lazy: None,
+            });
+            let (fetched, size) = layer.progress();
+            let errors = mounted.errors.lock().unwrap_or_else(PoisonError::into_inner);
+            entry.lazy = Some(status::Lazy {
+                size,
+                fetched: fetched.min(size),
+                fetched_percent: status::Lazy::percent(fetched, size),
+                mountpoint: mounted.mountpoint.clone(),
+                read_errors: errors.count,
+                last_error: errors.last.clone(),
+            });
+        }
+        let image = |((image, manifest, namespace), layers): (Key, BTreeMap<_, _>)| status::Image {
+            image,
+            manifest,
+            namespace,
+            layers: layers.into_values().collect(),
+        };
+        images.into_iter().map(image).collect()
     }
 
     fn with(&self, id: SnapshotId, act: impl FnOnce(&Mounted)) {
@@ -133,6 +211,11 @@ impl layers::Observer for Observers {
     fn toc_built(&self, layer: &Digest, took: Duration) {
         self.metrics.layer(*layer).took(MillisecondOperation::InitMetadataStore, took);
     }
+}
+
+/// A moment as `soci status` shows it.
+pub fn rfc3339(at: SystemTime) -> String {
+    jiff::Timestamp::try_from(at).unwrap_or_default().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 fn image_operation(op: Op) -> ImageOperation {
@@ -172,13 +255,25 @@ impl fs::Observer for Observers {
             FailedOp::Other => FuseFailure::Unknown,
         };
         self.metrics.layer(failure.layer).failed(what);
-        tracing::error!(
+        let error = failure.error.chain();
+        let mut image = None;
+        self.with(failure.snapshot, |mounted| {
+            image = Some(mounted.record.image.to_string());
+            let mut errors = mounted.errors.lock().unwrap_or_else(PoisonError::into_inner);
+            errors.count += 1;
+            errors.last = Some(format!("{}: {error}", String::from_utf8_lossy(failure.path)));
+        });
+        say!(
+            ReadFailed,
+            image,
+            layer = %failure.layer,
+            reason = failure.error.code(),
             digest = %failure.layer,
             size = failure.size,
             fetchedSize = failure.fetched,
             fetchedPercent = failure.fetched as f64 * 100.0 / failure.size.max(1) as f64,
             path = %String::from_utf8_lossy(failure.path),
-            error = %failure.error.chain(),
+            error,
             "statFile error"
         );
     }

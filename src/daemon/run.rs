@@ -23,6 +23,7 @@ use crate::{
     snapshot::{self, Snapshotter},
     sys,
     telemetry::{
+        catalog::say,
         http,
         logs::{self, Level, Output},
         metrics::Metrics,
@@ -147,7 +148,7 @@ fn start(options: Options) -> ExitCode {
         }
     };
     for warning in loaded.warning_lines() {
-        tracing::warn!("{warning}");
+        say!(ConfigDoubtful, "{warning}");
     }
     match run(&options, &loaded.config) {
         Ok(()) => {
@@ -167,6 +168,7 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     let layout = Layout::new(absolute(&options.root)?);
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
+        // The operator asked for it; the text and level are the Go snapshotter's.
         tracing::warn!("skipped snapshotter is supported check");
     } else if root::check_overlay(&layout)? == root::Checked::MayNotMount {
         tracing::debug!(
@@ -205,7 +207,7 @@ fn raise_descriptor_limit() {
     if current != maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
     {
-        tracing::warn!(%error, limit = ?current, "cannot raise the limit of open files: some hundred lazy layers may be too many");
+        say!(FewDescriptors, %error, limit = ?current, "cannot raise the limit of open files: some hundred lazy layers may be too many");
     }
 }
 
@@ -251,7 +253,7 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
     // Without systemd there is nobody to notify.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    tracing::info!(address, "soci-snapshotter-grpc successfully started");
+    say!(Started, address, "soci-snapshotter-grpc successfully started");
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
@@ -267,7 +269,7 @@ async fn serve(
     };
     tokio::select! {
         served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
-        () = patience => tracing::warn!("gRPC requests that take long are cut off; containerd repeats them"),
+        () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
     if let Ok(lazyfs::Drained { unanswered }) = drained
@@ -289,7 +291,8 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
                 async move {
                     let result = lazy.recover(id).await;
                     if let Err(error) = &result {
-                        tracing::error!(
+                        say!(
+                            LayerNotRestored,
                             snapshot = id.to_string(), error,
                             "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
                              started from it; if that does not help, remove the image and pull it again"
@@ -328,10 +331,10 @@ async fn keep_held(layout: Layout, held: Held) {
         });
         match kept.await {
             Ok(Ok(holder::Keeping::Already)) => said = false,
-            Ok(Ok(holder::Keeping::HandedIn)) => tracing::info!("gave the FUSE descriptor to a new soci-mount"),
+            Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
             Ok(Err(error)) if !said => {
                 said = true;
-                tracing::error!(%error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
+                say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
             }
             _ => {}
         }
@@ -368,7 +371,7 @@ fn lazy_side(
     let shared = Arc::new(match spill(layout) {
         Ok(spill) => shared.spilling(spill),
         Err(error) => {
-            tracing::warn!(root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
+            say!(NoScratch, root = %layout.root().display(), %error, "no scratch file; layers are inflated again when memory runs short");
             shared
         }
     });

@@ -61,6 +61,19 @@ pub enum ReadError {
 }
 
 impl ReadError {
+    /// In one word, for searches: `SOCI_REASON=` in the journal.
+    pub fn code(&self) -> &'static str {
+        match self {
+            ReadError::Fetch { .. } => "fetch",
+            ReadError::Digest { .. } => "digest",
+            ReadError::Inflate { .. } => "inflate",
+            ReadError::OutOfRange { .. } | ReadError::Length { .. } => "range",
+            ReadError::Storage { .. } => "storage",
+            ReadError::Header(_) => "header",
+            ReadError::Panicked | ReadError::Interrupted | ReadError::Removed => "ended",
+        }
+    }
+
     /// With its causes, as logs and the state file show it.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();

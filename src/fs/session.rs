@@ -27,6 +27,7 @@ use super::read::{self, ReadError};
 use super::tree::{Layer, Tree};
 use super::wire::{self, InitParams, Request};
 use crate::layers::toc::Node;
+use crate::telemetry::catalog::say;
 use bytes::Bytes;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::OFlags;
@@ -216,7 +217,7 @@ impl Shared {
                 Err(Errno::INTR | Errno::NOENT) => {}
                 Err(Errno::NODEV | Errno::CONNABORTED) => return self.close(),
                 Err(error) => {
-                    tracing::error!(%error, "cannot read FUSE requests");
+                    say!(FuseBroken, %error, "cannot read FUSE requests");
                     return self.close();
                 }
             }
@@ -226,7 +227,7 @@ impl Shared {
     fn handle(self: &Arc<Shared>, bytes: &[u8], buffer: &mut Vec<u8>) {
         let request = match Request::parse(bytes) {
             Ok(request) => request,
-            Err(error) => return tracing::error!(%error, "unreadable FUSE request"),
+            Err(error) => return say!(FuseBroken, %error, "unreadable FUSE request"),
         };
         match answer::answer(&self.tree, &request, buffer) {
             Outcome::Reply => self.write(request.unique, &[IoSlice::new(buffer)]),
@@ -253,7 +254,7 @@ impl Shared {
                 Err(error) => break error,
             }
         };
-        tracing::error!(%error, unique, "cannot answer a FUSE request");
+        say!(FuseBroken, %error, unique, "cannot answer a FUSE request");
         // Something is better than a reader that waits for ever.
         let _ = rustix::io::write(&self.device, &wire::error_reply(unique, Errno::IO));
     }

@@ -9,6 +9,7 @@ use super::{
     BlobRef, ContentStore, DiscoverySettings, NoIndex, Observer, SociIndex, StoreError, ZtocDescriptor,
     discover::Found, prefetch, store::Ingest,
 };
+use crate::telemetry::{catalog::say, logs::ROUTINE_TARGET};
 use crate::{
     oci::{Descriptor, Digest, Manifest, annotation, media_type},
     registry::{Class, HostId, RegistryError, Repository},
@@ -63,7 +64,7 @@ pub(super) async fn index(
         .map(|(layer, blob)| async move {
             let result = ensure(repository, store, found.digest, blob).await;
             result.err().map(|error| {
-                tracing::warn!(digest = %blob.digest, error = %error, "cannot fetch the prefetch artifact");
+                say!(PrefetchUnusable, digest = %blob.digest, error = %error, "cannot fetch the prefetch artifact");
                 layer
             })
         })
@@ -127,7 +128,7 @@ fn plan(digest: Digest, manifest: Manifest, settings: &DiscoverySettings) -> Res
             continue;
         }
         let Some(layer) = layer_of(blob) else {
-            tracing::warn!(digest = %blob.digest, "a blob of the SOCI index does not say to which layer it belongs");
+            say!(IndexStrange, digest = %blob.digest, "a blob of the SOCI index does not say to which layer it belongs");
             continue;
         };
         if is_ztoc {
@@ -177,7 +178,7 @@ async fn ensure(
     if store.holds(blob.digest, blob.size).await.map_err(NoIndex::Store)? {
         return Ok(Origin::Here);
     }
-    tracing::info!(digest = %blob.digest, "fetching artifact from remote");
+    tracing::info!(target: ROUTINE_TARGET, digest = %blob.digest, "fetching artifact from remote");
     let failed = |error| match error {
         Error::Registry(error) => NoIndex::Blob { index, blob: blob.digest, source: Box::new(error) },
         Error::Store(error) => NoIndex::Store(error),

@@ -19,6 +19,7 @@ mod store;
 
 pub use store::{ContentStore, StoreError};
 
+use crate::telemetry::{catalog::say, logs::ROUTINE_TARGET};
 use crate::{
     oci::{Digest, Manifest, Reference, annotation},
     registry::{Registry, RegistryError},
@@ -220,7 +221,7 @@ impl Indexes {
     /// Which spans of `layer` to load first, if the index says so. What cannot be read is named in the log.
     pub async fn prefetch(&self, index: &SociIndex, layer: &Digest) -> Option<Prefetch> {
         let blob = index.prefetch.get(layer)?;
-        tracing::info!(digest = %blob.digest, layer = %layer, "Loading prefetch artifact");
+        tracing::info!(target: ROUTINE_TARGET, digest = %blob.digest, layer = %layer, "Loading prefetch artifact");
         let read = self.inner.store.read(blob.digest, prefetch::MAX_SIZE).await;
         let parsed = match read {
             Ok(Some(bytes)) => prefetch::parse(&bytes).map_err(|e| e.to_string()),
@@ -230,6 +231,7 @@ impl Indexes {
         match parsed {
             Ok(parsed) => {
                 tracing::info!(
+                    target: ROUTINE_TARGET,
                     digest = %blob.digest,
                     "Successfully loaded prefetch artifact with {} span ranges",
                     parsed.len()
@@ -237,7 +239,7 @@ impl Indexes {
                 Some(parsed)
             }
             Err(error) => {
-                tracing::warn!(digest = %blob.digest, error, "cannot use the prefetch artifact");
+                say!(PrefetchUnusable, digest = %blob.digest, error, "cannot use the prefetch artifact");
                 None
             }
         }
@@ -249,7 +251,11 @@ impl Inner {
         let repository = self.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
         let found = discover::find(&repository, &self.store, &self.settings, image.manifest, explicit).await?;
         // Read by tests and scripts: this text, and text fields only.
-        tracing::info!(digest = %found.digest, "fetching SOCI artifacts using index descriptor");
+        tracing::info!(
+            digest = %found.digest,
+            image = %image.reference,
+            "fetching SOCI artifacts using index descriptor"
+        );
         let started = Instant::now();
         let index = fetch::index(&repository, &self.store, &self.settings, self.observer.as_ref(), &found).await;
         self.observer.index_fetched(found.digest, started.elapsed());

@@ -14,6 +14,7 @@ pub use docker::DockerConfig;
 pub use helper::HelperError;
 
 use crate::oci::Reference;
+use crate::telemetry::catalog::say;
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
 /// What docker.io is called in docker's configuration and by login helpers.
@@ -112,7 +113,8 @@ impl Keychain {
             match source.lookup(query).await {
                 Ok(Some(found)) => return Some(found),
                 Ok(None) => {}
-                Err(error) => tracing::warn!(
+                Err(error) => say!(
+                    LoginUnavailable,
                     source = source.name(),
                     host = query.host,
                     error = %chain(&error),

@@ -16,6 +16,7 @@ use super::{
     spans::Span,
     split,
 };
+use crate::telemetry::catalog::say;
 use crate::{fs::ReadError, registry::HostId};
 use futures::future::BoxFuture;
 use std::{
@@ -211,7 +212,7 @@ impl<'a> Attempts<'a> {
         }
         if let Some(span) = outcome.wrong {
             let (layer, host) = (self.layer.digest(), self.host.take());
-            tracing::warn!(%layer, span, ?host, "fetched bytes do not match their digest, asking elsewhere");
+            say!(BadBytes, %layer, span, host = host.as_ref().map_or_else(|| "containerd".to_owned(), HostId::to_string), "fetched bytes do not match their digest, asking elsewhere");
             match host {
                 Some(host) => self.avoid.push(host),
                 None => self.source = (self.source + 1) % self.sources.len().max(1),

@@ -13,6 +13,7 @@ use super::{
     layer::{Arrival, Layer},
     read::{TRIES, storage},
 };
+use crate::telemetry::catalog::say;
 use crate::{
     fs::ReadError,
     inflate::{InflateError, SpanInflater},
@@ -151,7 +152,7 @@ impl Layer {
         }
         let whole = entry.uncompressed.end - entry.uncompressed.start;
         let no_room = |placed: u64, error: &io::Error| {
-            tracing::warn!(layer = %self.digest(), span, %error, "no room for a large span; each read inflates it from its start");
+            say!(NoRoomForSpan, layer = %self.digest(), span, %error, "no room for a large span; each read inflates it from its start");
             Placed::NoRoom(placed, Instant::now())
         };
         let room = self.files.room().and_then(|room| match room.checked_sub(RESERVE) {

@@ -17,6 +17,7 @@ use super::{
     spans::{self, SpanMap},
     toc::Toc,
 };
+use crate::telemetry::catalog::say;
 use crate::{
     fs::ReadError,
     oci::Digest,
@@ -433,14 +434,14 @@ impl Layer {
                 tracing::debug!(layer = %self.digest, "layer complete, its digest matches");
             }
             Err(error) => {
-                tracing::warn!(layer = %self.digest, error = %error, "cannot read the completed layer back");
+                say!(LayerUnreadable, layer = %self.digest, error = %error, "cannot read the completed layer back");
             }
             // Completed again when what is discarded here has come again.
             Ok(_) if self.discard_damaged() > 0 => return,
             Ok(found) => {
                 let found = found.map_or("a short file".to_owned(), |digest| digest.to_string());
-                tracing::error!(
-                    layer = %self.digest, found,
+                say!(
+                    LayerContradictsIndex, layer = %self.digest, found,
                     "every span of the layer matches its zTOC, but the layer does not match its digest: the SOCI index is wrong; rebuild and push it"
                 );
                 self.shared.observer.layer_contradicts_index(&self.digest);
@@ -460,7 +461,7 @@ impl Layer {
             match self.files.is_intact(entry) {
                 Ok(true) => self.set_checked(span, true),
                 Ok(false) | Err(_) => {
-                    tracing::warn!(layer = %self.digest, span, "span on disk is damaged, fetching it again");
+                    say!(SpanDamaged, layer = %self.digest, span, "span on disk is damaged, fetching it again");
                     self.discard(span);
                     damaged += 1;
                 }

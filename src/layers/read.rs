@@ -14,6 +14,7 @@ use super::{
     scratch::Put,
     spans,
 };
+use crate::telemetry::catalog::say;
 use crate::{
     fs::{LayerData, ReadError},
     inflate::{self, InflateError},
@@ -109,7 +110,7 @@ impl Layer {
     }
 
     pub(super) fn damaged(&self, span: usize, trouble: Option<&std::io::Error>) {
-        tracing::warn!(layer = %self.digest(), span, ?trouble, "span on disk is damaged, fetching it again");
+        say!(SpanDamaged, layer = %self.digest(), span, ?trouble, "span on disk is damaged, fetching it again");
         self.discard(span);
     }
 

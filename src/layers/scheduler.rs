@@ -15,6 +15,7 @@ use super::{
     layer::Layer,
     window::{MIN_BYTES, Window},
 };
+use crate::telemetry::catalog::say;
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
@@ -237,7 +238,7 @@ impl Scheduler {
     pub(super) fn no_room(&self, error: &std::io::Error) {
         let mut state = self.lock();
         if let Disk::HasRoom = state.disk {
-            tracing::error!(%error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
+            say!(DiskFull, %error, "cannot keep fetched data on disk; reads go on from the network, and each fetches its data again");
             state.disk = Disk::Full { until: Instant::now() + MIN_FULL, tries: 0 };
         }
     }
@@ -246,7 +247,7 @@ impl Scheduler {
     pub(super) fn has_room(&self) {
         let mut state = self.lock();
         if let Disk::Full { .. } = state.disk {
-            tracing::info!("fetched data can be kept on disk again");
+            say!(DiskHasRoom, "fetched data can be kept on disk again");
             state.disk = Disk::HasRoom;
             drop(state);
             self.wake();

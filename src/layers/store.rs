@@ -7,6 +7,7 @@ use super::{
     files::{self, LayerFiles},
     layer, prior, toc,
 };
+use crate::telemetry::catalog::say;
 use crate::{
     layout::Layout,
     oci::Digest,
@@ -260,7 +261,7 @@ fn existing(wanted: &Wanted, directory: &Path) -> io::Result<Option<LayerFiles>>
     if let Some(files) = open()? {
         return Ok(Some(files));
     }
-    tracing::warn!(layer = %wanted.layer, "the layer's directory is damaged, making it again");
+    say!(LayerDirectoryDamaged, layer = %wanted.layer, "the layer's directory is damaged, making it again");
     // With another zTOC the spans would be others.
     match wanted.ztoc == recorded && files::place_ztoc(directory, &wanted.ztoc_path).is_ok() {
         true => open(),

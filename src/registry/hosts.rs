@@ -9,6 +9,7 @@ use super::{
     settings::{HostSettings, Mirror, MirrorTimeout, Security},
     url::is_loopback,
 };
+use crate::telemetry::catalog::say;
 use ::url::Url;
 use std::{
     collections::HashMap,
@@ -177,7 +178,7 @@ fn list(image_host: &str, mirrors: &[Mirror]) -> Result<Endpoints, InvalidHost> 
         let base = match mirror_base(mirror) {
             Ok(base) => base,
             Err(error) => {
-                tracing::warn!(error = %error, image_host, "ignoring a mirror");
+                say!(MirrorIgnored, error = %error, image_host, "ignoring a mirror");
                 continue;
             }
         };

@@ -64,6 +64,22 @@ pub enum NotLazyReason {
 }
 
 impl NotLazyReason {
+    /// In one word, for scripts and searches: `SOCI_REASON=` in the journal, `reason` in `soci status`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            NotLazyReason::ParallelPull => "parallel-pull",
+            NotLazyReason::TooSmall { .. } => "too-small",
+            NotLazyReason::LabelMissing(_) => "label-missing",
+            NotLazyReason::LabelInvalid { .. } => "label-invalid",
+            NotLazyReason::NoIndex { .. } => "no-index",
+            NotLazyReason::NoZtoc(_) => "no-ztoc",
+            NotLazyReason::Unresolved { .. } => "unresolved",
+            NotLazyReason::Timeout(_) => "timeout",
+            NotLazyReason::NameTaken(_) => "name-taken",
+            NotLazyReason::Unserved { .. } => "unserved",
+        }
+    }
+
     /// Whether this is a failure (`fuse_mount_failure_count`) and not a decision or an image without index.
     pub fn is_failure(&self) -> bool {
         match self {
@@ -96,6 +112,17 @@ impl NotLazyReason {
     }
 }
 
+/// What became of a layer that containerd was about to unpack.
+#[derive(Debug, Clone, Copy)]
+pub enum Outcome<'a> {
+    /// Readable while it arrives.
+    Lazy,
+    /// Pulled and unpacked here, for the reason that it is not lazy.
+    Pulled(&'a NotLazyReason),
+    /// containerd pulls and unpacks it.
+    Left(&'a NotLazyReason),
+}
+
 /// The lazy side: what makes layers readable under `lazy/<id>`.
 pub trait LazyLayers: Send + Sync {
     /// Makes the layer readable at `lazy/<id>`, durably, or says why not. Leaves the snapshot's `fs` alone.
@@ -120,6 +147,11 @@ pub trait LazyLayers: Send + Sync {
     /// A layer extraction was not lazy, for this reason: called once for each. containerd now fetches and unpacks that layer.
     fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
         let _ = (id, reason);
+    }
+
+    /// What became of a layer, once for each extraction that ends; a layer that was here already is none.
+    fn decided(&self, id: SnapshotId, extraction: &Extraction, outcome: Outcome<'_>) {
+        let _ = (id, extraction, outcome);
     }
 
     /// containerd has committed what it unpacked into `id`.

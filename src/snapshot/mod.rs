@@ -40,7 +40,7 @@ mod tests;
 pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
 pub use error::{SnapshotError, StoreError, chain};
-pub use lazy::{Extraction, LazyLayers, NotLazyReason, Target};
+pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};
 pub use snapshotter::{Options, Snapshotter};
 pub use state::{Mount, MountKind, Pull};

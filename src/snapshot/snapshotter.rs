@@ -5,11 +5,12 @@
 use super::directories::{self, Access};
 use super::disk::{Disk, blocking};
 use super::error::{SnapshotError, StoreError, chain};
-use super::lazy::{Extraction, LazyLayers, NotLazyReason, Target};
+use super::lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::state::{self, Mount, Plan, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
 use crate::layout::{Layout, SnapshotId};
+use crate::telemetry::catalog::say;
 use futures::StreamExt;
 use std::collections::HashSet;
 use std::future::Future;
@@ -123,7 +124,8 @@ impl Snapshotter {
             (store?, strange)
         };
         if strange > 0 {
-            tracing::warn!(
+            say!(
+                StrangeDirectories,
                 directories = strange.to_string(),
                 "snapshot directories that the snapshot database does not know are left alone"
             );
@@ -293,7 +295,7 @@ async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>, delay: Duration) {
         tokio::time::sleep(delay).await;
         let Some(inner) = inner.upgrade() else { return };
         if let Err(error) = inner.sweep().await {
-            tracing::warn!(error = chain(&error), "cannot look for directories of removed snapshots");
+            say!(NotRemoved, error = chain(&error), "cannot look for directories of removed snapshots");
         }
     }
 }
@@ -414,10 +416,11 @@ impl Inner {
             Plan::Lazy(_) if there.is_some() => NotLazyReason::NameTaken(extraction.chain_id.clone()),
             Plan::Lazy(target) => match self.make_lazy(id, target, &parents).await {
                 Err(reason) => reason,
-                Ok(()) => return self.commit_lazy(&key, parent.as_deref(), labels, &extraction).await,
+                Ok(()) => return self.commit_lazy(id, &key, parent.as_deref(), labels, &extraction).await,
             },
         };
         self.lazy.not_lazy(id, &reason);
+        self.lazy.decided(id, &extraction, Outcome::Left(&reason));
         self.log_deferred(&key, &extraction, &reason);
         let answered = async {
             self.check_available(&parents).await?;
@@ -450,6 +453,7 @@ impl Inner {
     /// Commits a lazy layer under its chain id. Always an error: `TargetExists` is the good one.
     async fn commit_lazy(
         &self,
+        id: SnapshotId,
         key: &str,
         parent: Option<&str>,
         labels: Labels,
@@ -459,6 +463,7 @@ impl Inner {
         // Usage is what the layer store holds at any time, see `usage`.
         match self.store.commit(key, name, labels, Usage::default(), Timestamp::now()).await {
             Ok(()) => {
+                self.lazy.decided(id, extraction, Outcome::Lazy);
                 log_prepared(key, extraction, true);
                 Err(SnapshotError::TargetExists(name.clone()))
             }
@@ -483,7 +488,7 @@ impl Inner {
     /// Takes back an active snapshot that nobody was told of.
     async fn discard(&self, key: &str) {
         if let Err(error) = self.store.remove(key, Change::Soon).await {
-            tracing::warn!(key, error = chain(&error), "cannot take back a snapshot");
+            say!(NotRemoved, key, error = chain(&error), "cannot take back a snapshot");
         }
         self.removed.notify_one();
     }
@@ -509,7 +514,7 @@ impl Inner {
             .for_each_concurrent(SWEEP_WIDTH, |id| async move {
                 self.lazy.remove(id);
                 if let Err(error) = self.disk.remove_tree(id).await {
-                    tracing::warn!(snapshot = %id, %error, "failed to remove directory");
+                    say!(NotRemoved, snapshot = %id, %error, "failed to remove directory");
                 }
             })
             .await;
@@ -523,7 +528,7 @@ impl Inner {
         let links = blocking(move || {
             for info in lazy {
                 if let Err(error) = directories::link_to_lazy(&layout, info.id) {
-                    tracing::warn!(snapshot = %info.id, %error, "lazy layer has lost its directory");
+                    say!(LinkLost, snapshot = %info.id, %error, "lazy layer has lost its directory");
                 }
             }
             Ok(())
@@ -533,14 +538,19 @@ impl Inner {
 
     /// One line for each layer that is left to containerd, and before it why lazy loading was not possible.
     fn log_deferred(&self, key: &str, extraction: &Extraction, reason: &NotLazyReason) {
-        let target = extraction.chain_id.as_str();
+        let (target, image, layer) = names(extraction);
         let error = reason.to_string();
+        let code = reason.code();
         if reason.was_tried() {
-            tracing::warn!(
+            say!(
+                LayerNotLazy,
                 "remote-snapshot-prepared" = "false",
                 error,
                 key,
                 target,
+                image,
+                layer,
+                reason = code,
                 "failed to prepare remote snapshot"
             );
         }
@@ -554,24 +564,32 @@ impl Inner {
         if let Some(what) = parallel
             && !self.said_parallel.swap(true, Ordering::Relaxed)
         {
-            tracing::warn!("{what}: such layers are left to containerd");
+            tracing::info!("{what}: such layers are left to containerd");
         }
         if matches!(reason, NotLazyReason::TooSmall { .. }) {
             tracing::info!(key, "layer size less than runtime min_layer_size, skipping remote snapshot preparation");
         }
         if matches!(reason, NotLazyReason::NoIndex { .. }) {
-            tracing::warn!(
+            say!(
+                NoIndex,
                 "defer-snapshot-runtime" = "true",
                 key,
                 target,
+                image,
+                layer,
+                reason = code,
                 "no valid SOCI index found; deferring to container runtime"
             );
         } else {
-            tracing::warn!(
+            say!(
+                LeftToContainerd,
                 "defer-snapshot-runtime" = "true",
                 error,
                 key,
                 target,
+                image,
+                layer,
+                reason = code,
                 "failed to prepare local snapshot; deferring to container runtime"
             );
         }
@@ -587,10 +605,33 @@ fn is_target(there: &Info, extraction: &Extraction, parent: Option<&str>) -> boo
 
 /// The machine-read line of a layer that containerd need not unpack.
 fn log_prepared(key: &str, extraction: &Extraction, lazy: bool) {
-    let target = extraction.chain_id.as_str();
+    let (target, image, layer) = names(extraction);
     if lazy {
-        tracing::info!("remote-snapshot-prepared" = "true", key, target, "remote snapshot successfully prepared.");
+        say!(
+            LayerLazy,
+            "remote-snapshot-prepared" = "true",
+            key,
+            target,
+            image,
+            layer,
+            "remote snapshot successfully prepared."
+        );
     } else {
-        tracing::info!("local-snapshot-prepared" = "true", key, target, "local snapshot successfully prepared");
+        say!(
+            LayerPulled,
+            "local-snapshot-prepared" = "true",
+            key,
+            target,
+            image,
+            layer,
+            "local snapshot successfully prepared"
+        );
     }
+}
+
+/// What log lines call the layer: its chain id, and image and digest where the labels name them.
+fn names(extraction: &Extraction) -> (&str, Option<String>, Option<String>) {
+    let target = extraction.target.as_ref().ok();
+    let (image, layer) = (target.map(|t| t.reference.to_string()), target.map(|t| t.layer.to_string()));
+    (extraction.chain_id.as_str(), image, layer)
 }

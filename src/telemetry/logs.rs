@@ -4,7 +4,11 @@
 //! fields with the types they were given. Tests and operators' scripts of the Go snapshotter read these lines: a value given as the string `"true"`
 //! stays a string. Fields of the spans around an event come along; the event's own win.
 //!
-//! Where stderr is the journal (`JOURNAL_STREAM` names it), lines go to journald itself, and fields become `SOCI_…` fields one can search by.
+//! Where stderr is the journal (`JOURNAL_STREAM` names it), lines go to journald itself, and fields become `SOCI_…` fields one can search by
+//! ([`journal`]).
+//!
+//! The journal is read by people, stderr also by scripts of the Go snapshotter, which count lines: what is said for each layer or artifact of an image
+//! at level info ([`ROUTINE_TARGET`], and messages of the catalog that are marked so) is debug in the journal.
 //!
 //! Confidentiality: only targets of this crate may speak below `warn`, whatever level was asked for. HTTP and TLS libraries print headers at `debug` and
 //! `trace`; no setting can make them do it here.
@@ -12,6 +16,10 @@
 //! `fatal` exists in logrus but not in tracing: see [`fatal`].
 #![forbid(unsafe_code)]
 
+mod journal;
+mod recent;
+
+use super::{catalog::Message, status::Said};
 use crate::sys::clock;
 use serde_json::{Map, Value};
 use std::{
@@ -37,6 +45,10 @@ use tracing_subscriber::{
 
 /// The target of everything this crate says.
 const OWN_TARGET: &str = "soci";
+/// The target of what is said at level info for scripts that read stderr, and is detail in the journal.
+pub const ROUTINE_TARGET: &str = "soci::routine";
+/// The product's daemon, as the journal names it.
+const IDENTIFIER: &str = "soci-snapshotter-grpc";
 /// An event field that overrides the level's name; only `fatal` and `panic` have a use for it.
 const LEVEL_FIELD: &str = "log.level";
 
@@ -75,6 +87,11 @@ impl FromStr for Level {
 }
 
 impl Level {
+    /// Whether details were asked for.
+    fn is_detailed(self) -> bool {
+        matches!(self, Level::Trace | Level::Debug)
+    }
+
     /// The most that passes. tracing has nothing above `error`, so fatal lines pass at every setting, as they should.
     fn filter(self) -> LevelFilter {
         match self {
@@ -102,30 +119,21 @@ pub fn init(level: Level, output: Output) -> io::Result<()> {
     clock::utc_offset(0);
     let journal = match output {
         Output::Json => None,
-        Output::Journald => Some(journald()?),
+        Output::Journald => Some(journal::Journal::connect(level.is_detailed())?),
         // If journald's socket is out of reach, stderr still arrives there; only the fields are not separate.
-        Output::Automatic if stderr_is_the_journal() => journald().ok(),
+        Output::Automatic if stderr_is_the_journal() => journal::Journal::connect(level.is_detailed()).ok(),
         Output::Automatic => None,
     };
-    let registry = tracing_subscriber::registry();
+    // What is wrong is remembered whatever is written.
+    let warnings = |metadata: &Metadata<'_>| passes(Level::Warning, metadata);
+    let recent = Collect(&recent::RECENT).with_filter(filter_fn(warnings));
+    let registry = tracing_subscriber::registry().with(recent);
     let passes = move |metadata: &Metadata<'_>| passes(level, metadata);
     let result = match journal {
-        Some(journal) => registry.with(journal.with_filter(filter_fn(passes))).try_init(),
-        None => registry.with(JsonLines::new(Stderr).with_filter(filter_fn(passes))).try_init(),
+        Some(journal) => registry.with(Collect(journal).with_filter(filter_fn(passes))).try_init(),
+        None => registry.with(Collect(JsonLines::new(Stderr)).with_filter(filter_fn(passes))).try_init(),
     };
     result.map_err(io::Error::other)
-}
-
-fn journald() -> io::Result<tracing_journald::Layer> {
-    use tracing_journald::{Priority, PriorityMappings};
-    // journalctl -p info must show info; the crate would file it under notice.
-    let priorities = PriorityMappings {
-        info: Priority::Informational,
-        debug: Priority::Debug,
-        trace: Priority::Debug,
-        ..PriorityMappings::new()
-    };
-    Ok(tracing_journald::Layer::new()?.with_field_prefix(Some("SOCI".to_owned())).with_priority_mappings(priorities))
 }
 
 /// systemd names the device and inode of the stream it connected; a redirected stderr has another one (systemd.exec(5)).
@@ -143,7 +151,13 @@ fn passes(level: Level, metadata: &Metadata<'_>) -> bool {
 
 /// Logs why the process is about to exit, at level `fatal`: `msg` and the chain of causes in `error`.
 pub fn fatal(message: &str, error: &(dyn std::error::Error + 'static)) {
-    tracing::error!(target: "soci", { "log.level" = "fatal", error = error }, "{message}");
+    let message_id = Message::CannotStart.id();
+    tracing::error!(target: "soci", { "log.level" = "fatal", message_id, error = error }, "{message}");
+}
+
+/// The last warnings and errors of the catalog that this process said, oldest first.
+pub fn recent() -> Vec<Said> {
+    recent::RECENT.all()
 }
 
 /// An error and its sources, outermost first, separated by colons.
@@ -188,7 +202,24 @@ impl<S: Sink> JsonLines<S> {
 /// A span's fields, kept with the span.
 struct SpanFields(Map<String, Value>);
 
-impl<C, S: Sink> Layer<C> for JsonLines<S>
+/// Takes finished events.
+trait Receiver: Send + Sync + 'static {
+    /// `fields`: those of the spans around it and its own, `message` among them.
+    fn event(&self, metadata: &Metadata<'_>, fields: Map<String, Value>);
+}
+
+impl<S: Sink> Receiver for JsonLines<S> {
+    fn event(&self, metadata: &Metadata<'_>, fields: Map<String, Value>) {
+        let mut line = render(fields, *metadata.level(), SystemTime::now());
+        line.push('\n');
+        self.sink.write(line.as_bytes());
+    }
+}
+
+/// Collects the fields of events and of the spans around them.
+struct Collect<R>(R);
+
+impl<C, R: Receiver> Layer<C> for Collect<R>
 where
     C: Subscriber + for<'a> LookupSpan<'a>,
 {
@@ -219,9 +250,7 @@ where
         }
         let mut own = Fields(fields);
         event.record(&mut own);
-        let mut line = render(own.0, *event.metadata().level(), SystemTime::now());
-        line.push('\n');
-        self.sink.write(line.as_bytes());
+        self.0.event(event.metadata(), own.0);
     }
 }
 

@@ -13,7 +13,7 @@ impl Sink for Kept {
 /// The lines that `speak` logs at `level`.
 fn lines(level: Level, speak: impl FnOnce()) -> Vec<String> {
     let kept = Kept::default();
-    let layer = JsonLines::new(kept.clone()).with_filter(filter_fn(move |metadata| passes(level, metadata)));
+    let layer = Collect(JsonLines::new(kept.clone())).with_filter(filter_fn(move |metadata| passes(level, metadata)));
     tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), speak);
     let text = kept.0.lock().expect("lock");
     text.lines().map(str::to_owned).collect()
@@ -74,7 +74,7 @@ fn fatal_lines_pass_at_every_level_and_carry_the_chain_of_causes() {
         let lines = lines(level, || fatal("failed to open config file /x", &Outer(io::Error::other("no such file"))));
         assert_eq!(
             timeless(&lines[0]),
-            r#"{"error":"failed to open config file: no such file","level":"fatal","msg":"failed to open config file /x",}"#
+            r#"{"error":"failed to open config file: no such file","level":"fatal","message_id":"650073dd777e49b9ae6a80b9ffcf4cff","msg":"failed to open config file /x",}"#
         );
     }
 }

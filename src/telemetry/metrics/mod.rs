@@ -20,7 +20,10 @@ mod text;
 
 pub use families::{Count, FuseFailure, ImageOperation, MicrosecondOperation, MillisecondOperation};
 
-use crate::{oci::Digest, telemetry::limit::Limiter};
+use crate::{
+    oci::Digest,
+    telemetry::{limit::Limiter, logs::ROUTINE_TARGET},
+};
 use families::{Family, HISTOGRAM_MICROSECONDS, HISTOGRAM_MILLISECONDS};
 use std::{
     collections::BTreeMap,
@@ -150,7 +153,7 @@ impl Metrics {
         }
         for operation in ImageOperation::ALL {
             let calls = operations.calls[operation.index()].load(Ordering::Relaxed);
-            tracing::info!("fuse operation count for image {manifest}: {} = {calls}", operation.label());
+            tracing::info!(target: ROUTINE_TARGET, "fuse operation count for image {manifest}: {} = {calls}", operation.label());
         }
     }
 

@@ -1,0 +1,347 @@
+//! The messages that an operator may have to act on: one table of identities, levels and explanations.
+//!
+//! A message is said with [`say!`](super::say): the table gives its level and its `MESSAGE_ID`, the place that says it gives the fields and the
+//! words. From the same table comes the journal catalog ([`file`], installed as `soci-snapshotter.catalog`), so that `journalctl -x` explains
+//! each of them: what happened, what it means for containers, what to do.
+//!
+//! * An identity is for ever: scripts and alerts match on it. A message that means something else gets a new one.
+//! * Explanations may name fields as `@SOCI_LAYER@`; journald puts the values in. A test sees to it that every place that says the message
+//!   gives those fields.
+//! * Warnings and errors are only said through this table (`tests/journal.rs` keeps it).
+
+use tracing::Level;
+
+/// How often the journal gets a message that scripts expect once for each layer. On stderr (JSON lines) every one is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Journal {
+    Always,
+    /// Once for each image (and reason): forty layers that became lazy are one fact.
+    OncePerImage,
+}
+
+/// One row of the table.
+#[derive(Debug)]
+pub struct Entry {
+    /// 128 bits in hexadecimal, lower case.
+    pub id: &'static str,
+    pub level: Level,
+    pub journal: Journal,
+    pub subject: &'static str,
+    pub happened: &'static str,
+    /// What it means for containers.
+    pub means: &'static str,
+    /// What to do. May have lines of its own, for commands.
+    pub act: &'static str,
+}
+
+macro_rules! messages {
+    ($($(#[$doc:meta])* $name:ident = $id:literal $level:ident $journal:ident $subject:literal
+        happened $happened:literal means $means:literal act $act:literal;)+) => {
+        /// Every message of the catalog.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Message { $($(#[$doc])* $name),+ }
+
+        impl Message {
+            pub const ALL: &'static [Message] = &[$(Message::$name),+];
+
+            /// As the source calls it.
+            pub const fn name(self) -> &'static str {
+                match self { $(Message::$name => stringify!($name)),+ }
+            }
+
+            pub const fn entry(self) -> &'static Entry {
+                match self {
+                    $(Message::$name => &Entry {
+                        id: $id, level: Level::$level, journal: Journal::$journal, subject: $subject,
+                        happened: $happened, means: $means, act: $act,
+                    }),+
+                }
+            }
+        }
+    };
+}
+
+messages! {
+    Started = "bf979cc2d4494bf79d66f08489b7d07b" INFO Always "The SOCI snapshotter is ready"
+        happened "The daemon has recovered the lazily loaded layers of this node and answers containerd on @SOCI_ADDRESS@."
+        means "Images can be pulled and containers started."
+        act "Nothing. soci status shows what is mounted.";
+    /// Said at level fatal.
+    CannotStart = "650073dd777e49b9ae6a80b9ffcf4cff" ERROR Always "The SOCI snapshotter cannot start"
+        happened "The daemon ended during its start: @SOCI_ERROR@."
+        means "Images cannot be pulled and containers not started with this snapshotter. Containers that run keep what they have read; reads of \
+               what is not here yet wait until a daemon is back."
+        act "Correct what the message names and start it again:\n\
+             \n    soci-snapshotter-grpc config check\n    systemctl restart soci-snapshotter\n\nsoci doctor looks for other causes.";
+    Degraded = "3439e65decf849eb9b897ae3442e8bed" ERROR Always "The SOCI snapshotter runs, but takes nothing new"
+        happened "The daemon could not start properly: @SOCI_ERROR@. It goes on with what it has (@SOCI_REASON@)."
+        means "Containers that run keep reading their layers, also what has still to be fetched. New Prepares are refused with this reason: no \
+               image can be pulled and no container started with this snapshotter."
+        act "Correct what the message names. With a bad configuration:\n\
+             \n    soci-snapshotter-grpc config check\n    systemctl restart soci-snapshotter\n\n\
+             A full disk or a snapshot database that could not be opened is tried again every few seconds. soci status says when it is over.";
+    DegradedOver = "0a9a4ecf44834dbc9d5756eda86cbf29" INFO Always "The SOCI snapshotter works again"
+        happened "What kept the daemon from starting properly is gone; the snapshot records are open."
+        means "Images can be pulled and containers started again."
+        act "Nothing.";
+    ConfigDoubtful = "407b0949c4894a2b8e7ba5ff57daa394" WARN Always "A setting of the SOCI snapshotter is not as it should be"
+        happened "The configuration file has something that is ignored or deprecated; the message names file, line and key."
+        means "The daemon runs with its default where a key is unknown. A misspelt key is a setting that is not in effect."
+        act "Correct the file. All such places:\n\n    soci-snapshotter-grpc config check --strict";
+    LayerLazy = "c41df71244bd42ef97efe5c17cd43810" INFO OncePerImage "An image is loaded lazily"
+        happened "Layer @SOCI_LAYER@ of @SOCI_IMAGE@ was mounted without being downloaded first. The journal has this line once for each image; \
+                  other layers of it follow silently."
+        means "Containers of this image can start now; what they read is fetched when they read it, the rest in the background."
+        act "Nothing. soci status shows how much is here.";
+    LayerPulled = "c8ff5514e78c441994a4d8baa6d983ac" INFO OncePerImage "Layers of an image were pulled by the snapshotter"
+        happened "Layer @SOCI_LAYER@ of @SOCI_IMAGE@ was pulled and unpacked by the snapshotter, or was here already. The journal has this line once \
+                  for each image."
+        means "The image starts like any other image that is on disk."
+        act "Nothing. soci explain @SOCI_IMAGE@ says for each layer what was done, and why.";
+    LayerNotLazy = "6985b004d35c4140af1068936099adb2" WARN OncePerImage "An image could not be loaded lazily"
+        happened "Layer @SOCI_LAYER@ of @SOCI_IMAGE@ cannot be loaded lazily (@SOCI_REASON@): @SOCI_ERROR@. The journal has this line once for each \
+                  image and reason."
+        means "The layer is pulled as a whole before containers start. They work; starting takes as long as without this snapshotter."
+        act "If the image is meant to be lazy, give it a SOCI index (soci convert) and push that to the same repository. Which layers, and why:\n\
+             \n    soci explain @SOCI_IMAGE@\n\nReason no-index for every image of a registry often means that it needs a login: soci doctor @SOCI_IMAGE@";
+    NoIndex = "6050066469b54a95b7017d73cc7e099e" WARN OncePerImage "An image has no SOCI index"
+        happened "No SOCI index was found for @SOCI_IMAGE@, so its layers are left to containerd."
+        means "The image is pulled and unpacked as without this snapshotter."
+        act "Nothing, if the image is not meant to be lazy. Otherwise: soci explain @SOCI_IMAGE@";
+    LeftToContainerd = "38b2b73bf4b4440790678b2c95527b23" WARN OncePerImage "Layers of an image are left to containerd"
+        happened "The snapshotter cannot provide layer @SOCI_LAYER@ of @SOCI_IMAGE@ itself (@SOCI_REASON@): @SOCI_ERROR@."
+        means "containerd downloads and unpacks the layer. Containers work; starting takes longer."
+        act "soci explain @SOCI_IMAGE@ says for each layer what was decided, and why.";
+    ReadFailed = "33dcc957cd52462a94ed25979d974d2d" ERROR Always "A container got an I/O error"
+        happened "File @SOCI_PATH@ in layer @SOCI_LAYER@ of @SOCI_IMAGE@ could not be read: @SOCI_ERROR@. Every way to get the bytes was tried until \
+                  the time for it was up ([blob] fetching_timeout_sec)."
+        means "The program that read the file got EIO. The next read tries again."
+        act "See whether the registry is reachable and lets this node in:\n\n    soci doctor @SOCI_IMAGE@\n\nAn image that was deleted from its registry \
+             before all of it was here cannot be completed: push it again or run another one.";
+    LayerContradictsIndex = "60ab0bda3a004a908f47f38c57e5e1d3" ERROR Always "A SOCI index is wrong: the layer is not what its index says"
+        happened "All of layer @SOCI_LAYER@ is here and matches its zTOC, but it does not match the digest of the layer: @SOCI_FOUND@."
+        means "The index was made from other data than the image, by mistake or on purpose. Containers of this image may have read content that is \
+               not the image's."
+        act "Treat it as an incident: find out who made and pushed the index, stop containers of the image, rebuild the index from the image (soci \
+             convert), push it, remove the image here and pull it again.";
+    BadBytes = "439d3ba22d044362897c528876f7ab11" WARN Always "A registry or mirror sent wrong bytes"
+        happened "Span @SOCI_SPAN@ of layer @SOCI_LAYER@, as fetched from @SOCI_HOST@, does not match its digest."
+        means "Nothing, if another host or another attempt has the right bytes: wrong ones are never shown to a container."
+        act "If it goes on, look at that host: a mirror with a damaged blob must be told to fetch it again.";
+    SpanDamaged = "a3c00bdc68d44101ad9e15a2fd3a748f" WARN Always "Fetched data was damaged on disk"
+        happened "Span @SOCI_SPAN@ of layer @SOCI_LAYER@ was on disk, but does not match its digest any more."
+        means "It is fetched again. After a power failure this is expected: data is not forced to disk in the way of readers."
+        act "Without a power failure before it, have the disk checked.";
+    LayerDirectoryDamaged = "04a91b3a4511451ea443a556e0624a2f" WARN Always "The files of a layer were damaged and are made again"
+        happened "The directory of layer @SOCI_LAYER@ in the layer store could not be used as it was."
+        means "What had been fetched of the layer is fetched again when it is read."
+        act "Without a power failure before it, have the disk checked.";
+    LayerUnreadable = "8988680986ff46689a36d44cd66086f3" WARN Always "A complete layer cannot be read back from disk"
+        happened "Layer @SOCI_LAYER@ is complete, but its file cannot be read to check its digest: @SOCI_ERROR@."
+        means "Reads that hit the bad place fetch the data from the registry again."
+        act "Have the disk checked.";
+    DiskFull = "a3ad0904e4194d789d0f67227866798c" ERROR Always "There is no room for fetched data"
+        happened "What was fetched for a layer cannot be kept on disk: @SOCI_ERROR@."
+        means "Containers go on: reads are served from the network, and the same data is fetched again each time. It is slow and costs transfer."
+        act "Make room on the filesystem of the snapshotter's root directory (df /var/lib/soci-snapshotter-grpc), for example by removing images \
+             that nobody uses.";
+    DiskHasRoom = "0a827a8fcc704938a978bf126b6d1bfe" INFO Always "There is room for fetched data again"
+        happened "Fetched data can be kept on disk again."
+        means "Reads are as fast as before."
+        act "Nothing.";
+    NoRoomForSpan = "5b32023df20347a1bbac1189d1bf911f" WARN Always "There is no room to unpack a large span"
+        happened "Span @SOCI_SPAN@ of layer @SOCI_LAYER@ is too large for memory and the disk has no room for it: @SOCI_ERROR@."
+        means "Each read in it inflates it from its start: slow, but right."
+        act "Make room on the filesystem of the snapshotter's root directory.";
+    NoScratch = "516d981f48d14bfca97abd7cb1b6b26d" WARN Always "The snapshotter runs without its scratch file"
+        happened "The scratch file for inflated data could not be made: @SOCI_ERROR@."
+        means "Layers are inflated again when memory runs short: reads of large images are slower."
+        act "Make room below the snapshotter's root directory, or put it on a filesystem that has unnamed files (O_TMPFILE); then restart the daemon.";
+    LayerNotRestored = "a8935910205d415888e4c1be83dc1dc6" ERROR Always "A lazily loaded layer could not be shown again"
+        happened "After its start the daemon could not serve snapshot @SOCI_SNAPSHOT@ again: @SOCI_ERROR@."
+        means "Containers that use the layer get errors (ESTALE) for what is in it; new ones cannot be started from the image."
+        act "It is tried again when a container is started from it. If that does not help, remove the image and pull it again.";
+    LayerRestored = "545b65fa3d91432fb780b9321c92f543" INFO Always "A lazily loaded layer is back"
+        happened "Snapshot @SOCI_SNAPSHOT@, which could not be served after the last start, is served now."
+        means "Containers that use the layer can read it again."
+        act "Nothing.";
+    HolderGone = "b303d57f44364f0ca9551f6e5dec49d3" ERROR Always "Nobody keeps the FUSE connection for the next daemon"
+        happened "soci-mount does not answer: @SOCI_ERROR@."
+        means "Containers run as before. If the daemon ends now, all of them lose their lazily loaded layers until they are started again."
+        act "Do not restart or upgrade the snapshotter before this is over:\n\n    systemctl restart soci-mount\n\nThe daemon hands the connection to \
+             the new soci-mount within seconds and says so.";
+    HolderReplaced = "c19c3ae175e940e2854d9c6d9f4732a8" INFO Always "The FUSE connection has a new keeper"
+        happened "The daemon gave the FUSE descriptor to a new soci-mount."
+        means "The daemon may be restarted again without harm."
+        act "Nothing.";
+    FuseBroken = "04e35e1226964a1281b47441f6f5e78b" ERROR Always "The FUSE connection has failed"
+        happened "The kernel's requests cannot be read or answered: @SOCI_ERROR@."
+        means "Containers that read lazily loaded layers get errors or wait."
+        act "Restart the daemon (systemctl restart soci-snapshotter). If it comes back, report it with the lines around this one.";
+    StrangeDirectories = "d8ed19083cb84f23a323db36cf2da37d" WARN Always "There are snapshot directories that no record knows"
+        happened "@SOCI_DIRECTORIES@ directories below snapshotter/snapshots are not in the snapshot database."
+        means "Nothing: they are left alone. They take room."
+        act "If this follows the loss of the database, bring back a copy of it. Directories of images that are gone may be removed by hand while the \
+             daemon is stopped.";
+    NotRemoved = "031a4b599381495fa76b9783cfbef2a6" WARN Always "Something that is not needed any more could not be removed"
+        happened "A directory of a removed snapshot or layer, or a record, could not be removed: @SOCI_ERROR@."
+        means "Nothing for containers. It takes room until it can be removed; the next cleanup or start tries again."
+        act "If it goes on, look at the filesystem of the root directory, and whether soci-custodian runs.";
+    LinkLost = "93af02344de344ef8f897b3b9eb0f72a" WARN Always "A lazily loaded layer has lost its directory"
+        happened "The link of snapshot @SOCI_SNAPSHOT@ to its layer is gone and could not be made again: @SOCI_ERROR@."
+        means "New containers cannot be started from the image; those that run are not concerned."
+        act "Remove the image and pull it again.";
+    LoginUnavailable = "af75f0d49cb24718865b3595fa216fac" WARN Always "A source of registry logins failed"
+        happened "Source @SOCI_SOURCE@ of logins for @SOCI_HOST@ failed: @SOCI_ERROR@."
+        means "The registry is asked with the other sources, or without a login. Private images may not be loaded lazily, and what is missing of \
+               mounted ones cannot be fetched until the source works."
+        act "Run the helper or look at the file that the message names. soci doctor IMAGE shows which source a registry is asked with.";
+    MirrorIgnored = "7626465ce4fc4c248cc9841026690a6b" WARN Always "A mirror in the configuration is ignored"
+        happened "A mirror of @SOCI_IMAGE_HOST@ cannot be used: @SOCI_ERROR@."
+        means "Its layers come from other mirrors or the registry itself."
+        act "Correct the [[resolver.host.\"…\".mirrors]] entry and reload the daemon.";
+    PrefetchUnusable = "835d298760fc466d8c327077fe19927d" WARN Always "A list of what to fetch first cannot be used"
+        happened "The prefetch artifact @SOCI_DIGEST@ of a SOCI index cannot be fetched or read: @SOCI_ERROR@."
+        means "The image is lazy all the same; its first seconds may take longer."
+        act "Make the index again with the version of soci that is in use.";
+    IndexStrange = "7035bcb1d3b94235add39b5dc66ec9ad" WARN Always "A SOCI index has an entry that cannot be used"
+        happened "Blob @SOCI_DIGEST@ of a SOCI index does not say to which layer it belongs."
+        means "That layer is not loaded lazily."
+        act "Make the index again with the version of soci that is in use.";
+    FewDescriptors = "edb52387fc8b45e7a0746892b17ca12b" WARN Always "The snapshotter may open too few files"
+        happened "The limit of open files could not be raised: @SOCI_ERROR@."
+        means "Some hundred lazily loaded layers may be too many."
+        act "Set LimitNOFILE= of the unit to 1048576.";
+    StatusUnavailable = "046f4bc6a3dc402897f9a97b018ec399" WARN Always "soci status will not work"
+        happened "The socket for soci status could not be made: @SOCI_ERROR@."
+        means "Nothing for containers."
+        act "See that the directory of the daemon's socket exists and can be written.";
+    SettingsNotKept = "42f54a91f8f44cecb44f81c7231c2d68" WARN Always "The settings in use could not be kept for a bad day"
+        happened "The copy of the configuration that a later daemon uses when the file is broken could not be written: @SOCI_ERROR@."
+        means "Nothing now. A daemon that is started with a broken configuration then uses an older copy, or does not start."
+        act "Make room below the snapshotter's root directory.";
+}
+
+impl Message {
+    pub const fn id(self) -> &'static str {
+        self.entry().id
+    }
+    pub const fn level(self) -> Level {
+        self.entry().level
+    }
+    /// The message with that `MESSAGE_ID`.
+    pub fn with_id(id: &str) -> Option<Message> {
+        Message::ALL.iter().copied().find(|message| message.id() == id)
+    }
+}
+
+/// The field that carries a message's identity.
+pub const ID_FIELD: &str = "message_id";
+
+/// Says a message of the catalog: `say!(DiskFull, %error, "cannot keep fetched data")`. Fields and words as in tracing's own macros.
+macro_rules! say {
+    ($message:ident, $($fields_and_words:tt)+) => {
+        ::tracing::event!(
+            $crate::telemetry::catalog::Message::$message.level(),
+            message_id = $crate::telemetry::catalog::Message::$message.id(),
+            $($fields_and_words)+
+        )
+    };
+}
+pub(crate) use say;
+
+/// Widest line of the catalog file: what fits a terminal with journalctl's indentation.
+const WIDTH: usize = 74;
+
+/// The catalog as journald reads it (`/usr/lib/systemd/catalog/soci-snapshotter.catalog`).
+pub fn file() -> String {
+    let mut out = String::from(
+        "# Message catalog of soci-snapshotter: what journalctl -x says of its lines.\n\
+         # Generated from src/telemetry/catalog.rs; a test compares the two.\n",
+    );
+    for message in Message::ALL {
+        let entry = message.entry();
+        let head = format!(
+            "\n-- {}\nSubject: {}\nDefined-By: soci-snapshotter\nDocumentation: man:soci(1)\n",
+            entry.id, entry.subject
+        );
+        out.push_str(&head);
+        let parts = [("", entry.happened), ("For containers: ", entry.means), ("What to do: ", entry.act)];
+        for (title, text) in parts {
+            out.push('\n');
+            wrap(&format!("{title}{text}"), &mut out);
+        }
+    }
+    out
+}
+
+/// Breaks each line between words. Indented lines are commands and stay whole.
+fn wrap(text: &str, out: &mut String) {
+    for line in text.split('\n') {
+        if line.starts_with(' ') {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        }
+        let mut width = 0;
+        for word in line.split_whitespace() {
+            let length = word.chars().count();
+            if width > 0 && width + 1 + length > WIDTH {
+                out.push('\n');
+                width = 0;
+            }
+            if width > 0 {
+                out.push(' ');
+                width += 1;
+            }
+            out.push_str(word);
+            width += length;
+        }
+        out.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn identities_are_128_bits_in_hexadecimal_and_each_is_used_once() {
+        let ids: HashSet<&str> = Message::ALL.iter().map(|m| m.id()).collect();
+        assert_eq!(ids.len(), Message::ALL.len());
+        for id in ids {
+            assert!(id.len() == 32 && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')), "{id}");
+            assert!(Message::with_id(id).is_some());
+        }
+    }
+
+    #[test]
+    fn every_message_says_what_happened_what_it_means_and_what_to_do() {
+        for message in Message::ALL {
+            let Entry { subject, happened, means, act, .. } = message.entry();
+            for text in [happened, means, act] {
+                assert!(text.len() >= 8, "{message:?}: {text}");
+            }
+            assert!(!subject.contains('\n') && subject.chars().count() <= 80, "{message:?}: {subject}");
+        }
+    }
+
+    #[test]
+    fn lines_of_the_file_fit_a_terminal_and_begin_no_other_entry() {
+        for line in file().lines() {
+            assert!(line.chars().count() <= 80 || line.starts_with(' '), "{line}");
+            assert!(!line.starts_with("--") || line.len() == 35, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_packaged_catalog_is_this_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/soci-snapshotter.catalog");
+        if std::env::var_os("SOCI_BLESS").is_some() {
+            std::fs::write(path, file()).expect("written");
+        }
+        let packaged = std::fs::read_to_string(path).expect("the packaged catalog");
+        assert_eq!(packaged, file(), "run this test again with SOCI_BLESS=1");
+    }
+}
