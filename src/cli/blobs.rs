@@ -43,7 +43,13 @@ pub enum BlobError {
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
     #[error(transparent)]
-    Registry(#[from] RegistryError),
+    Registry(RegistryError),
+    #[error("the registry refuses (log in with `docker login HOST`, or pass --user NAME:PASSWORD)")]
+    Denied(#[source] RegistryError),
+    #[error(
+        "this may not be the registry (--tlscacert names the authority of a certificate, --plain-http is for registries without TLS)"
+    )]
+    Untrusted(#[source] RegistryError),
     #[error("the content store failed")]
     Content(#[from] ContentError),
     #[error(transparent)]
@@ -55,6 +61,16 @@ impl From<LayoutError> for BlobError {
         match error {
             LayoutError::Missing { digest, path } => BlobError::Missing { digest, place: path.display().to_string() },
             other => BlobError::Layout(other),
+        }
+    }
+}
+
+impl From<RegistryError> for BlobError {
+    fn from(error: RegistryError) -> BlobError {
+        match error {
+            RegistryError::Unauthorized { .. } => BlobError::Denied(error),
+            RegistryError::Untrusted { .. } => BlobError::Untrusted(error),
+            other => BlobError::Registry(other),
         }
     }
 }

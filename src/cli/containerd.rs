@@ -162,7 +162,7 @@ impl Session {
 
 impl Blobs for Session {
     fn place(&self) -> String {
-        "containerd".to_owned()
+        "containerd (`ctr content fetch --all-platforms IMAGE` gets what it lacks of an image)".to_owned()
     }
 
     fn has(&self, digest: Digest) -> Result<bool, BlobError> {

@@ -119,7 +119,7 @@ fn in_containerd(
     let image = source::of_target(&session, &record.target)?;
     let mut indexed = select(plan, &image)?;
     let keeper = session.keeper(Purpose::Image)?;
-    let places = Places { blobs: &session, sink: &keeper, console, workers: indexing::processors() };
+    let places = Places { image: source, blobs: &session, sink: &keeper, console, workers: indexing::processors() };
     index(plan, places, &mut indexed)?;
     let result = rewrite::rewrite(&image, &indexed, &keeper)?;
     session.remote.wait(keeper.containerd().set_image(destination, &result.target))??;
@@ -160,7 +160,9 @@ fn standalone(plan: &Plan, source: &Path, destination: &Path, args: &args::Conve
         Sink::put(&staging, New::MadeUp(list))?;
     }
     let mut indexed = select(plan, &image)?;
-    let places = Places { blobs: &layout, sink: &staging, console: &console, workers: indexing::processors() };
+    let name = source.display().to_string();
+    let places =
+        Places { image: &name, blobs: &layout, sink: &staging, console: &console, workers: indexing::processors() };
     index(plan, places, &mut indexed)?;
     let result = rewrite::rewrite(&image, &indexed, &staging)?;
     let reachable = rewrite::reachable(&result.target, &layout, &staging, &console)?;

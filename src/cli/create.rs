@@ -59,7 +59,8 @@ pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
     let image = source::of_target(&session, &record.target)?;
     let mut indexed = select(&plan, &image)?;
     let keeper = session.keeper(super::containerd::Purpose::Index)?;
-    let places = Places { blobs: &session, sink: &keeper, console: &console, workers: indexing::processors() };
+    let places =
+        Places { image: name, blobs: &session, sink: &keeper, console: &console, workers: indexing::processors() };
     indexing::build_layers(&plan, places, &mut indexed)?;
     for at in 0..indexed.len() {
         let manifest = &image.base.manifests[indexed[at].place];

@@ -31,7 +31,6 @@ mod values;
 mod words;
 mod ztoc;
 
-use crate::registry::RegistryError;
 use args::{Args, Command, IndexCommand, NotACommand, PrefetchCommand, ZtocCommand};
 use interrupt::Stopped;
 use std::{
@@ -132,36 +131,9 @@ fn finish(result: Result<(), CommandError>) -> ExitCode {
         Some(Stopped::Signal(signal)) => interrupt::die_of(signal),
         // Whatever failed first, the time was up.
         Some(stopped @ Stopped::Timeout) => say(&format!("soci: {stopped}")),
-        None => {
-            say(&format!("soci: {}", output::chain(&error)));
-            if let Some(hint) = hint(&error) {
-                say(hint);
-            }
-        }
+        None => say(&format!("soci: {}", output::chain(&error))),
     }
     ExitCode::FAILURE
-}
-
-/// What to try next, where the error cannot know it.
-fn hint(error: &CommandError) -> Option<&'static str> {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        match error.downcast_ref::<RegistryError>() {
-            Some(RegistryError::Unauthorized { .. }) => {
-                return Some(
-                    "log in with `docker login HOST`, or pass --user NAME:PASSWORD; pushing needs the right to write",
-                );
-            }
-            Some(RegistryError::Untrusted { .. }) => {
-                return Some(
-                    "--plain-http is for registries without TLS; --tlscacert names the authority of one with a certificate of its own",
-                );
-            }
-            _ => {}
-        }
-        cause = error.source();
-    }
-    None
 }
 
 fn is_broken_pipe(error: &CommandError) -> bool {

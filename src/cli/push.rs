@@ -51,7 +51,7 @@ pub enum PushError {
     #[error("{image} has no registry to push to")]
     Reference { image: String, source: InvalidReference },
     #[error("failed to fetch list of referrers of {manifest}")]
-    Referrers { manifest: Digest, source: RegistryError },
+    Referrers { manifest: Digest, source: Box<BlobError> },
     #[error("error pushing graph to remote: {what}")]
     Push { what: String, source: Box<BlobError> },
     #[error(transparent)]
@@ -228,7 +228,8 @@ impl Push<'_> {
     /// What to do about the indexes that are in the registry already.
     fn is_there(&self, chosen: &Chosen, existing: Existing) -> Result<Existing, PushError> {
         self.line("checking if a soci index already exists in remote repository...".to_owned())?;
-        let failed = |source| PushError::Referrers { manifest: chosen.manifest, source };
+        let failed =
+            |source: RegistryError| PushError::Referrers { manifest: chosen.manifest, source: Box::new(source.into()) };
         let listed = self.repository.referrers(chosen.manifest, media_type::SOCI_INDEX_V1);
         let listed = self.session.remote.wait(listed)?.map_err(failed)?;
         let found = match listed.as_slice() {

@@ -408,8 +408,7 @@ fn resolve(remote: &Remote, repository: &Repository) -> Result<Descriptor, Remot
         (None, Some(tag)) => tag.clone(),
         (None, None) => return Err(RemoteError::NoTag(reference.clone())),
     };
-    let failed =
-        |error| RemoteError::Source { image: reference.to_string(), source: Box::new(BlobError::Registry(error)) };
+    let failed = |error| RemoteError::Source { image: reference.to_string(), source: Box::new(error.into()) };
     let fetched = remote.wait(repository.manifest(&target))?.map_err(failed)?;
     let mut descriptor = Descriptor::new(&fetched.media_type, fetched.digest, fetched.bytes.len() as u64);
     if !media_type::is_manifest(&descriptor.media_type) && !media_type::is_index(&descriptor.media_type) {
@@ -473,7 +472,7 @@ fn create_there(
         }
         transfer.learn(&indexes);
     }
-    let places = Places { blobs: &transfer, sink: &transfer, console, workers: workers() };
+    let places = Places { image: name, blobs: &transfer, sink: &transfer, console, workers: workers() };
     indexing::build_layers(plan, places, &mut indexed)?;
     for at in 0..indexed.len() {
         let manifest = &image.base.manifests[indexed[at].place];
@@ -535,7 +534,7 @@ fn convert_there(
         let indexes = index.manifests.iter().filter(|entry| entry.artifact_type == media_type::SOCI_INDEX_V2);
         transfer.learn(&indexes.map(|entry| entry.digest).collect::<Vec<_>>());
     }
-    let places = Places { blobs: &transfer, sink: &transfer, console, workers: workers() };
+    let places = Places { image: source, blobs: &transfer, sink: &transfer, console, workers: workers() };
     convert::index(plan, places, &mut indexed)?;
     let result = rewrite::rewrite(&image, &indexed, &transfer)?;
     if before.is_none_or(|before| before.digest != result.target.digest) {

@@ -35,6 +35,8 @@ pub struct Job {
 
 /// What is the same for all layers.
 pub struct Options<'a> {
+    /// What the image is called.
+    pub image: &'a str,
     pub span_size: u64,
     /// Paths whose spans are wanted.
     pub prefetch: &'a [String],
@@ -193,10 +195,7 @@ fn index(
     stop: &AtomicBool,
 ) -> Result<JobResult, IndexingError> {
     let layer = &job.layer;
-    let failed = |source: BlobError| match source {
-        BlobError::Stopped(stopped) => IndexingError::Stopped(stopped),
-        source => IndexingError::Layer { layer: layer.digest, source: Box::new(source) },
-    };
+    let failed = |source: BlobError| super::failed(options.image, layer, source);
     if options.reuse == super::Reuse::Allowed
         && let Some(bytes) = sink.known_ztoc(layer, options.span_size).map_err(failed)?
         && let Some(built) = reuse(&bytes, job, options)

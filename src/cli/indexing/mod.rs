@@ -92,8 +92,8 @@ pub enum IndexingError {
     PrefetchList { path: PathBuf, why: String },
     #[error(transparent)]
     Platform(#[from] BadPlatform),
-    #[error("errors encountered while building soci layers; layer {layer}")]
-    Layer { layer: Digest, source: Box<BlobError> },
+    #[error("errors encountered while building soci layers; layer {layer} of {image}")]
+    Layer { image: String, layer: Digest, source: Box<BlobError> },
     #[error(transparent)]
     Blob(#[from] BlobError),
     #[error("failed to write to stdout")]
@@ -229,6 +229,8 @@ impl<'a> PerPlatform<'a> {
 /// Where from, where to, and who is told.
 #[derive(Clone, Copy)]
 pub struct Places<'a> {
+    /// What the image is called, in errors.
+    pub image: &'a str,
     pub blobs: &'a dyn Blobs,
     pub sink: &'a dyn Sink,
     pub console: &'a Console,
@@ -248,11 +250,10 @@ pub fn build_layers(plan: &Plan, places: Places<'_>, platforms: &mut [PerPlatfor
     let mut steps: Vec<Vec<Step>> = Vec::new();
     for platform in platforms.iter() {
         let layers = platform.manifest.layers.iter();
-        steps.push(
-            layers.map(|layer| step(plan, places.blobs, layer, &mut jobs, &mut known)).collect::<Result<_, _>>()?,
-        );
+        steps.push(layers.map(|layer| step(plan, places, layer, &mut jobs, &mut known)).collect::<Result<_, _>>()?);
     }
     let options = Options {
+        image: places.image,
         span_size: plan.span_size,
         prefetch: &plan.prefetch,
         reuse: plan.reuse,
@@ -284,6 +285,13 @@ pub fn build_layers(plan: &Plan, places: Places<'_>, platforms: &mut [PerPlatfor
     })
 }
 
+fn failed(image: &str, layer: &Descriptor, source: BlobError) -> IndexingError {
+    match source {
+        BlobError::Stopped(stopped) => IndexingError::Stopped(stopped),
+        source => IndexingError::Layer { image: image.to_owned(), layer: layer.digest, source: Box::new(source) },
+    }
+}
+
 enum Step {
     Decided(Outcome),
     Job(usize),
@@ -291,7 +299,7 @@ enum Step {
 
 fn step(
     plan: &Plan,
-    blobs: &dyn Blobs,
+    places: Places<'_>,
     layer: &Descriptor,
     jobs: &mut Vec<Job>,
     known: &mut HashMap<(Digest, crate::ztoc::Compression), usize>,
@@ -299,13 +307,12 @@ fn step(
     let compression = match select::layer_type(&layer.media_type) {
         select::LayerType::Prefetch => return Ok(Step::Decided(Outcome::Prefetch)),
         select::LayerType::NotALayer => return Ok(Step::Decided(Outcome::NotALayer)),
-        _ if select::is_foreign(&layer.media_type) && !blobs.has_layer(layer.digest)? => {
+        _ if select::is_foreign(&layer.media_type) && !places.blobs.has_layer(layer.digest)? => {
             return Ok(Step::Decided(Outcome::Foreign));
         }
         // The image must be complete even where nothing is built.
         kind => {
-            let layer_failed = |source| IndexingError::Layer { layer: layer.digest, source: Box::new(source) };
-            blobs.check(layer).map_err(layer_failed)?;
+            places.blobs.check(layer).map_err(|source| failed(places.image, layer, source))?;
             kind
         }
     };
