@@ -4,12 +4,16 @@
 # make bench   ours beside containerd and Docker; ARGS="images=redis,numpy engines=ctd2,ours n=1" for a part of it
 # make lint    formatting, clippy, licences
 # make build   the four programs, optimised
+# make rpm     packages for Amazon Linux 2 and 2023, x86_64 and aarch64 (target/rpm/RPMS); ARCHES=x86_64 for a part of them
+# make srpm    their sources, complete (target/rpm/SRPMS)
+# make dist    the same as tars with checksums (target/dist)
+# make vm-test the packages in booted systems: install, use, upgrade, reboot, remove; ARGS="nspawn" or "qemu" for one kind
 
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: build setup demo test bench lint
+.PHONY: build setup demo test bench lint rpm srpm dist vm-test
 
 build:
 	$(CARGO) build --release --bins
@@ -30,3 +34,9 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) test --test it licences
+
+rpm srpm dist:
+	@packaging/build.sh $@
+
+vm-test: setup
+	@$(CARGO) run --quiet --package vm-tests -- $(ARGS)

@@ -8,8 +8,10 @@
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
 //!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
+//!   settings.toml                 the settings of the last good start
 //!   holder.sock                   the holder of the FUSE descriptor
-//!   custodian.sock                the custodian, where systemd does not provide it
+//!   holder.json                   what was negotiated on the connection it made last
+//!   custodian.sock                the custodian's: its own socket unit listens here
 //! ```
 #![forbid(unsafe_code)]
 
@@ -22,6 +24,14 @@ pub const DEFAULT_ROOT: &str = "/var/lib/soci-snapshotter-grpc/";
 pub const DEFAULT_CONFIG: &str = "/etc/soci-snapshotter-grpc/config.toml";
 /// Default of `--address`.
 pub const DEFAULT_ADDRESS: &str = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock";
+
+/// Where the daemon that serves containerd on `socket` answers `soci status`: beside it, and on the same filesystem, which never fills up.
+pub fn status_socket(socket: &Path) -> PathBuf {
+    match socket.extension() {
+        Some(extension) if extension == "status" => socket.with_extension("status.status"),
+        _ => socket.with_extension("status"),
+    }
+}
 
 /// A snapshot's number: decimal in paths, never reused, below 2^32 so that it fits the upper half of an inode number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -100,8 +110,16 @@ impl Layout {
     pub fn lazy_link(id: SnapshotId) -> PathBuf {
         Path::new("../../lazy").join(id.to_string())
     }
+    /// The settings of the last good start.
+    pub fn settings_kept(&self) -> PathBuf {
+        self.root.join("settings.toml")
+    }
     pub fn holder_socket(&self) -> PathBuf {
         self.root.join("holder.sock")
+    }
+    /// What was negotiated on the FUSE connection that the holder made last.
+    pub fn holder_parameters(&self) -> PathBuf {
+        self.root.join("holder.json")
     }
     pub fn custodian_socket(&self) -> PathBuf {
         self.root.join("custodian.sock")

@@ -59,17 +59,25 @@
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
 //! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
 //!
+//! 8. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
+//!    status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
+//! 9. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
+//!    if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
+//!
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout                            no I/O
+//!   words       oci layout notation                   no I/O
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
-//!   read path   registry → index → layers → fs        only registry names reqwest, only fs names fuser
-//!   control     snapshot grpc daemon config telemetry keychain      only grpc names tonic, only config names toml_edit
+//!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
+//!   read path   registry → index → layers → fs        only fs names fuser
+//!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
 //!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli         the soci tool: plain threads over traits for "where blobs are" and "where new ones go" (layouts, containerd, registries);
 //!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
+//! `telemetry` is named by all that have something to say to an operator: its catalog gives each message its identity and level. `cli` names
+//! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings.
 //! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
 //! its `layers::toc`; `snapshot` takes its settings in the types of `config`, because a copy of each enum would only be translated.
 //!
@@ -99,10 +107,12 @@ pub mod inflate;
 pub mod keychain;
 pub mod layers;
 pub mod layout;
+pub mod notation;
 pub mod oci;
 pub mod registry;
 pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
+pub mod tls;
 pub mod ztoc;

@@ -1,7 +1,11 @@
 //! The daemon as it really runs: the built programs, started as root, told to stop, killed, and started again.
 
+#[path = "daemon/degraded.rs"]
+mod degraded;
 #[path = "daemon/lazy.rs"]
 mod lazy;
+#[path = "daemon/reload.rs"]
+mod reload;
 #[path = "daemon/startup.rs"]
 mod startup;
 

@@ -1,5 +1,7 @@
 //! The product's tests, as one program: one module per subject.
 mod architecture;
+#[path = "support/certificates.rs"]
+mod certificates;
 mod cli;
 mod config;
 mod daemon;
@@ -12,13 +14,19 @@ mod fuzz;
 mod grpc;
 mod index;
 mod journal;
+mod keychain_cluster;
+mod keychain_cri;
 mod lab;
 mod layers;
 mod licences;
+mod operator;
 mod privilege;
 mod referrers;
 mod registry;
 mod registry_environment;
+mod registry_hosts;
 mod registry_login;
 mod registry_real;
+mod registry_tls;
 mod support;
+mod units;

@@ -34,7 +34,7 @@ fn list(entries: &[Descriptor]) -> Vec<u8> {
 
 fn repository(server: &FaultRegistry, mirror: Option<&FaultRegistry>) -> Repository {
     let mirrors = mirror.map(|m| vec![Mirror { host: m.host(), ..Mirror::default() }]).unwrap_or_default();
-    let hosts = HostSettings { mirrors: HashMap::from([(server.host(), mirrors)]) };
+    let hosts = HostSettings { mirrors: HashMap::from([(server.host(), mirrors)]), ..HostSettings::default() };
     let registry = Registry::new(settings(), hosts, Default::default()).unwrap();
     registry.repository(&format!("{}/a/b", server.host()).parse().unwrap()).unwrap()
 }

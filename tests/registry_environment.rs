@@ -108,7 +108,8 @@ async fn the_proxy_of_the_environment_is_used_but_not_for_the_loopback() {
 async fn proxy_child() {
     let Some(host) = variable("SOCI_TEST_HOST") else { return };
     let mirror = Mirror { host: "m.example".into(), security: Security::PlainHttp, ..Mirror::default() };
-    let hosts = HostSettings { mirrors: HashMap::from([("r.example".into(), vec![mirror])]) };
+    let hosts =
+        HostSettings { mirrors: HashMap::from([("r.example".into(), vec![mirror])]), ..HostSettings::default() };
     let registry = Registry::new(settings(), hosts, Default::default()).unwrap();
     let get = async |host: &str| {
         registry.repository(&format!("{host}/a/b").parse().unwrap()).unwrap().manifest("latest").await.unwrap().bytes

@@ -5,6 +5,7 @@ use crate::{
     registry::{MS, impatient, keychain, settings, with_login},
 };
 use soci::{
+    keychain::{Credential, Keychain, KubeletProviders, Lookup, Query, Secret, Source},
     oci::media_type,
     registry::{Class, HostSettings, Registry, Repository},
 };
@@ -141,6 +142,138 @@ async fn ecr_asks_for_a_new_login_with_a_403() {
     let config = format!(r#"{{"auths":{{"{}":{{"auth":"dTpuZXc="}}}}}}"#, server.host());
     std::fs::write(dir.path().join("config.json"), config).unwrap();
     repository.manifest("latest").await.unwrap();
+}
+
+/// A source that knows these logins.
+struct Knows(&'static str, Vec<(&'static str, &'static str)>, AtomicUsize);
+
+impl Source for Knows {
+    fn name(&self) -> &str {
+        self.0
+    }
+    fn lookup<'a>(&'a self, _: &'a Query<'a>) -> Lookup<'a> {
+        self.2.fetch_add(1, Ordering::SeqCst);
+        let login = |(user, password): &(&str, &'static str)| Credential::Password {
+            user: (*user).into(),
+            password: Secret::new(*password),
+        };
+        Box::pin(std::future::ready(Ok(self.1.iter().map(login).collect())))
+    }
+}
+
+fn chain(sources: &[(&'static str, &[(&'static str, &'static str)])]) -> Arc<Keychain> {
+    let source = |(name, logins): &(&'static str, &[(&'static str, &'static str)])| {
+        Arc::new(Knows(name, logins.to_vec(), AtomicUsize::new(0))) as Arc<dyn Source>
+    };
+    Arc::new(Keychain::new(sources.iter().map(source).collect()))
+}
+
+#[tokio::test]
+async fn a_login_that_is_refused_is_followed_by_the_next() {
+    // "u:right"
+    let server = FaultRegistry::start(|r| match r.header("authorization") {
+        Some("Basic dTpyaWdodA==") => manifest(),
+        _ => Reply::new(401).header("WWW-Authenticate", "Basic"),
+    });
+    let keychain = chain(&[("first", &[("u", "old"), ("u", "older")]), ("second", &[]), ("third", &[("u", "right")])]);
+    let repository = with_login(&server, keychain);
+    repository.manifest("latest").await.unwrap();
+    assert_eq!(server.requests().len(), 4, "nobody, two of the first, the third");
+    repository.manifest("latest").await.unwrap();
+    assert_eq!(server.requests().len(), 5, "what works is kept");
+
+    let login = FaultRegistry::start(|r| match (r.method.as_str(), r.header("authorization")) {
+        ("POST", _) if r.body.contains("password=right") => Reply::new(200).json(r#"{"token":"ok"}"#),
+        ("POST", _) => Reply::new(403),
+        _ => Reply::new(401),
+    });
+    let server = guarded(&login, |grant| grant == "ok");
+    let keychain = chain(&[("first", &[("u", "wrong")]), ("second", &[("u", "right")])]);
+    with_login(&server, keychain).manifest("latest").await.unwrap();
+}
+
+#[tokio::test]
+async fn when_no_login_helps_the_error_names_the_sources_and_nothing_they_said() {
+    let server = FaultRegistry::start(|_| Reply::new(401).header("WWW-Authenticate", "Basic"));
+    let keychain = chain(&[("first", &[("u", "hunter2")]), ("second", &[])]);
+    let error = with_login(&server, keychain.clone()).manifest("latest").await.unwrap_err();
+    assert_eq!(error.class(), Class::Unauthorized);
+    let text = error.to_string();
+    assert!(text.ends_with("401 Unauthorized; tried first: refused; second: knows nothing; no login at all"), "{text}");
+    assert_eq!(server.requests().len(), 2);
+    // The same with a login service: nobody is let in, also not anonymously.
+    let login = FaultRegistry::start(|_| Reply::new(401));
+    let server = guarded(&login, |_| false);
+    let text = with_login(&server, keychain).manifest("latest").await.unwrap_err().to_string();
+    assert!(
+        text.contains("tried first: refused; second: knows nothing; no login at all") && !text.contains("hunter2"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn a_public_image_needs_no_login_and_suffers_from_none_that_is_wrong() {
+    let login = FaultRegistry::start(|r| match (r.method.as_str(), r.header("authorization")) {
+        ("GET", None) => Reply::new(200).json(r#"{"token":"public"}"#),
+        _ => Reply::new(401),
+    });
+    let server = guarded(&login, |grant| grant == "public");
+    with_login(&server, chain(&[("stale", &[("u", "ended")])])).manifest("latest").await.unwrap();
+}
+
+#[tokio::test]
+async fn no_more_is_asked_for_than_pulling() {
+    let login = login_service(300);
+    let realm = login.url("/login");
+    let server = FaultRegistry::start(move |r| match r.header("authorization") {
+        Some(_) => manifest(),
+        None => Reply::new(401).header(
+            "WWW-Authenticate",
+            format!(
+                r#"Bearer realm="{realm}",service="s",scope="repository:hub/a/b:pull,push,delete registry:catalog:*""#
+            ),
+        ),
+    });
+    anonymous(&server).manifest("latest").await.unwrap();
+    assert_eq!(login.requests()[0].path, "/login?service=s&scope=repository%3Ahub%2Fa%2Fb%3Apull");
+}
+
+#[tokio::test]
+async fn a_login_that_kubelets_provider_gave_is_renewed_when_a_registry_refuses_it() {
+    use std::os::unix::fs::PermissionsExt;
+    let accepted = Arc::new(Mutex::new("Basic QVdTOjE=".to_owned())); // "AWS:1"
+    let now = accepted.clone();
+    let server = FaultRegistry::start(move |r| {
+        match r.header("authorization") {
+        Some(shown) if *shown == *now.lock().unwrap() => manifest(),
+        Some(_) => Reply::new(403).json(r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired. Reauthenticate and try again."}]}"#),
+        None => Reply::new(401).header("WWW-Authenticate", "Basic realm=\"x\",service=\"ecr.amazonaws.com\""),
+    }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let script = format!(
+        "#!/bin/sh\ncd {}\nn=$(($(cat n 2>/dev/null || echo 0)+1)); echo $n > n\ncat > /dev/null\n\
+         echo '{{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":\"credentialprovider.kubelet.k8s.io/v1\",\"cacheKeyType\":\"Registry\",\
+         \"cacheDuration\":\"12h\",\"auth\":{{\"127.0.0.1:{}\":{{\"username\":\"AWS\",\"password\":\"'$n'\"}}}}}}'\n",
+        dir.path().display(),
+        server.host().rsplit(':').next().unwrap()
+    );
+    let program = dir.path().join("ecr-provider");
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let config = serde_json::json!({"kind": "CredentialProviderConfig", "apiVersion": "kubelet.config.k8s.io/v1", "providers": [{
+        "name": "ecr-provider", "matchImages": [server.host()], "defaultCacheDuration": "12h",
+        "apiVersion": "credentialprovider.kubelet.k8s.io/v1"}]});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let providers = KubeletProviders::new(dir.path().join("config.json"), dir.path());
+    let repository = with_login(&server, Arc::new(Keychain::new(vec![Arc::new(providers)])));
+    repository.manifest("latest").await.unwrap();
+    repository.manifest("latest").await.unwrap();
+    let runs = || std::fs::read_to_string(dir.path().join("n")).unwrap().trim().to_owned();
+    assert_eq!(runs(), "1", "kept");
+    *accepted.lock().unwrap() = "Basic QVdTOjI=".to_owned(); // "AWS:2"
+    repository.manifest("latest").await.unwrap();
+    assert_eq!(runs(), "2", "renewed once");
 }
 
 #[test]

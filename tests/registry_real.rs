@@ -1,4 +1,4 @@
-//! A registry that we did not write: Debian's docker-registry, open and guarded.
+//! Registries that we did not write: Debian's docker-registry 2.8 and distribution v3, open and guarded, with TLS and with mTLS.
 
 use crate::{
     fault_registry::noise,
@@ -22,8 +22,18 @@ const HTPASSWD: &str = "u:$2b$05$abcdefghijklmnopqrstuuqwWMzKt5N8p.u2GX5MuH1t19B
 pub struct Real {
     pub host: String,
     scheme: &'static str,
+    /// Certificate and key that the registry wants to see.
+    identity: Option<Vec<u8>>,
     child: Child,
     _root: tempfile::TempDir,
+}
+
+/// Which program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    Docker28,
+    /// What `make setup` builds.
+    Distribution3,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,18 +43,24 @@ pub enum Door {
 }
 
 impl Real {
-    fn start(door: Door) -> Real {
-        Real::start_on(IpAddr::V4(Ipv4Addr::LOCALHOST), door, None)
+    /// With TLS if there is a directory with `cert.pem` and `key.pem`; for clients of an authority only if it has `client-ca.pem`, and
+    /// `client.pem` to push with.
+    pub fn start_on(ip: IpAddr, door: Door, tls: Option<&Path>) -> Real {
+        Real::run(Program::Docker28, ip, door, tls)
     }
 
-    /// With TLS if there is a directory with `cert.pem` and `key.pem`.
-    pub fn start_on(ip: IpAddr, door: Door, tls: Option<&Path>) -> Real {
+    pub fn run(program: Program, ip: IpAddr, door: Door, tls: Option<&Path>) -> Real {
         let root = tempfile::tempdir().unwrap();
         let port = TcpListener::bind((ip, 0)).unwrap().local_addr().unwrap().port();
         let host = SocketAddr::new(ip, port).to_string();
         let config = root.path().join("config.yml");
         std::fs::write(&config, configuration(root.path(), &host, door, tls)).unwrap();
-        let child = Command::new("docker-registry")
+        let program = match program {
+            Program::Docker28 => "docker-registry".into(),
+            Program::Distribution3 => crate::support::tool("registry3"),
+        };
+        let child = Command::new(program)
+            .env("OTEL_TRACES_EXPORTER", "none")
             .arg("serve")
             .arg(&config)
             .stdout(Stdio::null())
@@ -57,18 +73,17 @@ impl Real {
             std::thread::sleep(Duration::from_millis(10));
         }
         let scheme = if tls.is_some() { "https" } else { "http" };
-        Real { host, scheme, child, _root: root }
+        let identity = tls.and_then(|tls| std::fs::read(tls.join("client.pem")).ok());
+        Real { host, scheme, identity, child, _root: root }
     }
 
     fn request(&self, method: reqwest::Method, url: &str) -> reqwest::RequestBuilder {
         let url = if url.starts_with('/') { format!("{}://{}{url}", self.scheme, self.host) } else { url.to_owned() };
-        reqwest::Client::builder()
-            .no_proxy()
-            .danger_accept_invalid_certs(true)
-            .build()
-            .unwrap()
-            .request(method, url)
-            .basic_auth("u", Some("p"))
+        let mut client = reqwest::Client::builder().no_proxy().danger_accept_invalid_certs(true);
+        if let Some(identity) = &self.identity {
+            client = client.identity(reqwest::Identity::from_pem(identity).unwrap());
+        }
+        client.build().unwrap().request(method, url).basic_auth("u", Some("p"))
     }
 
     pub async fn push_blob(&self, bytes: &[u8]) -> Digest {
@@ -106,6 +121,9 @@ fn configuration(root: &Path, host: &str, door: Door, tls: Option<&Path>) -> Str
     if let Some(tls) = tls {
         let file = |name| tls.join(name).display().to_string();
         text += &format!("  tls:\n    certificate: {}\n    key: {}\n", file("cert.pem"), file("key.pem"));
+        if tls.join("client-ca.pem").exists() {
+            text += &format!("    clientcas: [{}]\n", file("client-ca.pem"));
+        }
     }
     if door == Door::Guarded {
         let path = root.join("htpasswd");
@@ -115,7 +133,8 @@ fn configuration(root: &Path, host: &str, door: Door, tls: Option<&Path>) -> Str
     text
 }
 
-async fn check(real: &Real, repository: &Repository) {
+/// Pushes an image to `real` and reads it in every way through `repository`.
+pub async fn check(real: &Real, repository: &Repository) {
     let layer = noise(1 << 20);
     let digest = real.push_blob(&layer).await;
     let config = real.push_blob(b"{}").await;
@@ -164,20 +183,31 @@ async fn check(real: &Real, repository: &Repository) {
 }
 
 #[tokio::test]
-async fn docker_registry_gives_what_was_pushed() {
-    let real = Real::start(Door::Open);
+async fn registries_give_what_was_pushed() {
+    for program in [Program::Docker28, Program::Distribution3] {
+        let real = Real::run(program, IpAddr::V4(Ipv4Addr::LOCALHOST), Door::Open, None);
+        given_what_was_pushed(&real).await;
+    }
+}
+
+async fn given_what_was_pushed(real: &Real) {
     let registry = Registry::new(settings(), HostSettings::default(), Default::default()).unwrap();
     let repository = registry.repository(&format!("{}/a/b", real.host).parse().unwrap()).unwrap();
-    check(&real, &repository).await;
+    check(real, &repository).await;
 }
 
 #[tokio::test]
-async fn docker_registry_gives_it_to_those_who_are_known() {
-    let real = Real::start(Door::Guarded);
+async fn registries_give_it_to_those_who_are_known() {
+    for program in [Program::Docker28, Program::Distribution3] {
+        given_to_those_who_are_known(&Real::run(program, IpAddr::V4(Ipv4Addr::LOCALHOST), Door::Guarded, None)).await;
+    }
+}
+
+async fn given_to_those_who_are_known(real: &Real) {
     let reference = format!("{}/a/b", real.host).parse().unwrap();
     let registry = |keychain| Registry::new(settings(), HostSettings::default(), keychain).unwrap();
     let (known, _dir) = keychain(&[(&real.host, "u:p")]);
-    check(&real, &registry(known).repository(&reference).unwrap()).await;
+    check(real, &registry(known).repository(&reference).unwrap()).await;
     let (wrong, _dir) = keychain(&[(&real.host, "u:q")]);
     for keychain in [wrong, Default::default()] {
         let error = registry(keychain).repository(&reference).unwrap().manifest("latest").await.unwrap_err();

@@ -55,8 +55,8 @@ pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
         return super::registry::create(args, &plan, name, global, &console);
     }
     let session = Session::open(global)?;
-    let record = session.image(name)?;
-    let image = source::of_target(&session, &record.target)?;
+    let named = session.image(name)?;
+    let image = source::of_target(&session, &named.target)?;
     let mut indexed = select(&plan, &image)?;
     let keeper = session.keeper(super::containerd::Purpose::Index)?;
     let places =
@@ -76,16 +76,16 @@ pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
             platform: &indexed[at],
             version: Version::V1,
             span_size: plan.span_size,
-            image: record.target.digest,
+            image: named.target.digest,
             manifest: manifest.digest,
             original: manifest.digest,
         };
         // First what keeps it, then what knows it: a row without its blob would be the worse half.
-        session.remote.wait(keeper.containerd().label_image(name, &labels))??;
+        session.remote.wait(keeper.containerd().label_image(&named, &labels))??;
         recording::record(&session.artifacts, &[record])?;
     }
     keeper.done();
-    print(&args.indexing, &indexed, || report::created(&record.target, &indexed, &image, &console))
+    print(&args.indexing, &indexed, || report::created(&named.target, &indexed, &image, &console))
         .map_err(CreateError::Output)
 }
 

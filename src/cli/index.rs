@@ -260,7 +260,7 @@ fn remove_one(session: &Session, digest: Digest) -> Result<(), IndexError> {
             let labels: BTreeMap<String, String> =
                 image.labels.iter().filter(keeps).map(|(key, _)| (key.clone(), String::new())).collect();
             if !labels.is_empty() {
-                session.remote.wait(session.containerd.label_image(&image.name, &labels))??;
+                session.remote.wait(session.containerd.label_image(&image, &labels))??;
             }
         }
         session.remote.wait(session.containerd.delete(digest))??;

@@ -13,10 +13,16 @@ mod blobs;
 mod containerd;
 mod convert;
 mod create;
+mod daemon;
+mod doctor;
+mod enable;
+mod explain;
+mod image;
 mod index;
 mod indexing;
 mod interrupt;
 mod layout;
+mod node;
 mod output;
 mod parallel;
 mod prefetch;
@@ -25,6 +31,7 @@ mod rebuild;
 mod recording;
 mod registry;
 mod remote;
+mod status;
 mod store;
 mod table;
 mod values;
@@ -61,6 +68,14 @@ enum CommandError {
     Rebuild(#[from] rebuild::RebuildError),
     #[error(transparent)]
     Words(#[from] words::WordsError),
+    #[error(transparent)]
+    Status(#[from] status::StatusError),
+    #[error(transparent)]
+    Explain(#[from] explain::ExplainError),
+    #[error(transparent)]
+    Doctor(#[from] doctor::DoctorError),
+    #[error(transparent)]
+    Enable(#[from] enable::EnableError),
     #[error("cannot watch for signals")]
     Signals(#[source] io::Error),
 }
@@ -109,6 +124,11 @@ fn run(args: &Args) -> Result<(), CommandError> {
         Some(Command::RebuildDb(_)) => rebuild::run(global)?,
         Some(Command::Completions(completions)) => words::completions(completions)?,
         Some(Command::Man(man)) => words::man(man)?,
+        Some(Command::Status(own)) => status::run(own)?,
+        Some(Command::Explain(own)) => explain::run(own)?,
+        Some(Command::Doctor(own)) => doctor::run(own, &args.global)?,
+        Some(Command::Enable(own)) => enable::run(own, false, &args.global)?,
+        Some(Command::Disable(own)) => enable::run(own, true, &args.global)?,
         // `args::parse` answers these itself.
         None
         | Some(

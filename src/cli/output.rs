@@ -122,6 +122,54 @@ impl<R> Drop for Progress<R> {
     }
 }
 
+/// A number of bytes for people: `12.3 MiB`.
+pub fn bytes(bytes: u64) -> String {
+    indicatif::HumanBytes(bytes).to_string()
+}
+
+/// Lines around a change that are shown.
+const CONTEXT: usize = 3;
+
+/// Turns `before` into `after`: removed lines with `-`, new ones with `+`, what is near them with a blank, the rest left out.
+pub fn diff(before: &[&str], after: &[&str]) -> String {
+    // common[i][j]: longest common subsequence of before[i..] and after[j..]. Configurations have some hundred lines.
+    let mut common = vec![vec![0u32; after.len() + 1]; before.len() + 1];
+    for i in (0..before.len()).rev() {
+        for j in (0..after.len()).rev() {
+            common[i][j] = match before[i] == after[j] {
+                true => common[i + 1][j + 1] + 1,
+                false => common[i + 1][j].max(common[i][j + 1]),
+            };
+        }
+    }
+    let (mut i, mut j, mut lines) = (0, 0, Vec::new());
+    while i < before.len() || j < after.len() {
+        if i < before.len() && j < after.len() && before[i] == after[j] {
+            lines.push((' ', before[i]));
+            (i, j) = (i + 1, j + 1);
+        } else if j < after.len() && (i == before.len() || common[i][j + 1] > common[i + 1][j]) {
+            lines.push(('+', after[j]));
+            j += 1;
+        } else {
+            lines.push(('-', before[i]));
+            i += 1;
+        }
+    }
+    let changed = |at: usize| lines.get(at).is_some_and(|(sign, _)| *sign != ' ');
+    let near = |at: usize| (at.saturating_sub(CONTEXT)..=at + CONTEXT).any(changed);
+    let mut out = String::new();
+    let mut left_out = false;
+    for (at, (sign, line)) in lines.iter().enumerate() {
+        if near(at) {
+            out.push_str(&format!("{sign}{line}\n"));
+            left_out = false;
+        } else if !std::mem::replace(&mut left_out, true) {
+            out.push_str(" …\n");
+        }
+    }
+    out
+}
+
 /// An error and its causes, outermost first.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -188,6 +236,18 @@ pub fn indent(json: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_difference_shows_what_changes_and_what_is_near() {
+        let before: Vec<String> = (0..20).map(|n| format!("line {n}")).collect();
+        let before: Vec<&str> = before.iter().map(String::as_str).collect();
+        let mut after = before.clone();
+        after[10] = "other";
+        after.push("more");
+        let wanted = " …\n line 7\n line 8\n line 9\n-line 10\n+other\n line 11\n line 12\n line 13\n …\n line 17\n line 18\n line 19\n+more\n";
+        assert_eq!(diff(&before, &after), wanted);
+        assert_eq!(diff(&[], &["a"]), "+a\n");
+    }
 
     #[test]
     fn json_is_indented_without_touching_its_values() {

@@ -57,6 +57,8 @@ pub enum PushError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error(transparent)]
+    Access(#[from] access::AccessError),
+    #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
     Artifacts(#[from] ArtifactsError),
@@ -126,7 +128,8 @@ pub fn run(args: &args::Push, global: &Global) -> Result<(), PushError> {
     };
     let chosen = choose(&session, name, &create::manifests(&image, &platforms)?)?;
     let reference: Reference = name.parse().map_err(|source| PushError::Reference { image: name.clone(), source })?;
-    let repository = access::registry(&args.access, &[&reference], global)?.repository(&reference)?;
+    let registry = access::registry(&args.access, &[&reference], global)?;
+    let repository = registry.repository(&reference)?;
     let push =
         Push { session: &session, repository, console: &console, json: args.json, uploads, done: Mutex::default() };
     let mut told = Vec::new();

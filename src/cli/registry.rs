@@ -58,6 +58,8 @@ pub enum RemoteError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error(transparent)]
+    Access(#[from] access::AccessError),
+    #[error(transparent)]
     Blob(#[from] BlobError),
     #[error(transparent)]
     Indexing(#[from] IndexingError),
@@ -408,7 +410,8 @@ fn resolve(remote: &Remote, repository: &Repository) -> Result<Descriptor, Remot
         (None, Some(tag)) => tag.clone(),
         (None, None) => return Err(RemoteError::NoTag(reference.clone())),
     };
-    let failed = |error| RemoteError::Source { image: reference.to_string(), source: Box::new(error.into()) };
+    let failed =
+        |error: RegistryError| RemoteError::Source { image: reference.to_string(), source: Box::new(error.into()) };
     let fetched = remote.wait(repository.manifest(&target))?.map_err(failed)?;
     let mut descriptor = Descriptor::new(&fetched.media_type, fetched.digest, fetched.bytes.len() as u64);
     if !media_type::is_manifest(&descriptor.media_type) && !media_type::is_index(&descriptor.media_type) {
@@ -450,7 +453,8 @@ fn create_there(
 ) -> Result<(), RemoteError> {
     let reference: Reference = name.parse()?;
     let remote = Remote::new().map_err(RemoteError::Runtime)?;
-    let repository = access::registry(&args.access, &[&reference], global)?.repository(&reference)?;
+    let registry = access::registry(&args.access, &[&reference], global)?;
+    let repository = registry.repository(&reference)?;
     let target = resolve(&remote, &repository)?;
     let mut transfer = Transfer {
         remote,

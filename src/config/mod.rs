@@ -265,6 +265,19 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     let per_image = written("max_concurrent_unpacks_per_image");
     fit(&mut pull.max_concurrent_unpacks_per_image, pull.max_concurrent_unpacks, per_image);
 
+    let kubelet = &config.kubelet_keychain;
+    for (value, key) in [
+        (&kubelet.config_path, "kubelet_keychain.image_credential_provider_config"),
+        (&kubelet.bin_dir, "kubelet_keychain.image_credential_provider_bin_dir"),
+    ] {
+        if kubelet.enable_keychain && value.is_empty() {
+            let on = reader.written.get("kubelet_keychain.enable_keychain");
+            let at = on.map_or(Position { line: 1, column: 1 }, |written| written.at);
+            let message =
+                "must be set, to what kubelet is given, where kubelet_keychain.enable_keychain is true".into();
+            reader.unusable.push(Problem { at, key: key.into(), message });
+        }
+    }
     let at = |key: &str| written(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
     let (mut problems, mut warnings) = (Vec::new(), Vec::new());
     for fault in pull.faults(config.content_store.kind) {
@@ -277,12 +290,9 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     }
     let pull = &config.pull_modes.parallel_pull_unpack;
     let left = "layers are left to containerd";
-    let elsewhere = "logins come from the docker configuration of the daemon's user only";
     let asked = [
         (pull.enable, "pull_modes.parallel_pull_unpack.enable", left),
         (pull.parallel_pull_as_fallback, "pull_modes.parallel_pull_unpack.parallel_pull_as_fallback", left),
-        (config.kubeconfig_keychain.enable_keychain, "kubeconfig_keychain.enable_keychain", elsewhere),
-        (config.cri_keychain.enable_keychain, "cri_keychain.enable_keychain", elsewhere),
     ];
     for (_, key, instead) in asked.into_iter().filter(|(on, ..)| *on) {
         let at = reader.written.get(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
@@ -346,6 +356,45 @@ impl ParallelPullUnpack {
         }
         faults
     }
+}
+
+impl Registry {
+    /// The directories of `config_path`, in order.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        self.config_path.split(':').filter(|path| !path.is_empty()).map(PathBuf::from).collect()
+    }
+}
+
+/// Keys whose settings differ, in the order of their names. Keys that have no effect are left out.
+pub fn changes(old: &Config, new: &Config) -> Vec<String> {
+    let (old, new) = (flat(old), flat(new));
+    let idle = |key: &str| {
+        let doc = catalogue().into_iter().find(|entry| entry.path == key).map(|entry| entry.doc.concat());
+        doc.is_some_and(|doc| doc.trim_start().starts_with("Accepted for compatibility"))
+    };
+    let keys: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    keys.into_iter().filter(|key| old.get(*key) != new.get(*key) && !idle(key)).cloned().collect()
+}
+
+/// Every setting as text, by its dotted path.
+fn flat(config: &Config) -> std::collections::BTreeMap<String, String> {
+    fn walk(path: &str, table: &toml_edit::Table, out: &mut std::collections::BTreeMap<String, String>) {
+        for (key, item) in table {
+            let path = if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+            match item.as_table() {
+                Some(table) => walk(&path, table, out),
+                None => {
+                    out.insert(path, item.to_string().trim().to_owned());
+                }
+            }
+        }
+    }
+    let mut out = std::collections::BTreeMap::new();
+    // What we print ourselves is TOML; a test holds it to that.
+    if let Ok(document) = render(config).parse::<toml_edit::DocumentMut>() {
+        walk("", document.as_table(), &mut out);
+    }
+    out
 }
 
 fn catalogue() -> Vec<Entry> {

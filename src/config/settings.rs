@@ -108,7 +108,9 @@ settings! {
             pull_modes: PullModes => "pull_modes";
             kubeconfig_keychain: KubeconfigKeychain => "kubeconfig_keychain";
             cri_keychain: CriKeychain => "cri_keychain";
+            kubelet_keychain: KubeletKeychain => "kubelet_keychain";
             resolver: Resolver => "resolver";
+            registry: Registry => "registry";
             snapshotter: SnapshotterTable => "snapshotter";
             layer_store: LayerStore => "layer_store";
         }
@@ -289,9 +291,9 @@ settings! {
 }
 
 settings! {
-    /// Registry logins from Kubernetes secrets. Not implemented yet.
+    /// Registry logins from Kubernetes secrets.
     struct KubeconfigKeychain {
-        /// Use the secrets of type dockerconfigjson that this kubeconfig may read. Not implemented yet: reported at start.
+        /// Use the secrets of type kubernetes.io/dockerconfigjson of all namespaces, as far as this kubeconfig may list and watch them.
         enable_keychain: bool = Flag(false) => "enable_keychain";
         /// Path of the kubeconfig. Empty: $KUBECONFIG, else ~/.kube/config.
         kubeconfig_path: String = Words("") => "kubeconfig_path";
@@ -299,12 +301,25 @@ settings! {
 }
 
 settings! {
-    /// Registry logins from the CRI image service, which is then also served on the daemon's own socket. Not implemented yet.
+    /// Registry logins from the CRI image service, which is then also served on the daemon's own socket.
     struct CriKeychain {
-        /// Proxy the CRI image service and use the logins that pass through it. Not implemented yet: reported at start.
+        /// Proxy the CRI image service and use the logins that pass through it. kubelet has to be told to ask there:
+        /// --image-service-endpoint=unix:///run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock
         enable_keychain: bool = Flag(false) => "enable_keychain";
-        /// Socket of the CRI image service.
+        /// Socket of the CRI image service that everything is passed on to.
         image_service_path: String = SocketPath("/run/containerd/containerd.sock") => "image_service_path";
+    }
+}
+
+settings! {
+    /// Registry logins from kubelet's credential providers, run by this daemon. This table does not exist in the Go daemon.
+    struct KubeletKeychain {
+        /// Use the credential providers of the next two settings.
+        enable_keychain: bool = Flag(false) => "enable_keychain";
+        /// The file that kubelet is given as --image-credential-provider-config.
+        config_path: String = Words("") => "image_credential_provider_config";
+        /// The directory that kubelet is given as --image-credential-provider-bin-dir.
+        bin_dir: String = Words("") => "image_credential_provider_bin_dir";
     }
 }
 
@@ -322,6 +337,16 @@ settings! {
         ///   insecure = false                       # true: plain HTTP
         ///   request_timeout_sec = 0                # 0: as http.RequestTimeoutMsec; negative: no limit
         host: BTreeMap<String, Vec<Mirror>> = Mirrors => "host";
+    }
+}
+
+settings! {
+    /// Registries as containerd and Docker have them configured. This table does not exist in the Go daemon.
+    struct Registry {
+        /// Directories with one directory per registry, in it hosts.toml or certificates, separated by colons:
+        /// '/etc/containerd/certs.d:/etc/docker/certs.d' is what containerd 2 uses. Empty: none. A registry's own hosts.toml
+        /// there wins over [resolver.host], and that over _default. Changes below it are in force for the next request.
+        config_path: String = Words("") => "config_path";
     }
 }
 

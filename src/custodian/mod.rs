@@ -92,7 +92,7 @@ fn receive_socket(args: &Args) -> io::Result<Service> {
     if args.stdin {
         return Ok(Service::One(io::stdin().as_fd().try_clone_to_owned()?));
     }
-    let mut sockets = sys::process::inherited_sockets()?;
+    let mut sockets = sys::process::inherited_descriptors()?;
     match (sockets.pop(), sockets.len()) {
         (Some(listener), 0) => Ok(Service::Every(listener)),
         (Some(_), more) => Err(io::Error::other(format!("systemd passed {} sockets; expected one", more + 1))),

@@ -31,7 +31,7 @@ use rustix::fs::{Mode, OFlags};
 use std::{
     collections::{HashMap, HashSet},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -71,7 +71,7 @@ pub struct LazyMounts {
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
-    pub settings: LazySettings,
+    pub settings: RwLock<LazySettings>,
     /// [`State::default`] at first.
     pub state: State,
 }
@@ -150,6 +150,15 @@ impl LazyMounts {
                 }
             }
         });
+    }
+
+    fn settings(&self) -> LazySettings {
+        *self.settings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other settings for what is prepared from now on.
+    pub fn reconfigure(&self, settings: LazySettings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     fn mounted(&self) -> MutexGuard<'_, HashMap<SnapshotId, Mounted>> {
@@ -259,7 +268,7 @@ impl LazyMounts {
             toc: layer.toc().clone(),
             implied,
             data: layer.clone(),
-            headers: self.settings.headers,
+            headers: self.settings().headers,
             xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
         };
         self.tree.add(in_tree)?;
@@ -367,7 +376,7 @@ impl LazyLayers for Arc<LazyMounts> {
             // In a task of its own: cut off in the middle, it would leave a layer half opened.
             let (me, wanted, below) = (self.clone(), target.clone(), parents.to_vec());
             let mut work = tokio::spawn(async move { me.make_lazy(id, &wanted, &below).await });
-            let ended = match self.settings.mount_timeout {
+            let ended = match self.settings().mount_timeout {
                 Some(limit) => tokio::time::timeout(limit, &mut work).await,
                 None => Ok((&mut work).await),
             };

@@ -26,6 +26,14 @@ pub struct Listening {
     pub address: String,
 }
 
+impl Listening {
+    /// The socket in the filesystem, which systemd's has, too.
+    pub fn path(&self) -> PathBuf {
+        let own = self.listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
+        own.unwrap_or_else(|| PathBuf::from(DEFAULT_ADDRESS))
+    }
+}
+
 /// Listens on `address`: a path, `unix://PATH`, or `fd://` for systemd's socket (the default path if there is none).
 pub fn listen(address: &str) -> Result<Listening, ListenError> {
     match address.split_once("://") {
@@ -39,7 +47,7 @@ pub fn listen(address: &str) -> Result<Listening, ListenError> {
 }
 
 fn inherited() -> Result<Listening, ListenError> {
-    let mut sockets: Vec<OwnedFd> = process::inherited_sockets().map_err(ListenError::Inherit)?;
+    let mut sockets: Vec<OwnedFd> = process::inherited_descriptors().map_err(ListenError::Inherit)?;
     match (sockets.pop(), sockets.len()) {
         (None, _) => {
             tracing::info!("socket activation: no file descriptors were passed");

@@ -2,17 +2,25 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
-//! containerd has; [`decisions`] remembers what was decided for each layer and why; [`root`] is what must be true of the root directory.
+//! containerd has; [`condition`] tells `soci status` how we are; [`decisions`] remembers what was decided for each layer and why;
+//! [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory; [`reload`] takes a changed
+//! configuration; [`systemd`] tells the service manager how we are.
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod condition;
 mod decisions;
 mod implied;
 mod lazy;
 mod listen;
 mod observe;
 mod record;
+mod registries;
+mod reload;
 mod root;
 mod run;
+mod settings;
+mod systemd;
 
-pub use run::main;
+pub use registries::{logins_of, registry_of};
+pub use run::{discovery, main};

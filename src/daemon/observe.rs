@@ -6,8 +6,10 @@
 use super::{
     decisions::{self, Decisions},
     record::LazyRecord,
+    systemd::Progress,
 };
 use crate::{
+    config::Config,
     fs::{self, FailedOp, Failure, Op},
     index,
     layers::{self, Layer},
@@ -25,9 +27,12 @@ use crate::{
     },
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -36,6 +41,15 @@ use std::{
 pub enum OperationLog {
     On,
     Off,
+}
+
+impl OperationLog {
+    pub fn of(config: &Config) -> OperationLog {
+        match config.fuse.log_fuse_operations || config.debug {
+            true => OperationLog::On,
+            false => OperationLog::Off,
+        }
+    }
 }
 
 /// What is counted for one mounted layer.
@@ -58,7 +72,8 @@ struct Errors {
 /// All observers in one.
 pub struct Observers {
     metrics: Metrics,
-    operations: OperationLog,
+    /// Whether each FUSE operation is logged.
+    log_operations: AtomicBool,
     /// From the first use of an image to the report of its operations.
     window: Duration,
     /// Read by every FUSE request, written when layers come and go.
@@ -70,7 +85,7 @@ impl Observers {
     pub fn new(metrics: Metrics, operations: OperationLog, window: Duration) -> Arc<Observers> {
         let observers = Arc::new(Observers {
             metrics,
-            operations,
+            log_operations: AtomicBool::new(operations == OperationLog::On),
             window,
             mounted: RwLock::default(),
             decisions: Decisions::default(),
@@ -89,6 +104,29 @@ impl Observers {
                 MountedLayer { digest: layer.digest(), mountpoint, fetched, size }
             })
             .collect()
+    }
+
+    pub fn log_operations(&self, operations: OperationLog) {
+        self.log_operations.store(operations == OperationLog::On, Ordering::Relaxed);
+    }
+
+    /// How far the lazily loaded images are.
+    pub fn progress(&self, background: layers::Background) -> Progress {
+        let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
+        let images: HashSet<_> = mounted.values().map(|m| Arc::as_ptr(&m.image)).collect();
+        let layers: HashMap<_, _> = mounted
+            .values()
+            .filter_map(|m| m.layer.upgrade())
+            .map(|layer| (layer.digest(), layer.progress()))
+            .collect();
+        Progress {
+            images: images.len(),
+            layers: layers.len(),
+            fetched: layers.values().map(|(fetched, _)| fetched).sum(),
+            size: layers.values().map(|(_, size)| size).sum(),
+            incomplete: layers.values().filter(|(fetched, size)| fetched < size).count(),
+            background,
+        }
     }
 
     /// A layer was put into the tree.
@@ -236,7 +274,7 @@ fn image_operation(op: Op) -> ImageOperation {
 impl fs::Observer for Observers {
     fn operation(&self, snapshot: SnapshotId, op: Op, path: &dyn Fn() -> Vec<u8>) {
         self.with(snapshot, |mounted| mounted.image.count(image_operation(op)));
-        if self.operations == OperationLog::On {
+        if self.log_operations.load(Ordering::Relaxed) {
             tracing::debug!(operation = op.name(), path = %String::from_utf8_lossy(&path()), "FUSE operation");
         }
     }

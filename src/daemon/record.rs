@@ -92,6 +92,18 @@ struct Version {
     version: u32,
 }
 
+/// The snapshots that have a record, whatever the snapshot database says: what must be readable when that cannot be read.
+pub fn all(layout: &Layout) -> Vec<SnapshotId> {
+    let names = fs::read_dir(layout.snapshots())
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let ids = names.filter_map(|name| name.parse().ok()).map(SnapshotId);
+    let mut ids: Vec<SnapshotId> = ids.filter(|id| layout.snapshot_lazy_record(*id).exists()).collect();
+    ids.sort_unstable();
+    ids
+}
+
 /// The content is on disk when this returns; the name is when the snapshot is committed, which syncs the same filesystem's journal.
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");

@@ -66,16 +66,25 @@ pub enum Checked {
     Works,
     /// We may not mount; who starts containers may.
     MayNotMount,
+    /// The disk is full. It worked before it was, or there would be nothing on it.
+    NoRoom,
 }
 
 /// Tries what containers need of the filesystem below `layout`, and leaves nothing behind.
 pub fn check_overlay(layout: &Layout) -> Result<Checked, RootError> {
     let path = layout.snapshotter();
     let failed = |source: io::Error| RootError::Prepare { path: path.clone(), source };
-    let place = tempfile::Builder::new().prefix("check-").tempdir_in(&path).map_err(failed)?;
+    let full = |error: &io::Error| matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    let place = match tempfile::Builder::new().prefix("check-").tempdir_in(&path) {
+        Err(error) if full(&error) => return Ok(Checked::NoRoom),
+        place => place.map_err(failed)?,
+    };
     let inside = |name: &str| place.path().join(name);
     for name in ["lower1", "lower2", "upper", "work", "merged"] {
-        fs::create_dir(inside(name)).map_err(failed)?;
+        match fs::create_dir(inside(name)) {
+            Err(error) if full(&error) => return Ok(Checked::NoRoom),
+            made => made.map_err(failed)?,
+        }
     }
     if !tells_file_types(place.path()).map_err(failed)? {
         return Err(RootError::NoFileTypes(path));
@@ -93,6 +102,7 @@ pub fn check_overlay(layout: &Layout) -> Result<Checked, RootError> {
             Ok(Checked::Works)
         }
         Err(Errno::PERM) => Ok(Checked::MayNotMount),
+        Err(Errno::NOSPC | Errno::DQUOT) => Ok(Checked::NoRoom),
         Err(error) => Err(RootError::NoOverlay { path, source: error.into() }),
     }
 }

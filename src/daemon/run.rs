@@ -2,10 +2,14 @@
 
 use super::{
     artifacts::Artifacts,
+    condition::{Cause, Condition, Identity, Reporter},
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
+    record, registries, reload,
     root::{self, RootError},
+    settings::{self, Chosen},
+    systemd::{self, Note},
 };
 use crate::{
     config::{
@@ -16,11 +20,11 @@ use crate::{
     grpc::{self, content::ContainerdContent},
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
-    keychain::{DockerConfig, Keychain},
+    keychain::{CriLogins, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
-    layout::Layout,
-    registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
-    snapshot::{self, Snapshotter},
+    layout::{Layout, SnapshotId},
+    registry::{self, Registry},
+    snapshot::{self, Door, Snapshotter},
     sys,
     telemetry::{
         catalog::say,
@@ -34,7 +38,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, RwLock},
     time::Duration,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -124,10 +128,19 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
     for line in loaded.warning_lines() {
         eprintln!("warning: {line}");
     }
+    let registries = match registries::check(&loaded.config, options) {
+        Ok(registries) => registries,
+        Err(problem) => return refuse(&problem),
+    };
+    let ok = format!("{}: ok\n", options.config.display());
     match strictness {
-        Strictness::Lenient => print(&format!("{}: ok\n", options.config.display())),
+        Strictness::Lenient => print(&(registries.text + &ok)),
+        Strictness::Strict if registries.warnings > 0 => {
+            eprintln!("{}: {} warnings about registries", config::args::PROGRAM, registries.warnings);
+            ExitCode::FAILURE
+        }
         Strictness::Strict => match loaded.strict() {
-            Ok(_) => print(&format!("{}: ok\n", options.config.display())),
+            Ok(_) => print(&(registries.text + &ok)),
             Err(error) => refuse(&error),
         },
     }
@@ -140,32 +153,48 @@ fn start(options: Options) -> ExitCode {
     }
     let (version, revision) = config::args::version();
     tracing::info!(version, revision, "starting soci-snapshotter-grpc");
-    let loaded = match config::load(&options.config) {
-        Ok(loaded) => loaded,
+    let layout = match absolute(&options.root) {
+        Ok(root) => Layout::new(root),
         Err(error) => {
-            logs::fatal(&snapshot::chain(&error), &error);
+            logs::fatal("failed to serve snapshotter", &error);
             return ExitCode::FAILURE;
         }
     };
-    for warning in loaded.warning_lines() {
+    let chosen = match settings::choose(&options.config, &options.address, &layout) {
+        Ok(chosen) => chosen,
+        Err(error) => {
+            logs::fatal(&snapshot::chain(&error), &error);
+            return failed_start(&error);
+        }
+    };
+    for warning in &chosen.warnings {
         say!(ConfigDoubtful, "{warning}");
     }
-    match run(&options, &loaded.config) {
+    match run(&options, layout, &chosen) {
         Ok(()) => {
             tracing::info!("Exiting");
             ExitCode::SUCCESS
         }
         Err(error) => {
             logs::fatal("failed to serve snapshotter", &error);
-            ExitCode::FAILURE
+            failed_start(&error)
         }
     }
 }
 
+/// systemd tries again at once: the status line says why, and there is time to read it.
+fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    if systemd::listens() {
+        systemd::status(&format!("NOT RUNNING: {}", snapshot::chain(error).replace(['\n', '\r'], " ")));
+        std::thread::sleep(systemd::FAILED_START_PAUSE);
+    }
+    ExitCode::FAILURE
+}
+
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
-fn run(options: &Options, config: &Config) -> Result<(), StartError> {
+fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
-    let layout = Layout::new(absolute(&options.root)?);
+    let config = &chosen.config;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -178,7 +207,8 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
     raise_descriptor_limit();
     // Before the mount, which would stay: containerd may connect now, and is answered when everything is here.
     let listening = listen::listen(&options.address)?;
-    let held = holder::obtain(&layout, How::SpawnChild)?;
+    let how = holder_from()?;
+    let held = holder::obtain(&layout, how)?;
     let custodian = custodian::start(&layout)?;
     let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
@@ -190,10 +220,25 @@ fn run(options: &Options, config: &Config) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let result = runtime.block_on(serve(layout, config, held, custodian, listening));
+    let parts = Received { held, how, custodian, listening };
+    let result = runtime.block_on(serve(layout, chosen, options, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// What the start collected while it had its powers.
+struct Received {
+    held: Held,
+    how: How,
+    custodian: custodian::Connection,
+    listening: Listening,
+}
+
+/// A unit that took the power to mount away from us runs `soci-mount` in another one.
+fn holder_from() -> Result<How, StartError> {
+    let may_mount = sys::capabilities::may_mount().map_err(StartError::Confine)?;
+    Ok(if systemd::listens() && !may_mount { How::Connect } else { How::SpawnChild })
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, RootError> {
@@ -213,22 +258,55 @@ fn raise_descriptor_limit() {
 
 async fn serve(
     layout: Layout,
-    config: &Config,
-    held: Held,
-    custodian: custodian::Connection,
-    listening: Listening,
+    chosen: &Chosen,
+    options: &Options,
+    Received { held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
+    let config = &chosen.config;
+    let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     let metrics = Metrics::new();
-    let operations = if config.fuse.log_fuse_operations || config.debug { OperationLog::On } else { OperationLog::Off };
-    let observers = Observers::new(metrics.clone(), operations, config.fuse_metrics_emit_wait);
+    let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone())?);
-    let options = snapshot::Options::new(layout.clone(), config.into());
-    let snapshotter = Snapshotter::open(options, Arc::new(lazy.clone()), disk).await?;
-    recover(&snapshotter, &lazy).await?;
+    let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
+    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), cri_logins.clone())?);
+    let door = Door::closed();
+    let condition = Condition::starting(door.clone());
+    if let Some(trouble) = &chosen.trouble {
+        condition.trouble(Cause::Config, trouble.clone());
+    }
+    condition.watch_room(layout.root().to_owned());
+    let reporter = Reporter {
+        identity: Identity {
+            address: listening.address.clone(),
+            root: layout.root().to_owned(),
+            config: options.config.clone(),
+        },
+        condition: condition.clone(),
+        observers: observers.clone(),
+        scheduler: lazy.store.shared().scheduler.clone(),
+    };
+    reporter.serve(&listening.path()).await;
+    let snapshots = snapshot::Options::new(layout.clone(), config.into());
+    let open = {
+        let lazy = Arc::new(lazy.clone());
+        move || Snapshotter::open(snapshots.clone(), lazy.clone(), disk.clone())
+    };
+    let records = record::all(&layout);
+    match open().await {
+        Ok(snapshotter) => {
+            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            door.open(snapshotter);
+        }
+        // Containers read these, whatever else is wrong.
+        Err(error) if !records.is_empty() => {
+            condition.open_later(&error, open);
+            recover(records.clone(), &lazy, Unreferenced::Kept).await;
+        }
+        Err(error) => return Err(error.into()),
+    }
     tokio::spawn({
         let lazy = lazy.clone();
         async move { lazy.find_local_copies().await }
@@ -242,25 +320,58 @@ async fn serve(
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {
         metrics.background_fetch_enabled();
-        tokio::spawn(report_queue(metrics.clone(), scheduler, config.background_fetch.emit_metric_period));
     }
-    serve_telemetry(config, metrics).await?;
-    tokio::spawn(keep_held(layout.clone(), held));
+    tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
+    match serve_telemetry(config, metrics.clone()).await {
+        // An address that is taken is no reason to leave containers alone.
+        Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
+        served => served?,
+    }
+    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
     listener.set_nonblocking(true).map_err(|e| failed(e.into()))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| failed(e.into()))?;
-    // Without systemd there is nobody to notify.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    condition.answers();
+    if condition.refusal().is_none() {
+        settings::keep(&layout, config);
+    }
+    let note = Note::default();
+    let progress = {
+        let observers = observers.clone();
+        move || observers.progress(scheduler.background())
+    };
+    tokio::spawn(systemd::watchdog({
+        let progress = progress.clone();
+        move || {
+            let _ = progress();
+        }
+    }));
+    let line = {
+        let condition = condition.clone();
+        move || match condition.refusal() {
+            Some(why) => format!("TAKES NOTHING NEW: {why}; {}", progress()),
+            None => progress().to_string(),
+        }
+    };
+    tokio::spawn(systemd::show_status(line, note.clone()));
+    let live = reload::Parts { layout: layout.clone(), lazy, observers, metrics, condition };
+    tokio::spawn(reload::on_hangup(hangup, options.config.clone(), config.clone(), live, note));
+    systemd::ready();
     say!(Started, address, "soci-snapshotter-grpc successfully started");
+    let images = cri_logins.map(|logins| {
+        let path = &config.cri_keychain.image_service_path;
+        tracing::info!(path, "CRI's image service is passed on");
+        grpc::CriImages::new(path, logins)
+    });
     let told = tokio::sync::Notify::new();
     let stop = async {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("Got terminated"),
             _ = interrupt.recv() => tracing::info!("Got interrupt"),
         }
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        systemd::stopping();
         told.notify_one();
     };
     let patience = async {
@@ -268,7 +379,7 @@ async fn serve(
         tokio::time::sleep(LAST_REQUESTS).await;
     };
     tokio::select! {
-        served = grpc::serve(listener, snapshotter, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
+        served = grpc::serve(listener, door, images, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
@@ -280,10 +391,20 @@ async fn serve(
     Ok(())
 }
 
+/// What becomes of layers in the store that no snapshot refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unreferenced {
+    Removed,
+    /// Which snapshots there are is not known for certain.
+    Kept,
+}
+
 /// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
-async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<(), StartError> {
-    let layers = snapshotter.lazy_layers()?;
+async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: Unreferenced) {
     let count = layers.len();
+    if count > 0 {
+        systemd::status(&format!("starting: restoring {count} lazy layers from local disk"));
+    }
     let recovered = futures::stream::StreamExt::fold(
         futures::stream::StreamExt::buffer_unordered(
             futures::stream::iter(layers.into_iter().map(|id| {
@@ -310,16 +431,15 @@ async fn recover(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<()
     if count > 0 {
         tracing::info!(layers = count.to_string(), restored = recovered.to_string(), "lazy layers restored");
     }
-    if recovered == count {
+    // Not while something could not be read.
+    if recovered == count && unreferenced == Unreferenced::Removed {
         let store = lazy.store.clone();
-        // What no snapshot refers to any more; not while something could not be read.
         let _ = tokio::task::spawn_blocking(move || store.sweep()).await;
     }
-    Ok(())
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held) {
+async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
     let held = Arc::new(held);
     let mut said = false;
     loop {
@@ -327,9 +447,11 @@ async fn keep_held(layout: Layout, held: Held) {
         let (layout, held) = (layout.clone(), held.clone());
         let kept = tokio::task::spawn_blocking(move || {
             use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, How::SpawnChild)
+            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
         });
-        match kept.await {
+        let kept = kept.await;
+        condition.connection_kept(matches!(kept, Ok(Ok(_))));
+        match kept {
             Ok(Ok(holder::Keeping::Already)) => said = false,
             Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
             Ok(Err(error)) if !said => {
@@ -346,22 +468,18 @@ fn lazy_side(
     config: &Config,
     tree: Arc<lazyfs::Tree>,
     observers: Arc<Observers>,
+    cri_logins: Option<Arc<CriLogins>>,
 ) -> Result<LazyMounts, StartError> {
-    let keychain = Arc::new(Keychain::new(keychain_sources()));
-    let registry = Registry::observed(http_settings(config), hosts(config), keychain, observers.clone())?;
-    let discovery = DiscoverySettings {
-        v1: config.pull_modes.soci_v1.enable,
-        v2: config.pull_modes.soci_v2.enable,
-        prefetch: config.prefetch.enable,
-        ..DiscoverySettings::default()
-    };
+    let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
+    let registry =
+        Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
         config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
         config::ContentStoreType::Soci => None,
     };
-    let indexes = Indexes::observed(registry.clone(), store, discovery, observers.clone());
+    let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
         Scheduler::new(scheduling(config)),
@@ -375,10 +493,6 @@ fn lazy_side(
             shared
         }
     });
-    let headers = match config.disable_verification {
-        true => lazyfs::HeaderCheck::Skipped,
-        false => lazyfs::HeaderCheck::Required,
-    };
     Ok(LazyMounts {
         layout: layout.clone(),
         registry,
@@ -388,44 +502,30 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
-        settings: LazySettings { headers, mount_timeout: config.mount_timeout.duration() },
+        settings: RwLock::new(lazy_settings(config)),
         state: lazy::State::default(),
     })
 }
 
-fn limit(timeout: config::Timeout) -> registry::Limit {
-    timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
-}
-
-fn http_settings(config: &Config) -> HttpSettings {
-    let (http, blob) = (&config.http, &config.blob);
-    HttpSettings {
-        // A connection that takes longer than an hour is not going to be one.
-        dial_timeout: http.dial_timeout.duration().unwrap_or(Duration::from_secs(3600)),
-        header_timeout: limit(http.response_header_timeout),
-        request_timeout: limit(http.request_timeout),
-        retry: RetrySettings { max_retries: http.max_retries, min_wait: http.min_wait, max_wait: http.max_wait },
-        blob_timeout: limit(blob.fetching_timeout),
-        blob_retry: RetrySettings { max_retries: blob.max_retries, min_wait: blob.min_wait, max_wait: blob.max_wait },
-        ..HttpSettings::default()
+/// Which ways of finding an index are on under `config`.
+pub fn discovery(config: &Config) -> DiscoverySettings {
+    DiscoverySettings {
+        v1: config.pull_modes.soci_v1.enable,
+        v2: config.pull_modes.soci_v2.enable,
+        prefetch: config.prefetch.enable,
+        ..DiscoverySettings::default()
     }
 }
 
-fn hosts(config: &Config) -> HostSettings {
-    let mirror = |m: &config::Mirror| Mirror {
-        host: m.host.clone(),
-        security: if m.insecure { Security::PlainHttp } else { Security::Tls },
-        timeout: match m.request_timeout {
-            config::RequestTimeout::Inherit => MirrorTimeout::Inherit,
-            config::RequestTimeout::Never => MirrorTimeout::Own(registry::Limit::Unlimited),
-            config::RequestTimeout::After(after) => MirrorTimeout::Own(registry::Limit::After(after)),
-        },
+pub(super) fn lazy_settings(config: &Config) -> LazySettings {
+    let headers = match config.disable_verification {
+        true => lazyfs::HeaderCheck::Skipped,
+        false => lazyfs::HeaderCheck::Required,
     };
-    let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect() }
+    LazySettings { headers, mount_timeout: config.mount_timeout.duration() }
 }
 
-fn scheduling(config: &Config) -> Settings {
+pub(super) fn scheduling(config: &Config) -> Settings {
     let (background, blob) = (&config.background_fetch, &config.blob);
     let pace = match (background.disable, background.pace) {
         (true, _) => Pace::Off,
@@ -516,11 +616,4 @@ fn scratch_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
     (memory / 8).clamp(64 << 20, 1 << 30)
-}
-
-fn keychain_sources() -> Vec<Arc<dyn crate::keychain::Source>> {
-    DockerConfig::of_environment()
-        .into_iter()
-        .map(|source| Arc::new(source) as Arc<dyn crate::keychain::Source>)
-        .collect()
 }

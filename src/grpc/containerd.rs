@@ -167,9 +167,13 @@ impl Containerd {
     }
 
     /// Sets labels of an image record; an empty value removes one. Other labels stay.
-    pub async fn label_image(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<(), ContainerdError> {
+    ///
+    /// The target goes along although it is not to be changed: containerd 2.2 crashes on a record without one.
+    pub async fn label_image(&self, image: &Image, labels: &BTreeMap<String, String>) -> Result<(), ContainerdError> {
         let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
-        let record = images::Image { name: name.to_owned(), labels: labels.clone(), ..Default::default() };
+        let name = &image.name;
+        let target = Some(wire(&image.target));
+        let record = images::Image { name: name.clone(), labels: labels.clone(), target, ..Default::default() };
         let mask = prost_types::FieldMask { paths };
         let update = self.request(images::UpdateImageRequest { image: Some(record), update_mask: Some(mask) });
         let updated = self.images().update(update).await;

@@ -4,12 +4,14 @@
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
 //! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has, for the daemon,
 //! which must not wait; [`containerd`] is the `soci` tool's client, which may.
+//! [`CriImages`] passes CRI's image service on, for the logins in it.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
 #![forbid(unsafe_code)]
 
 pub mod containerd;
 pub mod content;
+mod cri;
 pub mod filter;
 pub mod labels;
 mod server;
@@ -17,6 +19,7 @@ mod service;
 mod source;
 mod status;
 
+pub use cri::CriImages;
 pub use server::{Limits, serve};
 pub use service::Service;
 pub use source::ContainerdBlob;
@@ -48,6 +51,9 @@ pub mod proto {
                 tonic::include_proto!("containerd.services.leases.v1");
             }
         }
+    }
+    pub mod cri {
+        tonic::include_proto!("runtime.v1");
     }
     pub use services::content::v1 as content;
     pub use services::images::v1 as images;

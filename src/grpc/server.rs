@@ -1,9 +1,11 @@
 //! A listener, bounded: connections, streams, headers, messages, and requests being worked on.
 
+use super::cri::CriImages;
 use super::proto::snapshots::snapshots_server::SnapshotsServer;
 use super::service::Service;
-use crate::snapshot::Snapshotter;
-use futures::StreamExt;
+use crate::snapshot::Door;
+use futures::{StreamExt, future::BoxFuture};
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -12,6 +14,8 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::body::Body;
+use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic::transport::server::{Connected, UdsConnectInfo};
 
@@ -36,21 +40,52 @@ impl Default for Limits {
     }
 }
 
-/// Serves the Snapshots service on `listener` until `shutdown`; then finishes what has begun.
+/// Serves the Snapshots service on `listener` until `shutdown`, and CRI's image service if there is one; then finishes what has begun.
 pub async fn serve(
     listener: UnixListener,
-    snapshotter: Snapshotter,
+    door: impl Into<Door>,
+    images: Option<CriImages>,
     limits: Limits,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let service = SnapshotsServer::new(Service::new(snapshotter, limits.requests));
+    let service = SnapshotsServer::new(Service::new(door.into(), limits.requests));
     let service = service.max_decoding_message_size(limits.message_bytes);
     Server::builder()
         .max_concurrent_streams(limits.streams)
         .concurrency_limit_per_connection(limits.requests)
         .http2_max_header_list_size(limits.header_bytes)
-        .serve_with_incoming_shutdown(service, connections(listener, limits.connections), shutdown)
+        .serve_with_incoming_shutdown(
+            Services { snapshots: service, images },
+            connections(listener, limits.connections),
+            shutdown,
+        )
         .await
+}
+
+/// What is behind one socket.
+#[derive(Clone)]
+struct Services {
+    snapshots: SnapshotsServer<Service>,
+    images: Option<CriImages>,
+}
+
+impl tower::Service<http::Request<Body>> for Services {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = request.uri().path().trim_start_matches('/').split('/').next();
+        match &mut self.images {
+            Some(images) if service == Some(CriImages::NAME) => images.call(request),
+            // Of a service that is not here it says so itself: no such method.
+            _ => self.snapshots.call(request),
+        }
+    }
 }
 
 /// Accepts while there are fewer than `most` connections; others wait in the listener's own queue.

@@ -1,4 +1,4 @@
-//! The Snapshots service: messages to and from a [`Snapshotter`].
+//! The Snapshots service: messages to and from a [`Snapshotter`], as far as its [`Door`] is open.
 
 use super::filter::Filters;
 use super::labels;
@@ -6,7 +6,7 @@ use super::proto::snapshots::snapshots_server::Snapshots;
 use super::proto::snapshots::{self as wire};
 use super::proto::types;
 use super::status::status;
-use crate::snapshot::{Info, Kind, Mount, SnapshotError, Snapshotter, Timestamp};
+use crate::snapshot::{Door, Info, Kind, Mount, SnapshotError, Snapshotter, Timestamp};
 use futures::stream::BoxStream;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -18,15 +18,24 @@ const PAGE: usize = 100;
 /// Implements the generated trait. The `snapshotter` field of requests is ignored: there is only one here.
 #[derive(Clone)]
 pub struct Service {
-    snapshotter: Snapshotter,
+    door: Door,
     /// Requests being worked on; more wait.
     slots: Arc<Semaphore>,
 }
 
 impl Service {
     /// At most `concurrency` requests are worked on at the same time.
-    pub fn new(snapshotter: Snapshotter, concurrency: usize) -> Service {
-        Service { snapshotter, slots: Arc::new(Semaphore::new(concurrency)) }
+    pub fn new(door: Door, concurrency: usize) -> Service {
+        Service { door, slots: Arc::new(Semaphore::new(concurrency)) }
+    }
+
+    /// What makes snapshots goes through here.
+    fn admit(&self) -> Result<Snapshotter, Status> {
+        self.door.admit().map_err(|error| status(&error))
+    }
+
+    fn enter(&self) -> Result<Snapshotter, Status> {
+        self.door.enter().map_err(|error| status(&error))
     }
 
     async fn slot(&self) -> Result<SemaphorePermit<'_>, Status> {
@@ -84,7 +93,7 @@ impl Snapshots for Service {
         tracing::debug!(key, parent = name, "prepare");
         let namespace = labels::namespace(&metadata).or_else(|| labels::namespace_of_key(&key));
         let extraction = labels::extraction(&labels, namespace).map_err(|error| status(&error))?;
-        let prepared = self.snapshotter.prepare(key, parent(name), labels, extraction).await;
+        let prepared = self.admit()?.prepare(key, parent(name), labels, extraction).await;
         answer(prepared, |m| wire::PrepareSnapshotResponse { mounts: vec![mount(m)] })
     }
 
@@ -94,25 +103,25 @@ impl Snapshots for Service {
     ) -> Result<Response<wire::ViewSnapshotResponse>, Status> {
         let _slot = self.slot().await?;
         let wire::ViewSnapshotRequest { snapshotter: _, key, parent: name, labels } = request.into_inner();
-        let viewed = self.snapshotter.view(key, parent(name), labels).await;
+        let viewed = self.admit()?.view(key, parent(name), labels).await;
         answer(viewed, |m| wire::ViewSnapshotResponse { mounts: vec![mount(m)] })
     }
 
     async fn mounts(&self, request: Request<wire::MountsRequest>) -> Result<Response<wire::MountsResponse>, Status> {
         let _slot = self.slot().await?;
-        let mounts = self.snapshotter.mounts(&request.into_inner().key).await;
+        let mounts = self.enter()?.mounts(&request.into_inner().key).await;
         answer(mounts, |m| wire::MountsResponse { mounts: vec![mount(m)] })
     }
 
     async fn commit(&self, request: Request<wire::CommitSnapshotRequest>) -> Result<Response<()>, Status> {
         let _slot = self.slot().await?;
         let wire::CommitSnapshotRequest { snapshotter: _, name, key, labels } = request.into_inner();
-        answer(self.snapshotter.commit(name, key, labels).await, |()| ())
+        answer(self.enter()?.commit(name, key, labels).await, |()| ())
     }
 
     async fn remove(&self, request: Request<wire::RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
         let _slot = self.slot().await?;
-        answer(self.snapshotter.remove(request.into_inner().key).await, |()| ())
+        answer(self.enter()?.remove(request.into_inner().key).await, |()| ())
     }
 
     async fn stat(
@@ -120,7 +129,7 @@ impl Snapshots for Service {
         request: Request<wire::StatSnapshotRequest>,
     ) -> Result<Response<wire::StatSnapshotResponse>, Status> {
         let _slot = self.slot().await?;
-        let stat = self.snapshotter.stat(&request.into_inner().key);
+        let stat = self.enter()?.stat(&request.into_inner().key);
         answer(stat, |i| wire::StatSnapshotResponse { info: Some(info(i)) })
     }
 
@@ -132,7 +141,7 @@ impl Snapshots for Service {
         let wire::UpdateSnapshotRequest { snapshotter: _, info: given, update_mask } = request.into_inner();
         let wire::Info { name, labels, .. } = given.ok_or_else(|| Status::invalid_argument("info is missing"))?;
         let fields = update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let updated = self.snapshotter.update(name, labels, &fields).await;
+        let updated = self.enter()?.update(name, labels, &fields).await;
         answer(updated, |i| wire::UpdateSnapshotResponse { info: Some(info(i)) })
     }
 
@@ -147,7 +156,8 @@ impl Snapshots for Service {
             let page = {
                 let _slot = service.slot().await?;
                 let wanted = filters.clone();
-                let page = service.snapshotter.page(after, PAGE, move |info| wanted.matches(info));
+                let snapshotter = service.enter()?;
+                let page = snapshotter.page(after, PAGE, move |info| wanted.matches(info));
                 page.await.map_err(|error| status(&error))?
             };
             let next = match page.last() {
@@ -163,12 +173,12 @@ impl Snapshots for Service {
 
     async fn usage(&self, request: Request<wire::UsageRequest>) -> Result<Response<wire::UsageResponse>, Status> {
         let _slot = self.slot().await?;
-        let usage = self.snapshotter.usage(&request.into_inner().key).await;
+        let usage = self.enter()?.usage(&request.into_inner().key).await;
         answer(usage, |u| wire::UsageResponse { size: signed(u.size), inodes: signed(u.inodes) })
     }
 
     async fn cleanup(&self, _: Request<wire::CleanupRequest>) -> Result<Response<()>, Status> {
         let _slot = self.slot().await?;
-        answer(self.snapshotter.cleanup().await, |()| ())
+        answer(self.enter()?.cleanup().await, |()| ())
     }
 }

@@ -15,7 +15,7 @@ pub fn status(error: &SnapshotError) -> Status {
         SnapshotError::NotActive(_) | SnapshotError::NotMountable(_) | SnapshotError::HasChildren(_) => {
             Code::FailedPrecondition
         }
-        SnapshotError::Unavailable(_) => Code::Unavailable,
+        SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,
         SnapshotError::IdMapping => Code::Unimplemented,
         // As the Go daemon reports them: containerd has no error of its own for these.
         SnapshotError::NoNamespace

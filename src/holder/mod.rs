@@ -18,6 +18,7 @@
 //! * At most one holder per root: a lock on `<root>/snapshotter`, released by the kernel, says who.
 //! * Whoever holds the mount's descriptors are this process and the daemon. While one of them lives, readers wait; when both are gone the kernel
 //!   answers ENOTCONN for ever, and the next start detaches that mount and makes a new one.
+//! * Under systemd a third copy is in its descriptor store ([`store`]), which outlives both of them when they die together.
 //! * Unmounting takes the capability this process gave away, so it is done by a second, short-lived `soci-mount --unmount`.
 //!
 //! Absent on purpose: serving. A holder that parsed requests could be made to hang or die by them.
@@ -27,6 +28,7 @@ mod client;
 pub use crate::fs::wire::{InitParams, answer_init};
 mod protocol;
 mod server;
+mod store;
 
 pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
 
@@ -48,6 +50,7 @@ use std::{
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
+use store::Store;
 
 /// `read_ahead_kb` of the mount: what made big sequential reads eight times cheaper (field/fuse.md, setting 9).
 const READ_AHEAD_KB: u32 = 1024;
@@ -138,16 +141,23 @@ fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
     let Some(lock) = lock_unless_held(layout)? else {
         return Ok(());
     };
-    let holding = match mount_state(&layout.lazy())? {
-        MountState::Served => {
-            complain(format_args!(
-                "{} is mounted and served, but its holder is gone: waiting for the daemon to hand in the descriptor",
-                layout.lazy().display()
-            ));
-            Holding::Empty
-        }
-        MountState::Absent => mount(layout)?,
+    let store = Store::open();
+    let holding = match still_held(layout)? {
+        Some(holding) => holding,
+        None => match mount_state(&layout.lazy())? {
+            MountState::Served => {
+                complain(format_args!(
+                    "{} is mounted and served, but its holder is gone: waiting for the daemon to hand in the descriptor",
+                    layout.lazy().display()
+                ));
+                Holding::Empty
+            }
+            MountState::Absent => mount(layout)?,
+        },
     };
+    if let Holding::Fresh { device, .. } | Holding::Used { device, .. } = &holding {
+        store.put(device.as_fd());
+    }
     let listener = listen(layout)?;
     sys::process::shield_from_oom_killer();
     std::env::set_current_dir("/")?;
@@ -156,7 +166,7 @@ fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
         complain(format_args!("telling systemd that we are ready: {error}"));
     }
     sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
-    let ended = Server::new(listener, holding).serve();
+    let ended = Server::new(listener, holding, store).serve();
     drop(lock);
     ended
 }
@@ -217,6 +227,17 @@ fn unmount(layout: &Layout) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// What systemd kept while we were gone, if it belongs to what is mounted.
+fn still_held(layout: &Layout) -> io::Result<Option<Holding>> {
+    let Some((device, init)) = store::inherited(layout)? else { return Ok(None) };
+    let mount = mountinfo::mount_at(&absolute(&layout.lazy())?)?;
+    if mount.is_none_or(|mount| mount.fstype != fuse::FSTYPE) {
+        return Ok(None);
+    }
+    complain(format_args!("systemd has kept the FUSE descriptor of {}", layout.lazy().display()));
+    Ok(Some(Holding::Used { device, init }))
 }
 
 enum MountState {
@@ -295,7 +316,12 @@ fn mount(layout: &Layout) -> io::Result<Holding> {
     let device = fuse::open_device()?;
     fuse::mount(device.as_fd(), &point)?;
     match negotiate(&device, &point) {
-        Ok(init) => Ok(Holding::Fresh { device, init }),
+        Ok(init) => {
+            if let Err(error) = store::remember(layout, &init) {
+                complain(format_args!("writing {}: {error}", layout.holder_parameters().display()));
+            }
+            Ok(Holding::Fresh { device, init })
+        }
         Err(error) => {
             // Leave nothing behind that would answer ENOTCONN.
             if let Err(also) = fuse::detach(&point) {

@@ -4,6 +4,7 @@
 use super::{
     InitParams, complain,
     protocol::{MAX_MESSAGE, Reply, Request, Status},
+    store::Store,
 };
 use crate::sys::{
     fuse,
@@ -34,6 +35,7 @@ pub(super) enum Holding {
 pub(super) struct Server {
     listener: OwnedFd,
     holding: Holding,
+    store: Store,
 }
 
 /// Whether to go on after a peer was served.
@@ -46,8 +48,8 @@ enum Next {
 }
 
 impl Server {
-    pub(super) fn new(listener: OwnedFd, holding: Holding) -> Server {
-        Server { listener, holding }
+    pub(super) fn new(listener: OwnedFd, holding: Holding, store: Store) -> Server {
+        Server { listener, holding, store }
     }
 
     pub(super) fn serve(mut self) -> io::Result<()> {
@@ -132,6 +134,7 @@ impl Server {
     fn keep(&mut self, mut fds: Vec<OwnedFd>, parameters: &[u8]) -> Reply {
         match (&self.holding, fds.pop(), serde_json::from_slice(parameters)) {
             (Holding::Empty, Some(device), Ok(init)) if fuse::is_device(device.as_fd()) => {
+                self.store.put(device.as_fd());
                 self.holding = Holding::Used { device, init };
                 Reply::Done
             }

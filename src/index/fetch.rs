@@ -76,6 +76,16 @@ pub(super) async fn index(
     Ok(index)
 }
 
+/// The index `found`, without its blobs.
+pub(super) async fn preview(
+    repository: &Repository,
+    store: &ContentStore,
+    settings: &DiscoverySettings,
+    found: &Found,
+) -> Result<SociIndex, NoIndex> {
+    plan(found.digest, read(&manifest(repository, store, found).await?)?, settings)
+}
+
 /// The bytes of the index, from here or from the registry.
 async fn manifest(repository: &Repository, store: &ContentStore, found: &Found) -> Result<Bytes, NoIndex> {
     if let Some(bytes) = store.read(found.digest, INDEX_MAX).await.map_err(NoIndex::Store)? {

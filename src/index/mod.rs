@@ -29,7 +29,7 @@ use prefetch::Prefetch;
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -161,7 +161,7 @@ pub struct Indexes {
 struct Inner {
     registry: Registry,
     store: ContentStore,
-    settings: DiscoverySettings,
+    settings: RwLock<DiscoverySettings>,
     observer: Arc<dyn Observer>,
     flights: Flights<Key, Arc<SociIndex>, NoIndex>,
 }
@@ -187,16 +187,13 @@ impl Indexes {
         observer: Arc<dyn Observer>,
     ) -> Indexes {
         let flights = Flights::new(CAPACITY, BELIEF, || NoIndex::Aborted);
-        Indexes { inner: Arc::new(Inner { registry, store, settings, observer, flights }) }
+        Indexes { inner: Arc::new(Inner { registry, store, settings: RwLock::new(settings), observer, flights }) }
     }
 
     /// The index of `image`, when it and all its zTOCs are here. Cancel-safe: the search goes on for the next who asks.
     pub async fn get(&self, image: &ImageTarget) -> Result<Arc<SociIndex>, NoIndex> {
-        let explicit = match image.explicit.as_deref() {
-            None | Some("") => None,
-            Some(text) => Some(text.parse().map_err(|_| NoIndex::InvalidExplicit(text.chars().take(100).collect()))?),
-        };
-        let settings = &self.inner.settings;
+        let explicit = explicit(image)?;
+        let settings = self.inner.settings();
         if explicit.is_none() && !settings.v1 && !settings.v2 {
             return Err(NoIndex::Disabled);
         }
@@ -211,6 +208,20 @@ impl Indexes {
                 }
             })
             .await
+    }
+
+    /// The index that [`Indexes::get`] would give, by what is written in it: none of its blobs is fetched, so they may be missing or wrong.
+    pub async fn preview(&self, image: &ImageTarget) -> Result<Arc<SociIndex>, NoIndex> {
+        let explicit = explicit(image)?;
+        let inner = &self.inner;
+        let repository = inner.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
+        let found = discover::find(&repository, &inner.store, &inner.settings(), image.manifest, explicit).await?;
+        fetch::preview(&repository, &inner.store, &inner.settings(), &found).await.map(Arc::new)
+    }
+
+    /// Other settings for searches that begin from now on.
+    pub fn reconfigure(&self, settings: DiscoverySettings) {
+        *self.inner.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// Where the zTOC of an index that [`Indexes::get`] gave is.
@@ -246,10 +257,23 @@ impl Indexes {
     }
 }
 
+/// The index that the image's client named.
+fn explicit(image: &ImageTarget) -> Result<Option<Digest>, NoIndex> {
+    match image.explicit.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) => text.parse().map(Some).map_err(|_| NoIndex::InvalidExplicit(text.chars().take(100).collect())),
+    }
+}
+
 impl Inner {
+    fn settings(&self) -> DiscoverySettings {
+        *self.settings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn find(&self, image: &ImageTarget, explicit: Option<Digest>) -> Result<SociIndex, NoIndex> {
         let repository = self.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
-        let found = discover::find(&repository, &self.store, &self.settings, image.manifest, explicit).await?;
+        let settings = self.settings();
+        let found = discover::find(&repository, &self.store, &settings, image.manifest, explicit).await?;
         // Read by tests and scripts: this text, and text fields only.
         tracing::info!(
             digest = %found.digest,
@@ -257,7 +281,7 @@ impl Inner {
             "fetching SOCI artifacts using index descriptor"
         );
         let started = Instant::now();
-        let index = fetch::index(&repository, &self.store, &self.settings, self.observer.as_ref(), &found).await;
+        let index = fetch::index(&repository, &self.store, &settings, self.observer.as_ref(), &found).await;
         self.observer.index_fetched(found.digest, started.elapsed());
         index
     }

@@ -1,27 +1,40 @@
-//! Who we are at a registry: sources of credentials, asked in order until one knows.
+//! Who we are at a registry: sources of logins, and in which order they are asked.
 //!
-//! Invariants: a [`Secret`] never shows in `Debug`, has no `Display`, and no log line or error of this module holds one.
-//! A source that fails is named in the log and passed over: an image that needs no credentials must not suffer from it.
+//! The order, which is also that of the list the daemon makes: docker's configuration with its helpers, podman's, kubelet's credential
+//! providers, what kubelet sent with pulls (CRI), the cluster's secrets; and at last nobody, that is anonymously. A login that a
+//! registry refuses is followed by the next one, of the same source or the next, each once.
 //!
-//! Absent on purpose: remembering. Whoever uses credentials remembers what they were exchanged for (`registry::auth`), and
-//! looks here again when that stops working, which is how renewed credentials are noticed.
+//! Invariants: a [`Secret`] never shows in `Debug`, has no `Display`, is wiped when it is dropped, and no log line or error of this
+//! module holds one. A source that fails is named in the log and passed over: an image that needs no login must not suffer from it.
+//!
+//! Absent on purpose: remembering. Whoever uses logins remembers what they were exchanged for (`registry::auth`), and looks here again
+//! when that stops working, which is how renewed logins are noticed.
 #![forbid(unsafe_code)]
 
+mod cri;
 mod docker;
+mod files;
 mod helper;
+mod kube;
+mod kubelet;
+mod program;
 
+pub use cri::{CriAuth, CriLogins};
 pub use docker::DockerConfig;
-pub use helper::HelperError;
+pub use kube::KubeSecrets;
+pub use kubelet::KubeletProviders;
+pub use program::ProgramError;
 
-use crate::oci::Reference;
-use crate::telemetry::catalog::say;
+use crate::{oci::Reference, telemetry::catalog::say};
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
+use zeroize::Zeroize;
 
 /// What docker.io is called in docker's configuration and by login helpers.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
-/// Text that is not shown.
-#[derive(Clone, PartialEq, Eq)]
+/// Text that is not shown, and wiped when it is dropped.
+#[derive(Clone, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(transparent)]
 pub struct Secret(Box<str>);
 
 impl Secret {
@@ -29,9 +42,19 @@ impl Secret {
         Secret(text.into())
     }
 
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The text itself, for whoever sends it where it belongs.
     pub fn expose(&self) -> &str {
         &self.0
+    }
+}
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        self.0.zeroize();
     }
 }
 
@@ -50,14 +73,16 @@ pub enum Credential {
     },
     /// An OAuth 2 refresh token.
     Identity(Secret),
+    /// What is shown to the registry itself, as it is.
+    Registry(Secret),
 }
 
-/// Whose credentials are wanted.
+/// Whose logins are wanted.
 #[derive(Debug, Clone, Copy)]
 pub struct Query<'a> {
     /// The registry or mirror, with its port if that is not the usual one.
     pub host: &'a str,
-    /// The image they are for; sources that were given credentials with a pull know them by this.
+    /// The image they are for; sources that were given logins with a pull know them by this.
     pub reference: &'a Reference,
 }
 
@@ -69,17 +94,31 @@ impl Query<'_> {
             host => host,
         }
     }
+
+    /// `host/repository`, as kubelet and podman write it.
+    fn image(&self) -> String {
+        let host = match self.host {
+            "index.docker.io" | "registry-1.docker.io" => "docker.io",
+            host => host,
+        };
+        format!("{host}/{}", self.reference.repository)
+    }
 }
 
 /// A boxed answer, so that sources can be kept in one list.
-pub type Lookup<'a> = Pin<Box<dyn Future<Output = Result<Option<Credential>, SourceError>> + Send + 'a>>;
+pub type Lookup<'a> = Pin<Box<dyn Future<Output = Result<Vec<Credential>, SourceError>> + Send + 'a>>;
 
-/// One place where credentials may be found.
+/// One place where logins may be found.
 pub trait Source: Send + Sync {
-    /// For logs.
-    fn name(&self) -> &'static str;
-    /// What this source knows; None if it knows nothing about the host.
+    /// For logs and errors.
+    fn name(&self) -> &str;
+    /// What this source knows, the likeliest first; nothing if it knows nothing about the host.
     fn lookup<'a>(&'a self, query: &'a Query<'a>) -> Lookup<'a>;
+    /// A registry has refused what this source knows. Whether asking once more may give something else: a source that remembers answers
+    /// forgets this one.
+    fn refused(&self, _query: &Query<'_>) -> bool {
+        false
+    }
 }
 
 /// Why a source could not be asked. Holds no secret.
@@ -87,10 +126,10 @@ pub trait Source: Send + Sync {
 pub enum SourceError {
     #[error("{path} cannot be read")]
     Unreadable { path: String, source: std::io::Error },
-    #[error("{path} is not a docker configuration: {what}")]
-    Malformed { path: String, what: &'static str },
+    #[error("{path} is not a {kind}: {what}")]
+    Malformed { path: String, kind: &'static str, what: String },
     #[error("login helper {name:?} failed")]
-    Helper { name: String, source: HelperError },
+    Helper { name: String, source: ProgramError },
     /// Of a source of another module.
     #[error("{0}")]
     Other(String),
@@ -107,22 +146,17 @@ impl Keychain {
         Keychain { sources }
     }
 
-    /// The first that is found. A failing source is logged and passed over.
-    pub async fn lookup(&self, query: &Query<'_>) -> Option<Credential> {
-        for source in &self.sources {
-            match source.lookup(query).await {
-                Ok(Some(found)) => return Some(found),
-                Ok(None) => {}
-                Err(error) => say!(
-                    LoginUnavailable,
-                    source = source.name(),
-                    host = query.host,
-                    error = %chain(&error),
-                    "cannot look up a registry login"
-                ),
-            }
-        }
-        None
+    pub fn sources(&self) -> &[Arc<dyn Source>] {
+        &self.sources
+    }
+
+    /// What `source` knows. That it fails is logged, and returned in words.
+    pub async fn ask(&self, source: &dyn Source, query: &Query<'_>) -> Result<Vec<Credential>, String> {
+        source.lookup(query).await.map_err(|error| {
+            let error = chain(&error);
+            say!(LoginUnavailable, source = source.name(), host = query.host, error, "cannot look up a registry login");
+            error
+        })
     }
 }
 
@@ -142,45 +176,29 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// A YAML document (JSON is one, too). The error is where it is wrong, not what: that could quote it.
+fn yaml<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    let text = std::str::from_utf8(text).map_err(|_| ": it is not UTF-8".to_owned())?;
+    serde_saphyr::from_str(text).map_err(|error| match error.location() {
+        Some(at) => format!(" (line {}, column {})", at.line(), at.column()),
+        None => String::new(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    struct Fixed(Option<Credential>);
-    struct Broken;
-
-    impl Source for Fixed {
-        fn name(&self) -> &'static str {
-            "fixed"
-        }
-        fn lookup<'a>(&'a self, _: &'a Query<'a>) -> Lookup<'a> {
-            Box::pin(async { Ok(self.0.clone()) })
-        }
-    }
-
-    impl Source for Broken {
-        fn name(&self) -> &'static str {
-            "broken"
-        }
-        fn lookup<'a>(&'a self, _: &'a Query<'a>) -> Lookup<'a> {
-            Box::pin(async { Err(SourceError::Other("no".into())) })
-        }
-    }
-
-    #[tokio::test]
-    async fn sources_are_asked_in_order_and_a_broken_one_is_passed_over() {
-        let reference = "h/r".parse().unwrap();
-        let query = Query { host: "h", reference: &reference };
-        let found = Credential::Identity(Secret::new("x"));
-        let keychain =
-            Keychain::new(vec![Arc::new(Broken), Arc::new(Fixed(None)), Arc::new(Fixed(Some(found.clone())))]);
-        assert_eq!(keychain.lookup(&query).await, Some(found));
-        assert_eq!(Keychain::default().lookup(&query).await, None);
-    }
 
     #[test]
     fn a_secret_does_not_show() {
         let shown = format!("{:?}", Credential::Password { user: "u".into(), password: Secret::new("hunter2") });
         assert!(!shown.contains("hunter2"), "{shown}");
+    }
+
+    #[test]
+    fn yaml_says_where_it_is_wrong_and_not_what() {
+        let error = yaml::<Vec<u32>>(b"- 1\n- hunter2\n").unwrap_err();
+        assert!(error.contains("line 2") && !error.contains("hunter2"), "{error}");
+        assert_eq!(yaml::<Vec<u32>>(b"[1, 2]").unwrap(), [1, 2]);
     }
 }

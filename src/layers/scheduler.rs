@@ -19,7 +19,7 @@ use crate::telemetry::catalog::say;
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
     time::{Duration, Instant},
 };
 use tokio::sync::Notify;
@@ -62,6 +62,18 @@ pub enum Pace {
     Every { period: Duration, silence: Duration },
     /// Not at all.
     Off,
+}
+
+/// What becomes of what is missing and nobody waits for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Background {
+    /// It is fetched.
+    #[default]
+    Streaming,
+    /// It stays away until it is read.
+    Off,
+    /// Nothing can be kept on disk, so nothing is fetched ahead of reads.
+    NoRoom,
 }
 
 /// Retries and limits of fetching.
@@ -122,7 +134,7 @@ struct State {
 struct Inner {
     state: Mutex<State>,
     wake: Notify,
-    settings: Settings,
+    settings: RwLock<Arc<Settings>>,
 }
 
 /// The scheduler; cheap to clone.
@@ -139,7 +151,7 @@ enum Next {
 
 impl Scheduler {
     pub fn new(settings: Settings) -> Scheduler {
-        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings };
+        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings: RwLock::new(Arc::new(settings)) };
         Scheduler { inner: Arc::new(inner) }
     }
 
@@ -147,8 +159,28 @@ impl Scheduler {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn settings(&self) -> &Settings {
-        &self.inner.settings
+    pub(super) fn settings(&self) -> Arc<Settings> {
+        self.inner.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Other settings, from the next decision on.
+    pub fn reconfigure(&self, settings: Settings) {
+        *self.inner.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        let mut state = self.lock();
+        // A former pace may have put the next request an hour off.
+        state.next_tick = None;
+        state.allowance = state.allowance.max(0.0);
+        drop(state);
+        self.wake();
+    }
+
+    /// What becomes of what is missing and nobody waits for.
+    pub fn background(&self) -> Background {
+        match (&self.lock().disk, self.settings().pace) {
+            (Disk::Full { .. }, _) => Background::NoRoom,
+            (Disk::HasRoom, Pace::Off) => Background::Off,
+            (Disk::HasRoom, Pace::LineRate | Pace::Every { .. }) => Background::Streaming,
+        }
     }
 
     /// Streams `layer` until it is complete.
@@ -158,7 +190,7 @@ impl Scheduler {
         if !state.active.iter().any(|a| a.layer.as_ptr() == Arc::as_ptr(layer)) {
             state.active.push(Active { layer: Arc::downgrade(layer), resume: None, failures: 0, silent: 0 });
         }
-        if let Pace::Every { silence, .. } = self.inner.settings.pace {
+        if let Pace::Every { silence, .. } = self.settings().pace {
             state.next_tick = Some(Instant::now() + silence);
         }
         drop(state);
@@ -192,7 +224,7 @@ impl Scheduler {
 
     /// `spans` of `layer` are likely to be read next.
     pub(super) fn near(&self, layer: &Arc<Layer>, spans: Range<usize>) {
-        if spans.is_empty() || self.inner.settings.pace != Pace::LineRate {
+        if spans.is_empty() || self.settings().pace != Pace::LineRate {
             return;
         }
         let mut state = self.lock();
@@ -256,7 +288,7 @@ impl Scheduler {
 
     /// Background fetching of `layer` failed: leaves it alone for a while.
     pub(super) fn failed(&self, layer: &Arc<Layer>) {
-        let settings = &self.inner.settings;
+        let settings = self.settings();
         let (mut state, now) = (self.lock(), Instant::now());
         // Of requests that were on their way together, one counts.
         if let Some(active) =
@@ -278,7 +310,7 @@ impl Scheduler {
     }
 
     fn next(&self, now: Instant) -> Next {
-        let settings = &self.inner.settings;
+        let settings = self.settings();
         let mut state = self.lock();
         let idle = settings.pace == Pace::Off && state.listed.is_empty();
         let calm = state.demanded.map(|at| at + CAUTION).filter(|calm| *calm > now);
@@ -371,7 +403,7 @@ impl Scheduler {
             *tries = (*tries + 1).min(16);
             *until = Instant::now() + backoff(MIN_FULL, MAX_FULL, *tries);
         }
-        if self.inner.settings.max_bytes_per_sec.is_some() {
+        if self.settings().max_bytes_per_sec.is_some() {
             state.allowance -= (range.end - range.start) as f64;
         }
     }

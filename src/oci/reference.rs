@@ -23,6 +23,26 @@ pub struct InvalidReference {
 }
 
 impl Reference {
+    /// As people write them and kubelet sends them: `ubuntu` is `docker.io/library/ubuntu:latest`, `team/app` is on Docker Hub, too; a
+    /// first component with a dot or a port, and `localhost`, is a registry.
+    pub fn familiar(text: &str) -> Result<Reference, InvalidReference> {
+        let (first, rest) = text.split_once('/').unwrap_or(("", text));
+        let is_host =
+            first == "localhost" || first.contains(['.', ':']) || first.chars().any(|c| c.is_ascii_uppercase());
+        let full = match (is_host, first) {
+            (true, "index.docker.io" | "docker.io") if !rest.contains('/') => format!("docker.io/library/{rest}"),
+            (true, "index.docker.io") => format!("docker.io/{rest}"),
+            (true, _) => text.to_owned(),
+            (false, "") => format!("docker.io/library/{rest}"),
+            (false, _) => format!("docker.io/{text}"),
+        };
+        let mut reference: Reference = full.parse()?;
+        if reference.tag.is_none() && reference.digest.is_none() {
+            reference.tag = Some("latest".to_owned());
+        }
+        Ok(reference)
+    }
+
     /// `host/repository`, without tag and digest.
     pub fn locator(&self) -> String {
         format!("{}/{}", self.host, self.repository)
@@ -99,5 +119,21 @@ mod tests {
         for text in ["nginx", "/a", "h/", "h/A", "h/a:", "h/a@sha256:1", "h/../a", "h/a//b", "h ost/a", "h/a?x"] {
             assert!(text.parse::<Reference>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn short_names_are_those_of_docker_hub() {
+        for (text, full) in [
+            ("ubuntu", "docker.io/library/ubuntu:latest"),
+            ("team/app:1", "docker.io/team/app:1"),
+            ("docker.io/ubuntu", "docker.io/library/ubuntu:latest"),
+            ("index.docker.io/team/app", "docker.io/team/app:latest"),
+            ("localhost/x", "localhost/x:latest"),
+            ("r.example/x:2", "r.example/x:2"),
+            ("localhost:5000/x", "localhost:5000/x:latest"),
+        ] {
+            assert_eq!(Reference::familiar(text).unwrap().to_string(), full, "{text}");
+        }
+        assert!(Reference::familiar("sha256:abc/../x y").is_err() && Reference::familiar("").is_err());
     }
 }

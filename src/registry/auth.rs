@@ -1,6 +1,10 @@
 //! Proving who asks. One grant per host and repository: found by being challenged, remembered, renewed before it ends.
 //!
-//! Invariant: a grant is only ever sent to the origin (scheme, host, port) that it was made for.
+//! Logins come from the keychain. One that is refused, by the registry or by its login service, is followed by the next: a [`Trial`]
+//! has what one request has tried so far, each login once, and at last nobody, that is anonymously. What was tried is in the error.
+//!
+//! Invariant: a grant is only ever sent to the origin (scheme, host, port) that it was made for. It is asked for as little as the
+//! request needs: to pull from this repository.
 //! At most one request for a grant is under way per host and repository; those who wait for it share its result, also
 //! when it fails, so that a login service that does not answer costs each of them one time-out and not a queue of them.
 
@@ -8,9 +12,9 @@ use super::{
     RegistryError,
     bounded::Bounded,
     challenge::Challenge,
+    endpoint::{Endpoint, HostId, Need},
     error::{Failure, Request},
-    hosts::Endpoint,
-    transport::{Kind, Reply, Transport},
+    transport::{Kind, Reply, To, Transport},
     url::{is_loopback, same_origin},
 };
 use crate::{
@@ -21,9 +25,11 @@ use ::url::Url;
 use base64::Engine;
 use http::{HeaderValue, Method, header};
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+use zeroize::Zeroizing;
 
 /// Grants remembered: one per host and repository in use.
 const CAPACITY: usize = 4096;
@@ -42,8 +48,8 @@ pub(super) struct Auth {
     doors: Mutex<Bounded<DoorKey, Arc<Door>>>,
 }
 
-/// A host, and the name of a repository on it.
-type DoorKey = (super::HostId, Arc<str>);
+/// A host, the name of a repository on it, and whether it is to be written to.
+type DoorKey = (HostId, Arc<str>, bool);
 
 /// One host and repository.
 #[derive(Default)]
@@ -58,6 +64,8 @@ pub(super) struct Door {
 struct Grant {
     header: HeaderValue,
     challenge: Challenge,
+    /// Which source of the keychain; one past the last is nobody.
+    source: usize,
     /// From when on to renew it, and from when on it is worthless.
     times: Option<(Instant, Instant)>,
 }
@@ -70,6 +78,104 @@ pub(super) struct Visitor<'a> {
     pub request: &'a Request,
     pub timeout: Option<Duration>,
     pub idle: Duration,
+    pub need: Need,
+}
+
+/// What one request has tried to prove who asks.
+#[derive(Default)]
+pub(super) struct Trial {
+    /// Logins of the source being tried that are still to be tried.
+    queue: VecDeque<Credential>,
+    /// The source being tried, and the next one.
+    source: usize,
+    next: usize,
+    /// Where it began, which was not at the first source.
+    first: Option<usize>,
+    /// The source has been asked once more after it forgot what was refused.
+    again: bool,
+    /// Grants that other requests got meanwhile, used by this one.
+    borrowed: u32,
+    /// What became of each source, in order.
+    told: Vec<(String, Fate)>,
+}
+
+enum Fate {
+    Nothing,
+    Failed(String),
+    Refused,
+}
+
+/// Logins tried for one request.
+const MAX_TRIED: usize = 16;
+/// Grants of other requests tried for one request.
+const MAX_BORROWED: u32 = 2;
+
+impl Trial {
+    /// As a new one, but the source that worked last is tried first.
+    fn beginning_with(source: usize) -> Trial {
+        Trial { next: source, first: Some(source), ..Trial::default() }
+    }
+
+    /// The next login to try; None within for nobody, None at the end.
+    async fn next(&mut self, keychain: &Keychain, query: &Query<'_>) -> Option<Option<Credential>> {
+        loop {
+            if let Some(credential) = self.queue.pop_front() {
+                return Some(Some(credential));
+            }
+            if self.told.len() > MAX_TRIED {
+                return None;
+            }
+            let sources = keychain.sources();
+            let index = self.next;
+            self.next += 1;
+            self.again = false;
+            if index > sources.len() {
+                return None;
+            }
+            self.source = index;
+            let Some(source) = sources.get(index) else {
+                self.told.push(("no login at all".to_owned(), Fate::Nothing));
+                return Some(None);
+            };
+            let found = keychain.ask(source.as_ref(), query).await;
+            if self.first.is_some() && index == self.first.unwrap_or(index) {
+                // From here on in order; this one comes round once more, if at all, as one of many.
+                (self.next, self.first) = (0, None);
+            }
+            let fate = match &found {
+                Ok(_) => Fate::Nothing,
+                Err(error) => Fate::Failed(error.clone()),
+            };
+            self.told.push((source.name().to_owned(), fate));
+            self.queue.extend(found.unwrap_or_default().into_iter().take(MAX_TRIED));
+        }
+    }
+
+    /// What was tried last was refused.
+    async fn refused(&mut self, keychain: &Keychain, query: &Query<'_>) {
+        if let Some((_, fate)) = self.told.last_mut() {
+            *fate = Fate::Refused;
+        }
+        if let Some(source) = keychain.sources().get(self.source)
+            && !self.told.is_empty()
+            && !self.again
+            && source.refused(query)
+        {
+            self.again = true;
+            self.queue = keychain.ask(source.as_ref(), query).await.unwrap_or_default().into();
+        }
+    }
+
+    /// What was tried, for an error.
+    pub fn words(&self) -> Option<String> {
+        let word = |(name, fate): &(String, Fate)| match fate {
+            Fate::Nothing if name == "no login at all" => name.clone(),
+            Fate::Nothing => format!("{name}: knows nothing"),
+            Fate::Failed(error) => format!("{name}: {error}"),
+            Fate::Refused => format!("{name}: refused"),
+        };
+        (!self.told.is_empty()).then(|| format!("tried {}", self.told.iter().map(word).collect::<Vec<_>>().join("; ")))
+    }
 }
 
 impl Auth {
@@ -77,8 +183,14 @@ impl Auth {
         Auth { keychain, doors: Mutex::new(Bounded::new(CAPACITY)) }
     }
 
-    pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>) -> Arc<Door> {
-        let key = (endpoint.id.clone(), repository.clone());
+    /// Where logins come from.
+    pub fn keychain(&self) -> Arc<Keychain> {
+        self.keychain.clone()
+    }
+
+    pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>, need: Need) -> Arc<Door> {
+        // What may pull may not push; what a tag means takes no more than pulling.
+        let key = (endpoint.id.clone(), repository.clone(), need == Need::Push);
         let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(door) = doors.get(&key) {
             return door.clone();
@@ -104,26 +216,44 @@ impl Auth {
             door.flight.lock().await
         };
         let challenges = [grant.challenge.clone()];
-        match self.renew(door, flight, visitor, &challenges, Some(&grant.header), now).await {
+        let mut trial = Trial::beginning_with(grant.source);
+        match self.renew(door, flight, visitor, &challenges, Some(&grant.header), now, &mut trial).await {
             Ok(header) => header,
             // The registry will challenge and the failure comes to light then.
             Err(_) => (Instant::now() < end).then_some(grant.header),
         }
     }
 
-    /// An answer to `challenges`, which followed from showing `shown`. None if there is none that could help.
+    /// An answer to `challenges`, which followed from showing `shown`. None if there is none left that could help.
     pub async fn answer(
         &self,
         door: &Door,
         visitor: &Visitor<'_>,
         challenges: &[Challenge],
         shown: Option<&HeaderValue>,
+        trial: &mut Trial,
     ) -> Result<Option<HeaderValue>, Failure> {
         let began = Instant::now();
         let flight = door.flight.lock().await;
-        self.renew(door, flight, visitor, challenges, shown, began).await
+        let answer = self.renew(door, flight, visitor, challenges, shown, began, trial).await;
+        match answer {
+            Ok(None) => {
+                door.forget(shown);
+                Ok(None)
+            }
+            Err(mut failure) => {
+                if let (RegistryError::Unauthorized { what, .. }, Some(words)) = (&mut failure.error, trial.words())
+                    && !what.contains("; tried ")
+                {
+                    *what = format!("{what}; {words}");
+                }
+                Err(failure)
+            }
+            found => found,
+        }
     }
 
+    #[allow(clippy::too_many_arguments, reason = "all of one request, used up here")]
     async fn renew(
         &self,
         door: &Door,
@@ -132,10 +262,13 @@ impl Auth {
         challenges: &[Challenge],
         shown: Option<&HeaderValue>,
         began: Instant,
+        trial: &mut Trial,
     ) -> Result<Option<HeaderValue>, Failure> {
         if let Some(grant) = door.grant()
             && Some(&grant.header) != shown
+            && trial.borrowed < MAX_BORROWED
         {
+            trial.borrowed += 1;
             return Ok(Some(grant.header));
         }
         if let Some((at, failure)) = &*flight
@@ -144,28 +277,45 @@ impl Auth {
             return Err(failure.clone());
         }
         let query = Query { host: &visitor.endpoint.login_host, reference: visitor.reference };
-        let credential = self.keychain.lookup(&query).await;
-        let mut last = Ok(None);
-        for challenge in challenges {
-            let grant = match challenge {
-                Challenge::Basic => Ok(basic(credential.as_ref())),
-                Challenge::Bearer { .. } => bearer(visitor, challenge, credential.as_ref()).await,
-            };
-            match grant {
-                Ok(Some(grant)) => {
-                    *flight = None;
-                    let header = grant.header.clone();
-                    *door.grant.lock().unwrap_or_else(PoisonError::into_inner) = Some(grant);
-                    return Ok(Some(header));
+        if shown.is_some() {
+            trial.refused(&self.keychain, &query).await;
+        }
+        let mut denied = None;
+        while let Some(credential) = trial.next(&self.keychain, &query).await {
+            for challenge in challenges {
+                let grant = match challenge {
+                    Challenge::Basic => Ok(basic(credential.as_ref())),
+                    Challenge::Bearer { .. } => bearer(visitor, challenge, credential.as_ref()).await,
+                };
+                match grant {
+                    Ok(Some(grant)) if Some(&grant.header) == shown => trial.refused(&self.keychain, &query).await,
+                    Ok(Some(grant)) => {
+                        *flight = None;
+                        let header = grant.header.clone();
+                        let grant = Grant { source: trial.source, ..grant };
+                        *door.grant.lock().unwrap_or_else(PoisonError::into_inner) = Some(grant);
+                        return Ok(Some(header));
+                    }
+                    Ok(None) => {}
+                    Err(failure) if matches!(failure.error, RegistryError::Unauthorized { .. }) => {
+                        trial.refused(&self.keychain, &query).await;
+                        denied = Some(failure);
+                    }
+                    // The login service has trouble: another login would find the same.
+                    Err(failure) => {
+                        *flight = Some((Instant::now(), failure.clone()));
+                        return Err(failure);
+                    }
                 }
-                Ok(None) => {}
-                Err(failure) => last = Err(failure),
             }
         }
-        if let Err(failure) = &last {
-            *flight = Some((Instant::now(), failure.clone()));
+        match denied {
+            Some(failure) => {
+                *flight = Some((Instant::now(), failure.clone()));
+                Err(failure)
+            }
+            None => Ok(None),
         }
-        last
     }
 }
 
@@ -173,20 +323,36 @@ impl Door {
     fn grant(&self) -> Option<Grant> {
         self.grant.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-}
 
-fn basic(credential: Option<&Credential>) -> Option<Grant> {
-    match credential {
-        Some(Credential::Password { user, password }) if !user.is_empty() && !password.expose().is_empty() => {
-            Some(Grant { header: basic_header(user, password.expose())?, challenge: Challenge::Basic, times: None })
+    /// How the registry wanted to be answered last time.
+    pub fn challenge(&self) -> Option<Challenge> {
+        self.grant().map(|grant| grant.challenge)
+    }
+
+    /// Forgets the grant that is shown as `shown`: it is worth nothing.
+    fn forget(&self, shown: Option<&HeaderValue>) {
+        let mut grant = self.grant.lock().unwrap_or_else(PoisonError::into_inner);
+        if grant.as_ref().is_some_and(|grant| Some(&grant.header) == shown) {
+            *grant = None;
         }
-        _ => None,
     }
 }
 
+fn basic(credential: Option<&Credential>) -> Option<Grant> {
+    let header = match credential? {
+        Credential::Password { user, password } if !user.is_empty() && !password.expose().is_empty() => {
+            basic_header(user, password.expose())?
+        }
+        Credential::Registry(token) => sensitive(&format!("Bearer {}", token.expose()))?,
+        _ => return None,
+    };
+    Some(Grant { header, challenge: Challenge::Basic, source: 0, times: None })
+}
+
 fn basic_header(user: &str, password: &str) -> Option<HeaderValue> {
-    let pair = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
-    sensitive(&format!("Basic {pair}"))
+    let pair = Zeroizing::new(format!("{user}:{password}"));
+    let pair = Zeroizing::new(base64::engine::general_purpose::STANDARD.encode(pair.as_bytes()));
+    sensitive(&Zeroizing::new(format!("Basic {}", *pair)))
 }
 
 fn sensitive(text: &str) -> Option<HeaderValue> {
@@ -202,19 +368,22 @@ async fn bearer(
     credential: Option<&Credential>,
 ) -> Result<Option<Grant>, Failure> {
     let Challenge::Bearer { realm, service, scope } = challenge else { return Ok(None) };
+    if let Some(Credential::Registry(token)) = credential {
+        let header = sensitive(&format!("Bearer {}", token.expose()));
+        return Ok(header.map(|header| Grant { header, challenge: challenge.clone(), source: 0, times: None }));
+    }
     let realm = Url::parse(realm)
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https"))
         .ok_or_else(|| Failure::malformed(visitor.request, "the registry names a login service that is not a URL"))?;
-    let secure = visitor.endpoint.is_tls();
+    let secure = visitor.endpoint.is_tls;
     if credential.is_some() && secure && realm.scheme() == "http" && !is_loopback(&realm) {
         return Err(Failure::elsewhere(RegistryError::Untrusted {
             request: visitor.request.clone(),
             what: "the registry names a login service without TLS, which is not told who asks".into(),
         }));
     }
-    let scope =
-        if scope.is_empty() { format!("repository:{}:pull", visitor.reference.repository) } else { scope.clone() };
+    let scope = minimal(scope, &visitor.reference.repository, visitor.need);
     if let Some(credential) = credential {
         match post(visitor, &realm, service, &scope, credential).await? {
             Posted::Answer(body) => return grant(visitor, challenge, &body).map(Some),
@@ -223,6 +392,28 @@ async fn bearer(
     }
     let body = get(visitor, &realm, service, &scope, credential).await?;
     grant(visitor, challenge, &body).map(Some)
+}
+
+/// What of the scopes a registry asks for is needed. A registry knows best what it calls the repository (mirrors call it differently);
+/// we know best what we want to do with it.
+fn minimal(asked: &str, repository: &str, need: Need) -> String {
+    let actions: &[&str] = if need == Need::Push { &["pull", "push"] } else { &["pull"] };
+    let mut out: Vec<String> = Vec::new();
+    for scope in asked.split_ascii_whitespace() {
+        // The name may have a port in it: the type is before the first colon, the actions are behind the last.
+        let Some((kind, rest)) = scope.split_once(':') else { continue };
+        let Some((name, wanted)) = rest.rsplit_once(':') else { continue };
+        let is_repository = kind == "repository" || kind.starts_with("repository(");
+        let kept: Vec<_> =
+            actions.iter().filter(|a| wanted.split(',').any(|w| w == **a || w == "*")).copied().collect();
+        if is_repository && !kept.is_empty() && out.len() < 8 {
+            out.push(format!("{kind}:{name}:{}", kept.join(",")));
+        }
+    }
+    match out.is_empty() {
+        true => format!("repository:{repository}:{}", actions.join(",")),
+        false => out.join(" "),
+    }
 }
 
 enum Posted {
@@ -245,7 +436,7 @@ async fn post(
         .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded; charset=utf-8"));
     *http.body_mut() = Some(form.into());
     let request = login_request(realm);
-    match visitor.transport.send(Kind::Login, &request, http, visitor.timeout).await? {
+    match visitor.transport.send(visitor.endpoint, To::Host, Kind::Login, &request, http, visitor.timeout).await? {
         Reply::Content(response) => {
             let body = super::body::Body::new(response, request, visitor.idle, visitor.timeout);
             Ok(Posted::Answer(body.read(MAX_ANSWER).await?))
@@ -272,6 +463,8 @@ fn login_form(service: &str, scope: &str, credential: &Credential) -> (String, b
             form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", identity.expose());
             false
         }
+        // Shown to the registry itself; it never comes here.
+        Credential::Registry(_) => false,
     };
     (form.finish(), has_user)
 }
@@ -296,6 +489,7 @@ async fn get(
     let proof = credential.and_then(|credential| match credential {
         Credential::Password { user, password } => basic_header(user, password.expose()),
         Credential::Identity(identity) => basic_header("", identity.expose()),
+        Credential::Registry(_) => None,
     });
     let first = url.clone();
     for _ in 0..=MAX_REDIRECTS {
@@ -306,7 +500,7 @@ async fn get(
         {
             http.headers_mut().insert(header::AUTHORIZATION, proof.clone());
         }
-        match visitor.transport.send(Kind::Login, &request, http, visitor.timeout).await? {
+        match visitor.transport.send(visitor.endpoint, To::Host, Kind::Login, &request, http, visitor.timeout).await? {
             Reply::Content(response) => {
                 let body = super::body::Body::new(response, request, visitor.idle, visitor.timeout);
                 return body.read(MAX_ANSWER).await;
@@ -367,5 +561,31 @@ fn grant(visitor: &Visitor<'_>, challenge: &Challenge, body: &[u8]) -> Result<Gr
         _ => DEFAULT_VALIDITY,
     };
     let now = Instant::now();
-    Ok(Grant { header, challenge: challenge.clone(), times: Some((now + validity * 9 / 10, now + validity)) })
+    Ok(Grant {
+        header,
+        challenge: challenge.clone(),
+        source: 0,
+        times: Some((now + validity * 9 / 10, now + validity)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_asked_for_than_is_needed() {
+        for (asked, need, expected) in [
+            ("", Need::Pull, "repository:a/b:pull"),
+            ("repository:a/b:pull,push", Need::Pull, "repository:a/b:pull"),
+            ("repository:a/b:pull,push", Need::Push, "repository:a/b:pull,push"),
+            ("repository:a/b:*", Need::Pull, "repository:a/b:pull"),
+            ("repository:hub/a/b:pull", Need::Resolve, "repository:hub/a/b:pull"),
+            ("registry:catalog:* repository:a/b:delete,pull", Need::Pull, "repository:a/b:pull"),
+            ("registry:catalog:*", Need::Pull, "repository:a/b:pull"),
+            ("nonsense repository: repository:x", Need::Pull, "repository:a/b:pull"),
+        ] {
+            assert_eq!(minimal(asked, "a/b", need), expected, "{asked}");
+        }
+    }
 }

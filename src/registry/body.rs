@@ -5,8 +5,8 @@
 
 use super::{
     HostId, RegistryError,
+    endpoint::Endpoint,
     error::{Failure, Request},
-    hosts::Endpoint,
     transport::{chain, within},
 };
 use bytes::{Bytes, BytesMut};

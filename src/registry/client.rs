@@ -12,14 +12,16 @@
 
 use super::{
     RegistryError,
-    auth::{Auth, Visitor},
+    auth::{Auth, Trial, Visitor},
     body::Body,
+    challenge::Challenge,
+    endpoint::{Endpoint, Endpoints, HostId, Need, Standing},
     error::{Advice, Failure, Request},
-    hosts::{Endpoint, Endpoints, HostId, Hosts, Standing},
+    hosts::Hosts,
     redirect::{BlobKey, RedirectCache},
     retry::{self, RetrySettings},
     settings::HttpSettings,
-    transport::{Kind, Reply, Transport},
+    transport::{Kind, Reply, To, Transport},
     url::same_origin,
 };
 use crate::oci::{Digest, Reference};
@@ -37,7 +39,7 @@ const MAX_REDIRECTS: usize = 10;
 pub(super) struct Client {
     pub settings: HttpSettings,
     pub hosts: Hosts,
-    pub transport: Transport,
+    pub transport: Arc<Transport>,
     pub auth: Auth,
     pub redirects: RedirectCache,
 }
@@ -48,7 +50,6 @@ pub(super) struct Site {
     pub client: Arc<Client>,
     pub reference: Arc<Reference>,
     pub name: Arc<str>,
-    pub endpoints: Endpoints,
 }
 
 /// What is asked of one host: a path below the repository, with its headers.
@@ -71,17 +72,40 @@ pub(super) enum Places {
 }
 
 impl Site {
-    /// Asks `attempt` of the hosts in turn until one answers.
-    pub async fn ask<T, F, A>(&self, retry: &RetrySettings, avoid: &[HostId], attempt: A) -> Result<T, RegistryError>
+    /// All hosts of the repository, as they are configured now.
+    pub fn endpoints(&self) -> Result<Endpoints, RegistryError> {
+        self.client.hosts.of(&self.reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })
+    }
+
+    /// Those that may be asked for `need`, in order; at least one.
+    pub fn hosts(&self, need: Need) -> Result<Vec<Arc<Endpoint>>, Failure> {
+        let all = self.endpoints().map_err(Failure::elsewhere)?;
+        let able: Vec<_> = all.iter().filter(|e| e.may(need)).cloned().collect();
+        if able.is_empty() {
+            let (host, word) = (&self.reference.host, need.word());
+            let what = format!("no host for images of {host} has the capability {word:?} in its hosts.toml");
+            return Err(Failure::elsewhere(RegistryError::Setup { what }));
+        }
+        Ok(able)
+    }
+
+    /// Asks `attempt` of the hosts that may serve `need` in turn, until one answers.
+    pub async fn ask<T, F, A>(
+        &self,
+        need: Need,
+        retry: &RetrySettings,
+        avoid: &[HostId],
+        attempt: A,
+    ) -> Result<T, RegistryError>
     where
         A: Fn(Arc<Endpoint>, Places) -> F,
         F: Future<Output = Result<T, Failure>>,
     {
-        let wanted = |e: &&Arc<Endpoint>| !avoid.contains(&e.id);
-        let mut hosts: Vec<_> = self.endpoints.iter().filter(wanted).cloned().collect();
+        let able = self.hosts(need).map_err(|failure| failure.error)?;
+        let mut hosts: Vec<_> = able.iter().filter(|e| !avoid.contains(&e.id)).cloned().collect();
         let mut places = Places::Remembered;
         if hosts.is_empty() {
-            hosts = self.endpoints.to_vec();
+            hosts = able;
             places = Places::Anew;
         }
         let mut corrupt = 0;
@@ -91,7 +115,11 @@ impl Site {
             let last = hosts.len() - 1;
             for (at, host) in hosts.iter().enumerate() {
                 // The last host is asked whatever its standing: there may be nobody else.
-                if at < last && host.standing() == Standing::Penalised {
+                let standing = if at < last { host.standing() } else { Standing::Good };
+                if standing == Standing::Probe {
+                    self.probe(host.clone());
+                }
+                if standing != Standing::Good {
                     reserve.push(host);
                     continue;
                 }
@@ -128,6 +156,32 @@ impl Site {
         unreachable!("attempts are counted to a limit")
     }
 
+    /// Asks a host that has failed for a sign of life, while others answer. Whatever it says in time is one, unless it says that it
+    /// has trouble.
+    fn probe(&self, endpoint: Arc<Endpoint>) {
+        let transport = self.client.transport.clone();
+        let limit = endpoint.request_timeout(self.client.settings.request_timeout);
+        tokio::spawn(async move {
+            let Ok(url) = endpoint.probe_url() else { return };
+            let request = Request::new("GET", &url);
+            let mut http = reqwest::Request::new(Method::GET, url);
+            http.headers_mut().extend(endpoint.headers.clone());
+            match transport.send(&endpoint, To::Host, Kind::Probe, &request, http, limit).await {
+                Ok(Reply::Error(error)) if matches!(error.failure(&request).advice, Advice::Later(_)) => {
+                    endpoint.failed(error.retry_after);
+                }
+                Ok(_) => {
+                    tracing::info!(host = %endpoint.id, "a host that had trouble answers again");
+                    endpoint.lives();
+                }
+                Err(failure) => {
+                    tracing::debug!(host = %endpoint.id, error = %failure.error, "a host still has trouble");
+                    endpoint.failed(None);
+                }
+            }
+        });
+    }
+
     /// One attempt at one host: an answer whose body is still to be read.
     pub async fn open(&self, endpoint: &Endpoint, places: Places, ask: &Ask<'_>) -> Result<Body, Failure> {
         let url = self.url(endpoint, ask.path)?;
@@ -150,7 +204,9 @@ impl Site {
             let shown = if here == url { request.clone() } else { request.redirected(&here) };
             let reply = match at_origin {
                 true => self.send_proven(endpoint, ask, &shown, &here).await?,
-                false => self.send(endpoint, ask, &shown, self.http(ask, &here, Some(&url), None)).await?,
+                false => {
+                    self.send(endpoint, To::Stranger, ask, &shown, self.http(ask, &here, Some(&url), None)).await?
+                }
             };
             match reply {
                 Reply::Content(response) => {
@@ -184,7 +240,8 @@ impl Site {
     ) -> Result<Option<Body>, Failure> {
         let started = Instant::now();
         let shown = request.redirected(&place);
-        let reply = self.send(endpoint, ask, &shown, self.http(ask, &place, Some(registry), None)).await;
+        let http = self.http(ask, &place, Some(registry), None);
+        let reply = self.send(endpoint, To::Stranger, ask, &shown, http).await;
         match reply {
             Ok(Reply::Content(response)) => Ok(Some(self.body(endpoint, ask, response, shown, started))),
             Ok(Reply::Error(error)) if !matches!(error.status.as_u16(), 400 | 401 | 403 | 404 | 410) => {
@@ -216,7 +273,8 @@ impl Site {
         url: &Url,
     ) -> Result<Reply, Failure> {
         let auth = &self.client.auth;
-        let door = auth.door(endpoint, &self.name);
+        let need = need(ask.kind);
+        let door = auth.door(endpoint, &self.name, need);
         let visitor = Visitor {
             transport: &self.client.transport,
             endpoint,
@@ -224,31 +282,62 @@ impl Site {
             request,
             timeout: endpoint.request_timeout(self.client.settings.request_timeout),
             idle: self.client.settings.idle_timeout,
+            need,
         };
-        let proof = auth.present(&door, &visitor).await;
-        let reply = self.send(endpoint, ask, request, self.http(ask, url, None, proof.as_ref())).await?;
-        let Reply::Error(error) = reply else { return Ok(reply) };
-        let challenges = match error.status.as_u16() {
-            401 => error.challenges.clone(),
-            403 if error.is_expired_login() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
-            403 if error.is_expired_login() => error.challenges.clone(),
-            _ => return Ok(Reply::Error(error)),
-        };
-        tracing::info!("Received status code: {}. Authorizing...", error.status);
-        match auth.answer(&door, &visitor, &challenges, proof.as_ref()).await? {
-            Some(proof) => self.send(endpoint, ask, request, self.http(ask, url, None, Some(&proof))).await,
-            None => Ok(Reply::Error(error)),
+        let mut trial = Trial::default();
+        let mut proof = auth.present(&door, &visitor).await;
+        // The trial ends it: each login is tried once.
+        loop {
+            let reply = self.send_to_host(endpoint, ask, request, url, proof.as_ref()).await?;
+            let Reply::Error(mut error) = reply else { return Ok(reply) };
+            let challenges = match error.status.as_u16() {
+                401 => error.challenges.clone(),
+                // A login that is not enough, or (ECR) one that has ended: another may do.
+                403 if proof.is_some() && !error.challenges.is_empty() => error.challenges.clone(),
+                403 if error.is_expired_login() => vec![Challenge::Basic],
+                403 if proof.is_some() => door.challenge().into_iter().collect(),
+                _ => return Ok(Reply::Error(error)),
+            };
+            tracing::info!("Received status code: {}. Authorizing...", error.status);
+            match auth.answer(&door, &visitor, &challenges, proof.as_ref(), &mut trial).await? {
+                Some(next) => proof = Some(next),
+                None => {
+                    error.tried = trial.words();
+                    return Ok(Reply::Error(error));
+                }
+            }
         }
+    }
+
+    /// With what is meant for this host alone: its configured headers, and proof.
+    async fn send_to_host(
+        &self,
+        endpoint: &Endpoint,
+        ask: &Ask<'_>,
+        request: &Request,
+        url: &Url,
+        proof: Option<&HeaderValue>,
+    ) -> Result<Reply, Failure> {
+        let mut http = self.http(ask, url, None, proof);
+        let headers = http.headers_mut();
+        // What we send is what we need answered; proof that was asked for beats proof that was configured.
+        let ours: Vec<_> = headers.keys().filter(|name| *name != header::ACCEPT).cloned().collect();
+        for (name, value) in endpoint.headers.iter().filter(|(name, _)| !ours.contains(name)) {
+            headers.append(name, value.clone());
+        }
+        self.send(endpoint, To::Host, ask, request, http).await
     }
 
     async fn send(
         &self,
         endpoint: &Endpoint,
+        to: To,
         ask: &Ask<'_>,
         request: &Request,
         http: reqwest::Request,
     ) -> Result<Reply, Failure> {
-        self.client.transport.send(ask.kind, request, http, self.time_limit(endpoint, ask.kind)).await
+        let limit = self.time_limit(endpoint, ask.kind);
+        self.client.transport.send(endpoint, to, ask.kind, request, http, limit).await
     }
 
     fn http(&self, ask: &Ask<'_>, url: &Url, came_from: Option<&Url>, proof: Option<&HeaderValue>) -> reqwest::Request {
@@ -295,7 +384,7 @@ impl Site {
         let settings = &self.client.settings;
         endpoint.request_timeout(match kind {
             Kind::Blob | Kind::Range => settings.blob_timeout,
-            Kind::Manifest | Kind::Referrers | Kind::Login => settings.request_timeout,
+            Kind::Manifest | Kind::Referrers | Kind::Login | Kind::Probe => settings.request_timeout,
         })
     }
 
@@ -303,6 +392,13 @@ impl Site {
         endpoint
             .url(&self.name, path)
             .map_err(|error| Failure::elsewhere(RegistryError::Setup { what: format!("{}: {error}", endpoint.id) }))
+    }
+}
+
+/// What a request of that kind does with the repository.
+fn need(kind: Kind) -> Need {
+    match kind {
+        Kind::Manifest | Kind::Referrers | Kind::Blob | Kind::Range | Kind::Login | Kind::Probe => Need::Pull,
     }
 }
 

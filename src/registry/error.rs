@@ -58,8 +58,8 @@ pub enum RegistryError {
     /// TLS could not establish whom we talk to.
     #[error("{request}: {what}")]
     Untrusted { request: Request, what: String },
-    /// The HTTP client could not be set up.
-    #[error("cannot set up the HTTP client: {what}")]
+    /// What is configured for this registry, or this machine, does not let us ask anybody.
+    #[error("cannot ask any registry: {what}")]
     Setup { what: String },
 }
 

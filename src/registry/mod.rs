@@ -20,8 +20,12 @@ mod body;
 pub(crate) mod bounded;
 mod challenge;
 mod client;
+mod directory;
+mod endpoint;
 mod error;
 mod hosts;
+mod hosts_file;
+mod proxy;
 mod push;
 mod redirect;
 mod referrers;
@@ -31,8 +35,10 @@ mod transport;
 mod url;
 
 pub use body::RangeBody;
+pub use endpoint::HostId;
 pub use error::{Class, RegistryError, Request};
-pub use hosts::HostId;
+pub use hosts::{DecidedBy, HostReport};
+pub use hosts_file::Capabilities;
 pub use push::{Pushed, Upload};
 pub use retry::RetrySettings;
 pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
@@ -45,10 +51,14 @@ use crate::{
 use body::{Excess, content_range};
 use bytes::Bytes;
 use client::{Ask, Client, Site};
+use endpoint::{Endpoint, Need};
 use error::Failure;
-use hosts::{Endpoint, Hosts};
+use hosts::Hosts;
 use http::{StatusCode, header};
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, PoisonError, RwLock},
+};
 use transport::{Transport, Unobserved, text};
 
 /// What may come as a manifest, as containerd lists it.
@@ -59,7 +69,9 @@ const MANIFEST_TYPES: &str = "application/vnd.docker.distribution.manifest.v2+js
 /// The way to all registries. Cheap to clone.
 #[derive(Clone)]
 pub struct Registry {
-    client: Arc<Client>,
+    /// What repositories are made with from now on; those that exist keep theirs.
+    client: Arc<RwLock<Arc<Client>>>,
+    observer: Arc<dyn Observer>,
 }
 
 /// One repository. Cheap to clone.
@@ -89,29 +101,49 @@ impl Registry {
         keychain: Arc<Keychain>,
         observer: Arc<dyn Observer>,
     ) -> Result<Registry, RegistryError> {
-        Ok(Registry {
-            client: Arc::new(Client {
-                transport: Transport::new(&http, observer)?,
-                settings: http,
-                hosts: Hosts::new(hosts),
-                auth: auth::Auth::new(keychain),
-                redirects: redirect::RedirectCache::new(),
-            }),
-        })
+        let transport = Arc::new(Transport::new(&http, observer.clone())?);
+        let client = Client {
+            transport: transport.clone(),
+            settings: http,
+            hosts: Hosts::new(hosts, transport),
+            auth: auth::Auth::new(keychain),
+            redirects: redirect::RedirectCache::new(),
+        };
+        Ok(Registry { client: Arc::new(RwLock::new(Arc::new(client))), observer })
     }
 
-    /// The repository that `reference` names. Asks nobody.
+    /// Other settings for the repositories that are made from now on, here and in every clone. An error changes nothing.
+    pub fn reconfigure(&self, http: HttpSettings, hosts: HostSettings) -> Result<(), RegistryError> {
+        let transport = Arc::new(Transport::new(&http, self.observer.clone())?);
+        let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
+        *client = Arc::new(Client {
+            transport: transport.clone(),
+            settings: http,
+            hosts: Hosts::new(hosts, transport),
+            auth: auth::Auth::new(client.auth.keychain()),
+            redirects: redirect::RedirectCache::new(),
+        });
+        Ok(())
+    }
+
+    fn client(&self) -> Arc<Client> {
+        self.client.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The repository that `reference` names. Asks nobody; an error says what is wrong with the configuration of its host.
     pub fn repository(&self, reference: &Reference) -> Result<Repository, RegistryError> {
-        let endpoints =
-            self.client.hosts.of(&reference.host).map_err(|error| RegistryError::Setup { what: error.to_string() })?;
-        Ok(Repository {
-            site: Site {
-                client: self.client.clone(),
-                name: reference.repository.as_str().into(),
-                reference: Arc::new(reference.clone()),
-                endpoints,
-            },
-        })
+        let site = Site {
+            client: self.client(),
+            name: reference.repository.as_str().into(),
+            reference: Arc::new(reference.clone()),
+        };
+        site.endpoints()?;
+        Ok(Repository { site })
+    }
+
+    /// What is in force for every image host that something is configured for.
+    pub fn hosts_report(&self) -> Vec<HostReport> {
+        self.client().hosts.report()
     }
 }
 
@@ -128,7 +160,8 @@ impl Repository {
         let path = format!("manifests/{target}");
         let path = path.as_str();
         let settings = &site.client.settings;
-        site.ask(&settings.retry, &[], |endpoint, places| async move {
+        let need = if expected.is_some() { Need::Pull } else { Need::Resolve };
+        site.ask(need, &settings.retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Manifest, path, accept: Some(MANIFEST_TYPES), range: None, blob: None };
             let body = site.open(&endpoint, places, &ask).await?;
             let headers = body.response().headers();
@@ -153,8 +186,8 @@ impl Repository {
     pub async fn referrers(&self, manifest: Digest, artifact_type: &str) -> Result<Vec<Descriptor>, RegistryError> {
         let site = &self.site;
         let result = site
-            .ask(&site.client.settings.retry, &[], |endpoint, places| async move {
-                let is_last = site.endpoints.last().is_some_and(|last| last.id == endpoint.id);
+            .ask(Need::Pull, &site.client.settings.retry, &[], |endpoint, places| async move {
+                let is_last = site.hosts(Need::Pull)?.last().is_some_and(|last| last.id == endpoint.id);
                 let found = referrers::of_host(site, &endpoint, places, manifest, artifact_type).await?;
                 if found.is_empty() && !is_last {
                     // A mirror need not know of referrers; the registry does.
@@ -175,7 +208,7 @@ impl Repository {
         let site = &self.site;
         let path = format!("blobs/{digest}");
         let path = path.as_str();
-        site.ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
             let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
             let body = site.open(&endpoint, places, &ask).await?;
             refuse_encoding(&body)?;
@@ -196,7 +229,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let sized = site
-            .ask(&site.client.settings.blob_retry, &[], |endpoint, places| async move {
+            .ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
                 let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(0..1), blob: Some(digest) };
                 let body = site.open(&endpoint, places, &ask).await?;
                 let response = body.response();
@@ -233,7 +266,7 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         let range = &range;
-        site.ask(&site.client.settings.blob_retry, avoid, |endpoint, places| async move {
+        site.ask(Need::Pull, &site.client.settings.blob_retry, avoid, |endpoint, places| async move {
             if range.is_empty() {
                 return Ok(RangeBody::new(None, 0, Excess::CutOff, endpoint, None));
             }

@@ -9,14 +9,15 @@
 
 use super::{
     RegistryError, Repository,
-    auth::Visitor,
+    auth::{Trial, Visitor},
     body::Body,
+    challenge::Challenge,
     client::Site,
+    endpoint::{Endpoint, Need},
     error::{Advice, Failure, Request},
-    hosts::Endpoint,
     referrers::fallback_tag,
     retry,
-    transport::{Kind, Reply, text},
+    transport::{Kind, Reply, To, text},
     url::same_origin,
 };
 use crate::oci::{Descriptor, Digest, Index, media_type};
@@ -404,10 +405,12 @@ async fn patch(site: &Site, place: &Url, at: u64, piece: Bytes) -> Result<Url, F
     Ok(answer.location(place).unwrap_or_else(|| place.clone()))
 }
 
-/// The registry itself.
+/// The first host that may be pushed to: the registry itself, unless its `hosts.toml` says otherwise.
 fn host(site: &Site) -> Result<Arc<Endpoint>, Failure> {
-    let last = site.endpoints.last().cloned();
-    last.ok_or_else(|| Failure::elsewhere(RegistryError::Setup { what: "there is no host to push to".into() }))
+    let able = site.hosts(Need::Push)?;
+    // Mirrors of `[resolver.host]` stand in front of the registry, and are not pushed to.
+    let own = able.iter().rfind(|endpoint| endpoint.namespace.is_none()).or(able.last()).cloned();
+    own.ok_or_else(|| Failure::elsewhere(RegistryError::Setup { what: "there is no host to push to".into() }))
 }
 
 /// `attempt` at the registry, again while it has trouble.
@@ -473,7 +476,7 @@ async fn send(
         let shown = if here == *url { first.clone() } else { first.redirected(&here) };
         let reply = match at_origin {
             true => send_proven(site, endpoint, sending, &shown, &here).await?,
-            false => transmit(site, endpoint, sending, &shown, &here, None).await?,
+            false => transmit(site, endpoint, To::Stranger, sending, &shown, &here, None).await?,
         };
         match reply {
             Reply::Content(response) => {
@@ -491,6 +494,7 @@ async fn send(
     Err(Failure::malformed(&first, format!("redirected more than {MAX_REDIRECTS} times")))
 }
 
+/// As `client`: each login is tried once, and what was tried is in the error.
 async fn send_proven(
     site: &Site,
     endpoint: &Endpoint,
@@ -499,7 +503,7 @@ async fn send_proven(
     url: &Url,
 ) -> Result<Reply, Failure> {
     let auth = &site.client.auth;
-    let door = auth.door(endpoint, &site.name);
+    let door = auth.door(endpoint, &site.name, Need::Push);
     let visitor = Visitor {
         transport: &site.client.transport,
         endpoint,
@@ -507,25 +511,34 @@ async fn send_proven(
         request,
         timeout: endpoint.request_timeout(site.client.settings.request_timeout),
         idle: site.client.settings.idle_timeout,
+        need: Need::Push,
     };
-    let proof = auth.present(&door, &visitor).await;
-    let reply = transmit(site, endpoint, sending, request, url, proof.as_ref()).await?;
-    let Reply::Error(error) = reply else { return Ok(reply) };
-    let challenges = match error.status.as_u16() {
-        401 => error.challenges.clone(),
-        403 if error.is_expired_login() && error.challenges.is_empty() => vec![super::challenge::Challenge::Basic],
-        403 if error.is_expired_login() => error.challenges.clone(),
-        _ => return Ok(Reply::Error(error)),
-    };
-    match auth.answer(&door, &visitor, &challenges, proof.as_ref()).await? {
-        Some(proof) => transmit(site, endpoint, sending, request, url, Some(&proof)).await,
-        None => Ok(Reply::Error(error)),
+    let mut trial = Trial::default();
+    let mut proof = auth.present(&door, &visitor).await;
+    loop {
+        let reply = transmit(site, endpoint, To::Host, sending, request, url, proof.as_ref()).await?;
+        let Reply::Error(mut error) = reply else { return Ok(reply) };
+        let challenges = match error.status.as_u16() {
+            401 => error.challenges.clone(),
+            403 if proof.is_some() && !error.challenges.is_empty() => error.challenges.clone(),
+            403 if error.is_expired_login() => vec![Challenge::Basic],
+            403 if proof.is_some() => door.challenge().into_iter().collect(),
+            _ => return Ok(Reply::Error(error)),
+        };
+        match auth.answer(&door, &visitor, &challenges, proof.as_ref(), &mut trial).await? {
+            Some(next) => proof = Some(next),
+            None => {
+                error.tried = trial.words();
+                return Ok(Reply::Error(error));
+            }
+        }
     }
 }
 
 async fn transmit(
     site: &Site,
     endpoint: &Endpoint,
+    to: To,
     sending: &Sending<'_>,
     request: &Request,
     url: &Url,
@@ -534,10 +547,19 @@ async fn transmit(
     let settings = &site.client.settings;
     let limit = match sending.kind {
         Kind::Blob | Kind::Range => settings.blob_timeout,
-        Kind::Manifest | Kind::Referrers | Kind::Login => settings.request_timeout,
+        Kind::Manifest | Kind::Referrers | Kind::Login | Kind::Probe => settings.request_timeout,
     };
     let limit = endpoint.request_timeout(limit);
-    site.client.transport.send(sending.kind, request, sending.http(url, proof), limit).await
+    let mut http = sending.http(url, proof);
+    if let To::Host = to {
+        let headers = http.headers_mut();
+        // What we send is what we need answered; what is configured for this host comes beside it.
+        let ours: Vec<_> = headers.keys().cloned().collect();
+        for (name, value) in endpoint.headers.iter().filter(|(name, _)| !ours.contains(name)) {
+            headers.append(name, value.clone());
+        }
+    }
+    site.client.transport.send(endpoint, to, sending.kind, request, http, limit).await
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use super::{
     RegistryError,
     client::{Ask, Places, Site},
+    endpoint::Endpoint,
     error::Failure,
-    hosts::Endpoint,
     transport::{Kind, text},
     url::same_origin,
 };

@@ -2,7 +2,7 @@
 //! applied where it is read.
 
 use super::RetrySettings;
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, path::PathBuf, time::Duration};
 
 /// A time limit that may be absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +76,8 @@ pub enum Security {
     /// TLS, except on loopback.
     #[default]
     Tls,
+    /// TLS, also on loopback: somebody has configured certificates for it.
+    TlsEverywhere,
     /// `insecure = true`: plain HTTP.
     PlainHttp,
 }
@@ -89,8 +91,11 @@ pub struct Mirror {
     pub timeout: MirrorTimeout,
 }
 
-/// `[resolver]`: for each image host, the mirrors to ask before it.
+/// `[resolver]` and `[registry]`: whom to ask for the images of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HostSettings {
+    /// For each image host, the mirrors to ask before it.
     pub mirrors: HashMap<String, Vec<Mirror>>,
+    /// Directories of hosts' directories with `hosts.toml` or certificates, in the order to look into them.
+    pub directories: Vec<PathBuf>,
 }

@@ -3,20 +3,28 @@
 //! Blob data travels over HTTP/1.1 only. With HTTP/2 all ranges of a host would share one TCP connection: its one
 //! congestion window would be the limit, and a body whose reader pauses would hold flow-control credit that a more urgent
 //! one needs. Everything else may use HTTP/2. Loopback is never asked through a proxy.
+//!
+//! Hosts that are dialled in the same way (authorities, client certificates, time-out) share one set of clients, and so their
+//! connections. What a registry redirects to is dialled in that way, too, but is not shown the client certificate.
 
 use super::{
     HttpSettings, RegistryError,
     challenge::{self, Challenge},
+    endpoint::Endpoint,
     error::{Failure, Request},
+    hosts::HostsError,
+    proxy::Proxies,
     retry,
     url::{authority, is_loopback},
 };
+use crate::tls::{self, Protocols, SystemRoots, Trust};
 use ::url::Url;
 use http::{HeaderMap, StatusCode, header};
 use reqwest::Response;
 use std::{
     error::Error,
-    sync::Arc,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -41,6 +49,8 @@ pub enum Kind {
     Range,
     /// Proof of who asks.
     Login,
+    /// A sign of life.
+    Probe,
 }
 
 /// How an exchange ended, as far as the headers of the answer.
@@ -63,12 +73,52 @@ impl Observer for Unobserved {
     fn request(&self, _: Kind, _: &str, _: Duration, _: Outcome) {}
 }
 
-pub(super) struct Transport {
+/// How a host is dialled.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Dialing {
+    pub trust: Trust,
+    /// None: that of all hosts.
+    pub timeout: Option<Duration>,
+}
+
+/// HTTP clients for hosts that are dialled in the same way.
+pub(super) struct Clients {
     talk: reqwest::Client,
     bulk: reqwest::Client,
     local: reqwest::Client,
     answer_timeout: Option<Duration>,
+    /// For other hosts that one of these redirects to, if they are to be dialled differently.
+    elsewhere: Option<Arc<Clients>>,
+}
+
+impl fmt::Debug for Clients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Clients")
+    }
+}
+
+pub(super) struct Transport {
+    settings: HttpSettings,
+    roots: SystemRoots,
+    proxies: Proxies,
+    /// Those in use.
+    clients: Mutex<Vec<(Dialing, Arc<Clients>)>>,
     observer: Arc<dyn Observer>,
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Transport")
+    }
+}
+
+/// Whom a request goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum To {
+    /// The endpoint, or its login service.
+    Host,
+    /// Whom it redirects to.
+    Stranger,
 }
 
 /// What came back.
@@ -87,46 +137,92 @@ pub(super) struct ErrorReply {
     pub retry_after: Option<Duration>,
     pub body: Vec<u8>,
     pub is_xml: bool,
+    /// With which logins it was asked, all in vain.
+    pub tried: Option<String>,
 }
 
 impl Transport {
     pub fn new(settings: &HttpSettings, observer: Arc<dyn Observer>) -> Result<Transport, RegistryError> {
-        let builder = || {
-            reqwest::Client::builder()
+        let (roots, proxies) = (SystemRoots::load(), Proxies::of_environment());
+        let transport = Transport { settings: settings.clone(), roots, proxies, clients: Mutex::default(), observer };
+        // What all hosts need that nothing is said about: better found out now than with the first image.
+        let setup = |e: HostsError| RegistryError::Setup { what: e.to_string() };
+        transport.clients(&Dialing::default()).map_err(setup)?;
+        Ok(transport)
+    }
+
+    /// The clients for hosts that are dialled like that.
+    pub fn clients(&self, dialing: &Dialing) -> Result<Arc<Clients>, HostsError> {
+        let find = || {
+            let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+            clients.iter().find(|(known, _)| known == dialing).map(|(_, clients)| clients.clone())
+        };
+        if let Some(known) = find() {
+            return Ok(known);
+        }
+        let elsewhere = match dialing.trust.identities.is_empty() {
+            true => None,
+            false => {
+                let mut anonymous = dialing.clone();
+                anonymous.trust.identities.clear();
+                Some(self.clients(&anonymous)?)
+            }
+        };
+        let made = Arc::new(self.make(dialing, elsewhere)?);
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those of configurations that have changed go when nothing uses them any more.
+        clients.retain(|(known, clients)| *known == Dialing::default() || Arc::strong_count(clients) > 1);
+        clients.push((dialing.clone(), made.clone()));
+        Ok(made)
+    }
+
+    fn make(&self, dialing: &Dialing, elsewhere: Option<Arc<Clients>>) -> Result<Clients, HostsError> {
+        let settings = &self.settings;
+        let dial_timeout = dialing.timeout.unwrap_or(settings.dial_timeout);
+        let builder = |protocols| -> Result<reqwest::ClientBuilder, HostsError> {
+            Ok(reqwest::Client::builder()
+                .use_preconfigured_tls(tls::client(&dialing.trust, &self.roots, protocols)?)
                 .redirect(reqwest::redirect::Policy::none())
                 .user_agent(concat!("soci-snapshotter/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(settings.dial_timeout)
+                .connect_timeout(dial_timeout)
                 .tcp_nodelay(true)
                 .tcp_keepalive(TCP_KEEPALIVE)
                 .pool_idle_timeout(POOL_IDLE)
-                .pool_max_idle_per_host(settings.idle_connections)
+                .pool_max_idle_per_host(settings.idle_connections))
         };
-        let build =
-            |builder: reqwest::ClientBuilder| builder.build().map_err(|e| RegistryError::Setup { what: chain(&e) });
-        Ok(Transport {
-            talk: build(builder())?,
-            bulk: build(builder().http1_only())?,
-            local: build(builder().http1_only().no_proxy())?,
-            answer_timeout: settings.header_timeout.duration().map(|header| header + settings.dial_timeout),
-            observer,
+        let proxies = self.proxies.clone();
+        let proxy = reqwest::Proxy::custom(move |url| proxies.of(url));
+        let build = |builder: reqwest::ClientBuilder| builder.build().map_err(|e| HostsError::Client(chain(&e)));
+        Ok(Clients {
+            talk: build(builder(Protocols::Http2Or1)?.proxy(proxy.clone()))?,
+            bulk: build(builder(Protocols::Http1)?.http1_only().proxy(proxy))?,
+            local: build(builder(Protocols::Http1)?.http1_only().no_proxy())?,
+            answer_timeout: settings.header_timeout.duration().map(|header| header + dial_timeout),
+            elsewhere,
         })
     }
 
     /// Sends `http` and reads up to the headers of the answer, or through its body if it is an error.
     pub async fn send(
         &self,
+        endpoint: &Endpoint,
+        to: To,
         kind: Kind,
         request: &Request,
         http: reqwest::Request,
         limit: Option<Duration>,
     ) -> Result<Reply, Failure> {
         let url = http.url().clone();
-        let client = match kind {
-            _ if is_loopback(&url) => &self.local,
-            Kind::Blob | Kind::Range => &self.bulk,
-            Kind::Manifest | Kind::Referrers | Kind::Login => &self.talk,
+        let clients = match (to, &endpoint.clients.elsewhere) {
+            (To::Stranger, Some(elsewhere)) => elsewhere,
+            _ => &endpoint.clients,
         };
-        let limit = match (self.answer_timeout, limit) {
+        let client = match kind {
+            _ if is_loopback(&url) => &clients.local,
+            Kind::Blob | Kind::Range => &clients.bulk,
+            Kind::Manifest | Kind::Referrers | Kind::Login | Kind::Probe => &clients.talk,
+        };
+        let limit = match (clients.answer_timeout, limit) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
@@ -139,7 +235,7 @@ impl Transport {
         self.observer.request(kind, &authority(&url), started.elapsed(), outcome);
         match result {
             Some(Ok(response)) => self.reply(request, &url, response).await,
-            Some(Err(error)) => Err(transport_failure(request, &error)),
+            Some(Err(error)) => Err(transport_failure(endpoint, request, &url, &error, &self.roots)),
             None => Err(Failure::later(request, format!("no answer from {} in time", authority(&url)), None)),
         }
     }
@@ -168,6 +264,7 @@ impl Transport {
                 .and_then(|value| retry::retry_after(value, jiff::Timestamp::now())),
             is_xml: text(&headers, header::CONTENT_TYPE).is_some_and(|t| t.starts_with("application/xml")),
             body,
+            tried: None,
         }))
     }
 }
@@ -175,9 +272,10 @@ impl Transport {
 impl ErrorReply {
     /// What this status means for the request, challenges aside.
     pub fn failure(&self, request: &Request) -> Failure {
+        let tried = self.tried.as_ref().map(|tried| format!("; {tried}")).unwrap_or_default();
         let what = match self.code() {
-            Some(code) => format!("{} ({code})", self.status),
-            None => self.status.to_string(),
+            Some(code) => format!("{} ({code}){tried}", self.status),
+            None => format!("{}{tried}", self.status),
         };
         let request = request.clone();
         match self.status.as_u16() {
@@ -273,23 +371,66 @@ async fn drain(mut response: Response) -> Vec<u8> {
     body
 }
 
-fn transport_failure(request: &Request, error: &reqwest::Error) -> Failure {
-    let what = chain(error);
-    if what.contains("peer certificate") {
-        let hint = if what.contains("UnknownIssuer") {
-            " (no authority this machine trusts signed it; SSL_CERT_FILE can name a file of authorities)"
-        } else {
-            ""
-        };
-        return Failure::elsewhere(RegistryError::Untrusted {
-            request: request.clone(),
-            what: format!("{what}{hint}"),
-        });
+fn transport_failure(
+    endpoint: &Endpoint,
+    request: &Request,
+    url: &Url,
+    error: &reqwest::Error,
+    roots: &SystemRoots,
+) -> Failure {
+    if let Some(failed) = tls::refusal(error) {
+        let what = tls_words(endpoint, &authority(url), &failed, roots);
+        return Failure::elsewhere(RegistryError::Untrusted { request: request.clone(), what });
     }
+    let what = chain(error);
     if error.is_builder() {
         return Failure::elsewhere(RegistryError::Malformed { request: request.clone(), what });
     }
     Failure::later(request, what, None)
+}
+
+/// What went wrong with TLS at `host`, and what to do about it.
+fn tls_words(endpoint: &Endpoint, host: &str, failed: &tls::Failed, roots: &SystemRoots) -> String {
+    use tls::{Failed, Trouble};
+    let here = &endpoint.trust_here;
+    let bundle = match roots.is_empty() {
+        true => {
+            "; this machine has no certificate authorities of its own: install ca-certificates and restart the daemon"
+        }
+        false => "",
+    };
+    match failed {
+        Failed::Refused(refusal) => {
+            let advice = match &refusal.trouble {
+                Trouble::Expired { .. } => "the registry needs a new certificate".to_owned(),
+                Trouble::NotYetValid { .. } => "set the clock of this machine or of the registry".to_owned(),
+                Trouble::WrongHost { .. } => format!(
+                    "ask for the images under one of these names, or give the registry a certificate for {host}"
+                ),
+                Trouble::SelfSigned => format!("to trust this certificate, {here}{bundle}"),
+                Trouble::UnknownIssuer { .. } => {
+                    format!("to trust that authority, get its certificate and {here}{bundle}")
+                }
+                Trouble::NoAuthorities => format!(
+                    "install ca-certificates (or name a file in SSL_CERT_FILE) and restart the daemon; or get the certificate of the registry's authority and {here}"
+                ),
+                Trouble::Other(_) => "the registry needs another certificate".to_owned(),
+            };
+            format!("{host} is not trusted: {refusal}; {advice}")
+        }
+        Failed::WantsCertificate => {
+            let how = match endpoint.clients.elsewhere {
+                Some(_) => "does not accept the client certificate that is configured for it",
+                None => "wants a client certificate, and none is configured for it",
+            };
+            format!(
+                "{host} {how}: put client.cert and client.key beside ca.crt into the directory of this host, or name them as client in its hosts.toml"
+            )
+        }
+        Failed::NotTls => format!(
+            "{host} does not speak TLS; if it is to be asked in plain HTTP, say so with a http:// URL in its hosts.toml, or with insecure = true in [resolver.host]"
+        ),
+    }
 }
 
 /// An error and its causes in one line, without the URL that reqwest would print.
@@ -320,6 +461,7 @@ mod tests {
             retry_after: None,
             body: body.into(),
             is_xml: true,
+            tried: None,
         }
     }
 

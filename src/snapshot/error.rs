@@ -30,6 +30,9 @@ pub enum SnapshotError {
     HasChildren(String),
     #[error("layer \"{0}\" unavailable: unavailable")]
     Unavailable(SnapshotId),
+    /// The daemon could not start properly, see [`super::Door`].
+    #[error("soci-snapshotter takes nothing new: {0}")]
+    Refused(String),
     #[error("context has no namespace attached")]
     NoNamespace,
     #[error("id-mapped snapshots (user namespaces) are not supported yet: not implemented")]

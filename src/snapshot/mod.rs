@@ -27,6 +27,7 @@
 
 mod directories;
 mod disk;
+mod door;
 mod error;
 mod lazy;
 mod model;
@@ -39,6 +40,7 @@ mod tests;
 
 pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
+pub use door::Door;
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};

@@ -64,6 +64,11 @@ pub fn keep_only(kept: &[Capability]) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this thread may mount.
+pub fn may_mount() -> io::Result<bool> {
+    Ok(Rows::read()?.effective & Capability::CAP_SYS_ADMIN.bitmask() != 0)
+}
+
 /// Empties the bounding set but for `kept`, by number: a kernel may know capabilities that no crate has heard of yet.
 fn drop_bounding(kept: u64) -> io::Result<()> {
     for number in 0..64u32 {

@@ -39,6 +39,14 @@ pub fn is_device(fd: BorrowedFd<'_>) -> bool {
     })
 }
 
+/// Whether the connection behind a device is mounted somewhere: neither aborted nor unmounted by its last user.
+pub fn is_connected(device: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(device, PollFlags::IN)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    // POLLERR is what the kernel says of a connection that is over (fs/fuse/dev.c, fuse_dev_poll).
+    rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now))).is_ok() && !fds[0].revents().contains(PollFlags::ERR)
+}
+
 /// Mounts the connection: read-only; set-user-id programs and device nodes of images keep their meaning, so neither `nosuid` nor `nodev`.
 ///
 /// The kernel checks permissions by the attributes it has cached (`default_permissions`), for every user (`allow_other`).

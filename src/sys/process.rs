@@ -34,14 +34,26 @@ impl SingleThread {
     }
 }
 
-/// The sockets that systemd passed to this process (`LISTEN_FDS`), in its order; empty when there are none or they are for another process.
+/// The descriptors that systemd passed to this process (`LISTEN_FDS`), in its order; empty when there are none or they are for another process.
 ///
 /// Must be called once, at start: each call would claim the same descriptors.
-pub fn inherited_sockets() -> io::Result<Vec<OwnedFd>> {
+pub fn inherited_descriptors() -> io::Result<Vec<OwnedFd>> {
     let numbers = sd_notify::listen_fds()?;
     // SAFETY: systemd's protocol says that descriptors 3.. belong to the process named by LISTEN_PID, which `listen_fds` checked to be us, and
     // nothing in this process has opened or closed them: by this function's contract it runs once, before anything else uses descriptors.
     Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+}
+
+/// A connection to whom `NOTIFY_SOCKET` names, for descriptors to be sent over; `None` when nobody listens.
+pub fn notify_socket() -> io::Result<Option<OwnedFd>> {
+    use std::os::{linux::net::SocketAddrExt, unix::ffi::OsStrExt};
+    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(None) };
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    match address.as_bytes().strip_prefix(b"@") {
+        Some(name) => socket.connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name)?)?,
+        None => socket.connect(&address)?,
+    }
+    Ok(Some(socket.into()))
 }
 
 /// Says something on standard error, for the helpers that have no log of their own.

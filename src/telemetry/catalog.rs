@@ -88,6 +88,18 @@ messages! {
         happened "The configuration file has something that is ignored or deprecated; the message names file, line and key."
         means "The daemon runs with its default where a key is unknown. A misspelt key is a setting that is not in effect."
         act "Correct the file. All such places:\n\n    soci-snapshotter-grpc config check --strict";
+    ConfigReloaded = "e1de716c8ec04c7ab23978249775062f" INFO Always "The SOCI snapshotter has read its configuration again"
+        happened "The settings @SOCI_APPLIED@ changed and are in effect."
+        means "Nothing changes for containers that run. Layers that are mounted already keep the mirrors and time-outs they began with."
+        act "Nothing.";
+    ConfigNotReloaded = "02e807c48ebb4930b0f16a87e59970e1" ERROR Always "The SOCI snapshotter has refused a changed configuration"
+        happened "The configuration was to be read again and cannot be used: @SOCI_ERROR@. Nothing of it was applied."
+        means "Nothing changes: the daemon goes on with the settings it had. A start with this file would fail, or take nothing new."
+        act "Correct what the message names and reload again:\n\n    soci-snapshotter-grpc config check\n    systemctl reload soci-snapshotter";
+    ConfigNeedsRestart = "6732e55e229a4a958afb5d572d11f54a" WARN Always "Settings of the SOCI snapshotter wait for a restart"
+        happened "The configuration was read again. The settings @SOCI_KEYS@ cannot change while the daemon runs and are as they were."
+        means "Nothing until the restart, which containers survive: their reads wait for a moment."
+        act "systemctl restart soci-snapshotter";
     LayerLazy = "c41df71244bd42ef97efe5c17cd43810" INFO OncePerImage "An image is loaded lazily"
         happened "Layer @SOCI_LAYER@ of @SOCI_IMAGE@ was mounted without being downloaded first. The journal has this line once for each image; \
                   other layers of it follow silently."
@@ -200,6 +212,25 @@ messages! {
         happened "A mirror of @SOCI_IMAGE_HOST@ cannot be used: @SOCI_ERROR@."
         means "Its layers come from other mirrors or the registry itself."
         act "Correct the [[resolver.host.\"…\".mirrors]] entry and reload the daemon.";
+    HostsBroken = "0ead15435f5c40eca3e1d0f2174d326c" ERROR Always "The configuration of a registry cannot be used"
+        happened "What is configured for @SOCI_IMAGE_HOST@ below registry.config_path has changed and cannot be understood: @SOCI_ERROR@."
+        means "Nothing yet: what was configured before stays in force until the daemon is started again."
+        act "Correct the file that the message names; the next request reads it. All registries at once:\n\n    soci-snapshotter-grpc config check";
+    AuthoritiesUnreadable = "98d8c588e33e46498bc3e9a0da5b409c" WARN Always "Some of this machine's certificate authorities cannot be read"
+        happened "A file of certificate authorities could not be read: @SOCI_ERROR@."
+        means "Registries whose certificates come from these authorities are not trusted; their images are left to containerd, and what is missing \
+               of mounted ones cannot be fetched."
+        act "Reinstall ca-certificates, or correct SSL_CERT_FILE or SSL_CERT_DIR of the unit, and restart the daemon.";
+    ProxyIgnored = "025a71e29581487d8e6dac3c0e4d7d7a" WARN Always "A proxy in the environment is ignored"
+        happened "The value of @SOCI_VARIABLE@ in the environment of the daemon is not the URL of a proxy."
+        means "Registries are asked without a proxy. Where only a proxy leads outside, images cannot be loaded lazily."
+        act "Correct the variable in the unit (systemctl edit soci-snapshotter) and restart the daemon.";
+    SecretsUnavailable = "5970f34c1b3c4de7a38f03a13f80f829" WARN Always "The registry logins of the cluster cannot be read"
+        happened "Kubernetes secrets could not be listed or watched with the kubeconfig: @SOCI_ERROR@."
+        means "Logins that were read before stay in use. Private images that only such a secret has a login for may not be loaded lazily, and \
+               what is missing of mounted ones cannot be fetched."
+        act "Correct kubeconfig_keychain.kubeconfig_path, the kubeconfig, or the rights of its user (get, list and watch secrets). It is tried \
+             again every 30 seconds at most; nothing has to be restarted.";
     PrefetchUnusable = "835d298760fc466d8c327077fe19927d" WARN Always "A list of what to fetch first cannot be used"
         happened "The prefetch artifact @SOCI_DIGEST@ of a SOCI index cannot be fetched or read: @SOCI_ERROR@."
         means "The image is lazy all the same; its first seconds may take longer."

@@ -3,7 +3,7 @@
 //! It answers one GET per connection and closes it. Everything a peer can make it hold is bounded: connections, header bytes, time.
 #![forbid(unsafe_code)]
 
-use super::metrics::Metrics;
+use super::{metrics::Metrics, status};
 use std::{
     io,
     net::SocketAddr,
@@ -126,6 +126,8 @@ pub enum Listener {
 pub enum Content {
     /// `/metrics`.
     Metrics(Metrics),
+    /// [`status::PATH`]: whatever this gives, as JSON.
+    Status(Arc<dyn Fn() -> String + Send + Sync>),
     /// The Go runtime's profiles, which this program does not have: 501 with a hint.
     Debug,
 }
@@ -136,6 +138,7 @@ struct Response {
     body: String,
 }
 
+const JSON: &str = "application/json";
 const PLAIN: &str = "text/plain; charset=utf-8";
 /// The exposition format's own type.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -150,10 +153,13 @@ impl Content {
             Content::Metrics(metrics) if request.path == "/metrics" => {
                 Response { status: "200 OK", content_type: EXPOSITION, body: metrics.render() }
             }
+            Content::Status(document) if request.path == status::PATH => {
+                Response { status: "200 OK", content_type: JSON, body: document() }
+            }
             Content::Debug if request.path.starts_with("/debug/pprof") => {
                 plain("501 Not Implemented", "this snapshotter is not written in Go and has no pprof; use perf\n")
             }
-            Content::Metrics(_) | Content::Debug => plain("404 Not Found", "404 page not found\n"),
+            Content::Metrics(_) | Content::Status(_) | Content::Debug => plain("404 Not Found", "404 page not found\n"),
         }
     }
 }

@@ -115,7 +115,7 @@ pub async fn lab_on(root: Arc<tempfile::TempDir>, change: impl FnOnce(&mut Optio
     let socket = root.path().join("s.sock");
     let _ = std::fs::remove_file(&socket);
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let served = serve(listener, snapshotter.clone(), Limits::default(), std::future::pending());
+    let served = serve(listener, snapshotter.clone(), None, Limits::default(), std::future::pending());
     let server = tokio::spawn(async move { served.await.unwrap() });
     let client = SnapshotsClient::new(channel(&socket));
     Lab { root, layout, lazy, snapshotter, client, server }

@@ -20,10 +20,10 @@ BBOLT=v1.4.3  # what containerd 2.2 uses
 GO=1.25.5     # fetched only if the machine's own Go is older than GO_AT_LEAST
 GO_AT_LEAST=24 # containerd 2.2 wants go 1.24
 
-PACKAGES="ca-certificates gcc libc6-dev libnetfilter-queue-dev pkg-config
+PACKAGES="ca-certificates systemd gcc libc6-dev libnetfilter-queue-dev pkg-config
     containerd runc docker-registry docker.io stargz-snapshotter skopeo umoci mmdebstrap
     fuse3 iproute2 iptables e2fsprogs mount procps util-linux jq busybox-static python3 python3-pip xz-utils"
-COMMANDS="gcc containerd runc docker-registry dockerd docker ctr-remote skopeo umoci mmdebstrap
+COMMANDS="gcc systemd-analyze containerd runc docker-registry dockerd docker ctr-remote skopeo umoci mmdebstrap
     fusermount3 ip tc iptables mkfs.ext4 losetup nsenter jq python3"
 
 say() { echo "setup: $*" >&2; }

@@ -2,14 +2,14 @@ use super::{HOLDER, Killed, eventually, install_helpers, privileged, run, somebo
 use soci::{
     holder::{self, Held, How, Keeping},
     layout::Layout,
-    sys::{fuse, mountinfo},
+    sys::{fuse, mountinfo, seqpacket},
 };
 use std::{
     fs,
     io::{BufRead, BufReader},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::PermissionsExt,
+        unix::{fs::PermissionsExt, net::UnixDatagram},
     },
     process::{Command, ExitStatus, Stdio},
     sync::{
@@ -270,6 +270,44 @@ fn privileged_when_daemon_and_holder_are_both_replaced_the_next_start_mounts_ane
     assert!(held.first);
     assert!(!empty.ended().success());
     let _daemon = Daemon::serve(held.device);
+    assert!(answers(&lab));
+}
+
+#[test]
+fn privileged_when_both_keepers_die_the_copy_in_systemds_store_is_as_good() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    // systemd's side of its protocol: a datagram socket that descriptors are left at.
+    let notify = lab.dir.path().join("notify");
+    let manager = UnixDatagram::bind(&notify).expect("bind");
+    manager.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+    let mut command = Command::new(HOLDER);
+    command.arg("--root").arg(lab.layout.root()).env("NOTIFY_SOCKET", &notify).stdin(Stdio::null());
+    let mut holder = Killed(command.spawn().expect("spawn"));
+    let mut message = [0; 256];
+    let (length, mut stored) = seqpacket::recv_with_fds(manager.as_fd(), &mut message).expect("a message");
+    assert!(message[..length].starts_with(b"FDSTORE=1\n"), "{}", String::from_utf8_lossy(&message[..length]));
+    let device = stored.pop().expect("the descriptor");
+    assert!(fuse::is_device(device.as_fd()) && stored.is_empty());
+
+    let first = lab.obtain();
+    assert!(first.first);
+    let daemon = Daemon::serve(first.device);
+    assert!(answers(&lab));
+    holder.kill();
+    drop(daemon.pause());
+    // It comes back the way systemd passes descriptors on: as number 3, for the process named by LISTEN_PID.
+    let script = format!(
+        "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {HOLDER} --root {}",
+        lab.layout.root().display()
+    );
+    let _next = Killed(Command::new("sh").args(["-c", &script]).stdin(device).spawn().expect("spawn"));
+    let second = lab.obtain();
+    assert!(!second.first, "the mount is the old one");
+    assert_eq!(second.init, first.init);
+    let _daemon = Daemon::serve(second.device);
     assert!(answers(&lab));
 }
 

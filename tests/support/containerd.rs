@@ -57,17 +57,22 @@ impl Containerd {
             let dir = dir.clone();
             move || kill_all(&remains(&dir))
         });
-        let mut command = Command::new(program(version, "containerd"));
-        command.arg("-c").arg(dir.join("config.toml"));
-        if version == Version::V22 {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            let dirs = std::iter::once(super::cache().join("bin/c2")).chain(std::env::split_paths(&path));
-            command.env("PATH", std::env::join_paths(dirs).unwrap());
-        }
-        let process = Process::start("containerd", &mut command, &root.join("containerd.log"));
+        let process = launch(version, &dir, &root.join("containerd.log"));
         let containerd = Containerd { version, process, address, dir, _undo: undo };
         containerd.process.wait_until("it answers", || attempt(containerd.ctr().arg("version")).status.success());
         containerd
+    }
+
+    /// Ends it and starts it again, with the configuration as it is by now.
+    pub fn restart(&mut self) {
+        self.process.signal(nix::sys::signal::Signal::SIGTERM);
+        let start = std::time::Instant::now();
+        while self.process.is_running() {
+            assert!(start.elapsed().as_secs() < 20, "containerd does not end");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        self.process = launch(self.version, &self.dir, &self.dir.with_file_name("containerd.log"));
+        self.process.wait_until("it answers", || attempt(self.ctr().arg("version")).status.success());
     }
 
     /// `ctr` talking to this containerd in its default namespace.
@@ -249,6 +254,17 @@ fn program(version: Version, name: &str) -> PathBuf {
         Version::V16 => Path::new("/usr/bin").join(name),
         Version::V22 => super::tool(&format!("c2/{name}")),
     }
+}
+
+fn launch(version: Version, dir: &Path, log: &Path) -> Process {
+    let mut command = Command::new(program(version, "containerd"));
+    command.arg("-c").arg(dir.join("config.toml"));
+    if version == Version::V22 {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::iter::once(super::cache().join("bin/c2")).chain(std::env::split_paths(&path));
+        command.env("PATH", std::env::join_paths(dirs).unwrap());
+    }
+    Process::start("containerd", &mut command, log)
 }
 
 fn config(version: Version, options: &Options, dir: &Path) -> String {

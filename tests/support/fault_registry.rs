@@ -90,6 +90,11 @@ impl Reply {
         self
     }
 
+    /// A body in one chunk, and the end.
+    pub fn chunked_body(self, bytes: impl Into<Vec<u8>>) -> Reply {
+        self.body(bytes).chunked()
+    }
+
     /// Sends only the first `n` bytes of the body, then does `what`.
     fn after(mut self, n: usize, what: Part) -> Reply {
         if let Some(Part::Bytes(bytes)) = self.parts.first_mut() {

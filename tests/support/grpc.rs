@@ -231,7 +231,51 @@ pub mod cri {
         pub image: String,
     }
 
-    /// The request of RemoveImage, and of PullImage without credentials and sandbox.
+    #[derive(Clone, PartialEq, Message)]
+    pub struct AuthConfig {
+        #[prost(string, tag = "1")]
+        pub username: String,
+        #[prost(string, tag = "2")]
+        pub password: String,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct PullImageRequest {
+        #[prost(message, optional, tag = "1")]
+        pub image: Option<ImageSpec>,
+        #[prost(message, optional, tag = "2")]
+        pub auth: Option<AuthConfig>,
+        #[prost(message, optional, tag = "3")]
+        pub sandbox_config: Option<PodSandboxConfig>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ListImagesResponse {
+        #[prost(message, repeated, tag = "1")]
+        pub images: Vec<ListedImage>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ListedImage {
+        #[prost(string, repeated, tag = "2")]
+        pub tags: Vec<String>,
+        #[prost(uint64, tag = "4")]
+        pub size: u64,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ImageStatusResponse {
+        #[prost(message, optional, tag = "1")]
+        pub image: Option<ListedImage>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ImageFsInfoResponse {
+        #[prost(message, repeated, tag = "1")]
+        pub image_filesystems: Vec<Empty>,
+    }
+
+    /// The request of RemoveImage and ImageStatus, and of PullImage without credentials and sandbox.
     #[derive(Clone, PartialEq, Message)]
     pub struct ImageRequest {
         #[prost(message, optional, tag = "1")]
@@ -313,6 +357,40 @@ pub mod cri {
     /// Pulls an image as the kubelet does.
     pub fn pull(client: &Client, reference: &str) -> Result<String, tonic::Status> {
         client.call::<_, Id>("/runtime.v1.ImageService/PullImage", image(reference)).map(|i| i.id)
+    }
+
+    /// Pulls an image as the kubelet does for a pod with a pull secret.
+    pub fn pull_as(client: &Client, reference: &str, user: &str, password: &str) -> Result<String, tonic::Status> {
+        let metadata = PodSandboxMetadata { name: "pod".into(), uid: "1".into(), namespace: "team".into() };
+        let request = PullImageRequest {
+            image: Some(ImageSpec { image: reference.into() }),
+            auth: Some(AuthConfig { username: user.into(), password: password.into() }),
+            sandbox_config: Some(PodSandboxConfig { metadata: Some(metadata), ..Default::default() }),
+        };
+        client.call::<_, Id>("/runtime.v1.ImageService/PullImage", request).map(|i| i.id)
+    }
+
+    /// References of all images.
+    pub fn images(client: &Client) -> Result<Vec<String>, tonic::Status> {
+        let listed = client.call::<_, ListImagesResponse>("/runtime.v1.ImageService/ListImages", Empty {})?;
+        Ok(listed.images.into_iter().flat_map(|image| image.tags).collect())
+    }
+
+    /// The tags of an image, if it is there.
+    pub fn image_status(client: &Client, reference: &str) -> Result<Option<Vec<String>>, tonic::Status> {
+        let status = client.call::<_, ImageStatusResponse>("/runtime.v1.ImageService/ImageStatus", image(reference))?;
+        Ok(status.image.map(|image| image.tags))
+    }
+
+    /// How many filesystems hold images.
+    pub fn filesystems(client: &Client) -> Result<usize, tonic::Status> {
+        let info = client.call::<_, ImageFsInfoResponse>("/runtime.v1.ImageService/ImageFsInfo", Empty {})?;
+        Ok(info.image_filesystems.len())
+    }
+
+    /// A call that image services do not have.
+    pub fn nonsense(client: &Client) -> Result<(), tonic::Status> {
+        client.call::<_, Empty>("/runtime.v1.ImageService/Nonsense", Empty {}).map(|_| ())
     }
 
     /// The kubelet's way of asking whether the image service is there.

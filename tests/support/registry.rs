@@ -19,6 +19,8 @@ pub enum Kind {
     Docker28,
     /// distribution v3.0: no referrers API either.
     Distribution3,
+    /// docker-registry 2.8 that lets in `u` with password `p` and nobody else.
+    Guarded,
     /// go-containerregistry's, in memory: has the referrers API.
     Referrers,
 }
@@ -27,6 +29,8 @@ pub struct Registry {
     /// `host:port`, the first part of every image reference.
     pub host: String,
     process: Process,
+    /// `user:password@` to push with.
+    login: &'static str,
 }
 
 impl Registry {
@@ -35,7 +39,11 @@ impl Registry {
         let host = format!("127.0.0.1:{}", free_port());
         let (program, arguments) = command_line(kind, &host, &root.join("registry"));
         let mut command = Command::new(program);
-        Registry::run(command.args(arguments), host, &root.join("registry.log"))
+        let mut started = Registry::run(command.args(arguments), host, &root.join("registry.log"));
+        if kind == Kind::Guarded {
+            started.login = "u:p@";
+        }
+        started
     }
 
     /// A registry at the far end of `link`, its data in `storage`, its log below `root`.
@@ -50,7 +58,7 @@ impl Registry {
         // Its chatter about requests is what a failing test wants to see; its tracing has nowhere to go.
         let process = Process::start("registry", command.env("OTEL_TRACES_EXPORTER", "none"), log);
         process.wait_for_tcp(|| TcpStream::connect_timeout(&host.parse().unwrap(), Duration::from_secs(1)).is_ok());
-        Registry { host, process }
+        Registry { host, process, login: "" }
     }
 
     /// `host:port/name:tag`
@@ -61,7 +69,7 @@ impl Registry {
     /// Pushes the image of an OCI layout (its only one) with everything it refers to, and further roots of the layout (SOCI v1 indexes,
     /// say) by digest. Blobs that are there already are not sent. The digest of what `tag` now names.
     pub fn push(&self, layout: &Path, name: &str, tag: &str) -> Digest {
-        let push = Push { base: format!("http://{}/v2/{name}", self.host), layout: layout.into() };
+        let push = Push { base: format!("http://{}{}/v2/{name}", self.login, self.host), layout: layout.into() };
         runtime().block_on(async {
             let index: Index = read_json(&layout.join("index.json"));
             let image = sole_image(&index, layout);
@@ -84,6 +92,9 @@ impl Registry {
         self.process.stop();
     }
 }
+
+/// bcrypt of "p", with the least cost.
+const HTPASSWD: &str = "u:$2b$05$abcdefghijklmnopqrstuuqwWMzKt5N8p.u2GX5MuH1t19BMWuLOW\n";
 
 /// A port nobody listens on. Somebody else may take it before it is used: rare, and loud.
 pub fn free_port() -> u16 {
@@ -181,6 +192,14 @@ fn command_line(kind: Kind, host: &str, storage: &Path) -> (PathBuf, Vec<String>
     };
     match kind {
         Kind::Docker28 => ("docker-registry".into(), config("")),
+        Kind::Guarded => {
+            let arguments = config("");
+            let (config, htpasswd) = (&arguments[1], storage.join("htpasswd"));
+            std::fs::write(&htpasswd, HTPASSWD).unwrap();
+            let auth = format!("auth: {{htpasswd: {{realm: lab, path: {}}}}}\n", htpasswd.display());
+            std::fs::write(config, std::fs::read_to_string(config).unwrap() + &auth).unwrap();
+            ("docker-registry".into(), arguments)
+        }
         // The tag concurrency limit of v3 defaults to the number of cores; the upload purger is of no use in a short life.
         Kind::Distribution3 => (super::tool("registry3"), config(", maintenance: {uploadpurging: {enabled: false}}")),
         Kind::Referrers => (super::tool("referrers"), vec![host.to_string()]),
@@ -227,6 +246,10 @@ impl Push {
             .unwrap_or_else(|| panic!("POST {start}: {}", response.status()));
         let mut to = response.url().join(&location).unwrap();
         to.query_pairs_mut().append_pair("digest", &blob.digest.to_string());
+        if let (true, Ok(base)) = (self.base.contains('@'), reqwest::Url::parse(&self.base)) {
+            // Registries name themselves without the login that they were asked with.
+            to.set_username(base.username()).and_then(|()| to.set_password(base.password())).unwrap();
+        }
         let path = blob_path(&self.layout, &blob.digest);
         let file = tokio::fs::File::open(&path).await.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let chunks = futures::stream::try_unfold(file, |mut file| async move {

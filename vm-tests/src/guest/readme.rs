@@ -1,0 +1,58 @@
+//! README's first page, executed: the commands that the story runs are taken from there, so what people are told to do is what was done.
+
+use super::tools::{REGISTRY, shell};
+use crate::{Outcome, ensure};
+use std::{fs, io::Write};
+
+const README: &str = include_str!("../../../README.md");
+/// What comes after the page.
+const END: &str = "\n## Try it";
+const RUN: &str = "/vm/readme-was-run";
+
+/// What differs between the page and this machine: where packages and images are, and that nobody answers questions.
+const HERE: [(&str, &str); 6] = [
+    ("dnf install ./", "dnf -y -q install /vm/repo/"),
+    ("dnf remove", "dnf -y remove"),
+    ("systemctl status", "systemctl status --no-pager"),
+    ("journalctl -x", "journalctl --no-pager -x"),
+    ("images pull --snapshotter", "images pull --plain-http --snapshotter"),
+    ("registry.example", REGISTRY),
+];
+
+/// The commands of the page, as they are printed.
+fn commands() -> Vec<&'static str> {
+    let page = README.split(END).next().unwrap_or_default();
+    let mut inside = false;
+    let mut found = Vec::new();
+    for line in page.lines() {
+        match line.strip_prefix("```") {
+            Some(kind) => inside = kind == "console",
+            None if inside => found
+                .extend(line.strip_prefix("# ").map(|command| command.split("  #").next().unwrap_or_default().trim())),
+            None => {}
+        }
+    }
+    found
+}
+
+/// Runs the page's one command that begins so; what it printed.
+pub fn run(begin: &str) -> Outcome<String> {
+    let matching: Vec<&str> = commands().into_iter().filter(|command| command.starts_with(begin)).collect();
+    let [command] = matching[..] else {
+        return Err(format!("README's first page has {} commands that begin with {begin:?}", matching.len()));
+    };
+    if let Ok(mut file) = fs::File::options().create(true).append(true).open(RUN) {
+        let _ = writeln!(file, "{command}");
+    }
+    let here = HERE.iter().fold(command.to_owned(), |command, (there, here)| command.replace(there, here));
+    shell(&format!("{here} 2>&1"))
+}
+
+/// An error if the page has a command that nobody ran.
+pub fn was_run() -> Outcome {
+    let run = fs::read_to_string(RUN).unwrap_or_default();
+    let missing: Vec<&str> =
+        commands().into_iter().filter(|command| !run.lines().any(|line| line == *command)).collect();
+    ensure!(missing.is_empty(), "commands of README's first page that were not run: {}", missing.join("; "));
+    Ok(())
+}

@@ -1,0 +1,439 @@
+//! One life of a machine: what README tells people to do, and what happens to machines.
+
+use super::{
+    Next, Step, probe,
+    tools::{
+        CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
+        main_pid, processes, property, replaced, row, run, shell, status, text, within,
+    },
+};
+use crate::{Outcome, ensure};
+use std::{fs, path::Path, time::Duration};
+
+/// In this order.
+pub const STEPS: &[Step] = &[
+    Step { name: "install", run: install },
+    Step { name: "enable", run: enable },
+    Step { name: "lazy-container", run: lazy_container },
+    Step { name: "image-without-index", run: image_without_index },
+    Step { name: "logins", run: logins },
+    Step { name: "reload", run: reload },
+    Step { name: "journal", run: explained },
+    Step { name: "confinement", run: confinement },
+    Step { name: "refusals", run: refusals },
+    Step { name: "restart", run: restart },
+    Step { name: "upgrade", run: upgrade },
+    Step { name: "disk-full", run: disk_full },
+    Step { name: "reboot", run: reboot },
+    Step { name: "remove", run: remove },
+];
+
+const MOUNT: &str = "/var/lib/soci-snapshotter-grpc/snapshotter/lazy";
+
+/// Whether the mount of all lazy layers is there.
+fn mounted() -> bool {
+    fs::read_to_string("/proc/mounts").is_ok_and(|mounts| mounts.contains(&format!(" {MOUNT} fuse.rawBridge")))
+}
+
+/// `dnf install` from a local repository: everything is in its place, nothing runs.
+fn install(_: &Guest) -> Outcome<Next> {
+    shell("dnf -y -q install os-stub && dnf -y -q install soci-snapshotter")?;
+    let verified = attempt("rpm", &["-V", "soci-snapshotter"])?;
+    ensure!(verified.stdout.is_empty(), "rpm -V: {}", text(&verified.stdout));
+    run("soci-snapshotter-grpc", &["config", "check", "--strict"])?;
+    run("soci", &["--version"])?;
+    for path in [
+        "/usr/share/licenses/soci-snapshotter/THIRD-PARTY-LICENCES",
+        "/usr/share/bash-completion/completions/soci",
+        "/usr/share/man/man8/soci-snapshotter-grpc.8.gz",
+        "/run/soci-snapshotter-grpc",
+    ] {
+        ensure!(Path::new(path).exists(), "{path} is missing");
+    }
+    let catalog = run("journalctl", &["--list-catalog", "--no-pager"])?;
+    ensure!(catalog.contains("The SOCI snapshotter is ready"), "the journal does not know our messages");
+    for unit in ["soci-snapshotter.socket", DAEMON, HOLDER, CUSTODIAN] {
+        ensure!(!is_active(unit), "{unit} runs without having been asked");
+        let found = property(unit, "LoadState");
+        ensure!(found == "loaded", "{unit}: {found}");
+    }
+    let enabled = text(&attempt("systemctl", &["is-enabled", "soci-snapshotter.socket"])?.stdout);
+    ensure!(enabled.trim() == "disabled", "after installation the socket is {enabled}");
+    Ok(Next::Step)
+}
+
+/// `systemctl enable --now soci-snapshotter.socket`, containerd's configuration, and containerd's first connection.
+fn enable(guest: &Guest) -> Outcome<Next> {
+    start_registry()?;
+    configure_containerd(guest)?;
+    run("systemctl", &["enable", "--now", "soci-snapshotter.socket"])?;
+    ensure!(!is_active(DAEMON), "the daemon runs before anybody has asked for it");
+    run("systemctl", &["restart", "containerd"])?;
+    shell("ctr=/vm/bin/ctr; [ -x $ctr ] || ctr=ctr; $ctr snapshots --snapshotter soci ls")?;
+    within(PATIENCE, "the first connection starts the daemon", || is_active(DAEMON).then_some(()))?;
+    ensure!(mounted(), "the mount is not seen by the rest of the machine");
+    ensure!(is_active(HOLDER), "{}", status(HOLDER));
+    let line = property(DAEMON, "StatusText");
+    ensure!(line == "ready; no image is loaded lazily", "status: {line}");
+    // Without the socket unit it works, too.
+    run("systemctl", &["stop", "soci-snapshotter.socket", DAEMON])?;
+    ensure!(
+        !Path::new("/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock").exists(),
+        "the stopped socket is still there"
+    );
+    run("systemctl", &["start", DAEMON])?;
+    shell("ctr=/vm/bin/ctr; [ -x $ctr ] || ctr=ctr; $ctr snapshots --snapshotter soci ls")?;
+    run("systemctl", &["stop", DAEMON])?;
+    run("systemctl", &["start", "soci-snapshotter.socket"])?;
+    Ok(Next::Step)
+}
+
+/// What README says to put there.
+fn configure_containerd(guest: &Guest) -> Outcome {
+    let mut text = String::new();
+    if guest.has_containerd_2() {
+        text += "version = 3\n[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux/amd64\"\n  snapshotter = \"soci\"\n";
+        text += "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux/amd64\"\n  snapshotter = \"overlayfs\"\n";
+        let drop_in = "[Service]\nExecStartPre=\nExecStart=\nExecStart=/vm/bin/containerd\nEnvironment=PATH=/vm/bin:/usr/sbin:/usr/bin:/sbin:/bin\n";
+        fs::create_dir_all("/etc/systemd/system/containerd.service.d").map_err(|error| error.to_string())?;
+        fs::write("/etc/systemd/system/containerd.service.d/vm.conf", drop_in).map_err(|error| error.to_string())?;
+        run("systemctl", &["daemon-reload"])?;
+    } else {
+        text += "version = 2\n";
+    }
+    text += "[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock\"\n";
+    text += "  [proxy_plugins.soci.exports]\n    root = \"/var/lib/soci-snapshotter-grpc\"\n    enable_remote_snapshot_annotations = \"true\"\n";
+    fs::create_dir_all("/etc/containerd").map_err(|error| error.to_string())?;
+    fs::write("/etc/containerd/config.toml", text).map_err(|error| error.to_string())
+}
+
+fn start_registry() -> Outcome {
+    let config = format!(
+        "version: 0.1\nlog: {{accesslog: {{disabled: false}}, level: warn}}\n\
+         storage: {{filesystem: {{rootdirectory: /vm/registry}}}}\nhttp: {{addr: '{REGISTRY}'}}\n"
+    );
+    fs::write("/run/registry.yml", config).map_err(|error| error.to_string())?;
+    run("systemd-run", &["--quiet", "--unit=vm-registry", "docker-registry", "serve", "/run/registry.yml"])?;
+    within(PATIENCE, "the registry answers", || std::net::TcpStream::connect(REGISTRY).ok()).map(drop)
+}
+
+/// How many layers were made lazy since the boot.
+fn layers_made_lazy() -> Outcome<usize> {
+    Ok(journal(DAEMON, &["-o", "json"])?.matches("\"SOCI_REMOTE_SNAPSHOT_PREPARED\"").count())
+}
+
+/// The first pull and run: lazy, shown in the status line.
+fn lazy_container(guest: &Guest) -> Outcome<Next> {
+    guest.pull("soci", "app")?;
+    let found = guest.container("soci", "app", &["/bin/cat", "/hello"])?;
+    ensure!(found == "hello\n", "the container wrote {found:?}");
+    ensure!(layers_made_lazy()? > 0, "no layer was made lazy: {}", journal(DAEMON, &[])?);
+    let line = within(PATIENCE, "the status line shows the image", || {
+        Some(property(DAEMON, "StatusText")).filter(|line| line.starts_with("1 image, 2 lazy layers, "))
+    })?;
+    ensure!(line.contains("MiB fetched; "), "status: {line}");
+    within(PATIENCE, "the background completes it", || {
+        property(DAEMON, "StatusText").ends_with("; all complete").then_some(())
+    })?;
+    // A healthy pull is a handful of lines.
+    let lines = journal(DAEMON, &["-o", "cat"])?.lines().count();
+    ensure!(lines < 40, "{lines} lines in the journal");
+    Ok(Next::Step)
+}
+
+/// An image that has no SOCI index runs as well.
+fn image_without_index(guest: &Guest) -> Outcome<Next> {
+    guest.pull("soci", "plain")?;
+    let found = guest.container("soci", "plain", &["/bin/cat", "/hello"])?;
+    ensure!(found == "hello\n", "the container wrote {found:?}");
+    Ok(Next::Step)
+}
+
+/// Docker's configuration in root's home, and a credential helper, under the unit.
+fn logins(guest: &Guest) -> Outcome<Next> {
+    if !guest.has_containerd_2() {
+        return Ok(Next::Skipped("the client that sends labels for this containerd has no logins"));
+    }
+    let helper = "#!/bin/sh\n[ \"$1\" = get ] || exit 1\nread host\n\
+                  echo \"$host\" >>/run/soci-snapshotter-grpc/helper-was-asked\n\
+                  touch /root/written 2>/dev/null && echo writable >>/run/soci-snapshotter-grpc/helper-was-asked\n\
+                  echo '{\"Username\":\"somebody\",\"Secret\":\"hush-hush\"}'\n";
+    fs::write("/usr/local/bin/docker-credential-vm", helper).map_err(|error| error.to_string())?;
+    shell(
+        "chmod 755 /usr/local/bin/docker-credential-vm; mkdir -p /root/.docker; htpasswd=/vm/htpasswd; test -s $htpasswd",
+    )?;
+    fs::write("/root/.docker/config.json", "{\"credHelpers\":{\"127.0.0.1:5001\":\"vm\"}}")
+        .map_err(|error| error.to_string())?;
+    // A second registry over the same data, which wants a login.
+    let config = "version: 0.1\nlog: {level: warn}\nstorage: {filesystem: {rootdirectory: /vm/registry}}\n\
+                  http: {addr: '127.0.0.1:5001'}\nauth: {htpasswd: {realm: vm, path: /vm/htpasswd}}\n";
+    fs::write("/run/registry-login.yml", config).map_err(|error| error.to_string())?;
+    run(
+        "systemd-run",
+        &["--quiet", "--unit=vm-registry-login", "docker-registry", "serve", "/run/registry-login.yml"],
+    )?;
+    within(PATIENCE, "the registry answers", || std::net::TcpStream::connect("127.0.0.1:5001").ok())?;
+    let before = layers_made_lazy()?;
+    guest.pull_with_login("soci", "127.0.0.1:5001/late:1", "somebody:hush-hush")?;
+    let asked = fs::read_to_string("/run/soci-snapshotter-grpc/helper-was-asked").unwrap_or_default();
+    ensure!(asked.contains("127.0.0.1:5001"), "the credential helper was not run: {}", journal(DAEMON, &["-n", "20"])?);
+    ensure!(!asked.contains("writable"), "a credential helper can write to /root");
+    ensure!(layers_made_lazy()? > before, "no layer was made lazy: {}", journal(DAEMON, &["-n", "20"])?);
+    let said = run("journalctl", &["--no-pager", "-b", "-o", "export"])?;
+    ensure!(!said.contains("hush-hush") && !said.contains("aHVzaC1odXNo"), "the journal has the password");
+    Ok(Next::Step)
+}
+
+/// A good change is applied, one that needs a restart is named, a bad one changes nothing and says why.
+fn reload(_: &Guest) -> Outcome<Next> {
+    let pid = main_pid(DAEMON)?;
+    edit("max_bytes_per_sec = 0", "max_bytes_per_sec = 900000000")?;
+    edit("cache_memory_mb = 16", "cache_memory_mb = 20")?;
+    run("systemctl", &["reload", DAEMON])?;
+    within(PATIENCE, "the change is said", || {
+        let said = journal(DAEMON, &["-o", "json"]).ok()?;
+        let found = said.contains("\"SOCI_APPLIED\":\"background_fetch.max_bytes_per_sec\"")
+            && said.contains("\"SOCI_KEYS\":\"layer_store.cache_memory_mb\"");
+        found.then_some(())
+    })?;
+    within(PATIENCE, "the status line names what needs a restart", || {
+        property(DAEMON, "StatusText").ends_with("restart needed for layer_store.cache_memory_mb").then_some(())
+    })?;
+    edit("MaxRetries = 8", "MaxRetries = 'many'")?;
+    let refused = attempt("systemctl", &["reload", DAEMON])?;
+    ensure!(!refused.status.success(), "a bad configuration was reloaded");
+    let said = journal(DAEMON, &["-o", "cat", "-n", "20"])?;
+    ensure!(said.contains("config.toml:") && said.contains("http.MaxRetries"), "it is not said why: {said}");
+    // Past the check that systemctl makes: the daemon itself refuses, too.
+    run("kill", &["-HUP", &pid.to_string()])?;
+    within(PATIENCE, "the daemon refuses", || {
+        property(DAEMON, "StatusText").contains("CONFIGURATION NOT RELOADED").then_some(())
+    })?;
+    edit("MaxRetries = 'many'", "MaxRetries = 8")?;
+    run("systemctl", &["reload", DAEMON])?;
+    within(PATIENCE, "the status line is good again", || {
+        (!property(DAEMON, "StatusText").contains("NOT RELOADED")).then_some(())
+    })?;
+    ensure!(main_pid(DAEMON)? == pid, "a reload replaced the daemon");
+    Ok(Next::Step)
+}
+
+/// `journalctl -x` explains.
+fn explained(_: &Guest) -> Outcome<Next> {
+    let said = journal(DAEMON, &["-x"])?;
+    for text in [
+        "Subject: The SOCI snapshotter is ready",
+        "What to do:",
+        "Subject: The SOCI snapshotter has refused a changed configuration",
+    ] {
+        ensure!(said.contains(text), "journalctl -x does not say {text:?}: {said}");
+    }
+    let found = run("journalctl", &["--no-pager", "-b", "-o", "cat", "SOCI_KEYS=layer_store.cache_memory_mb"])?;
+    ensure!(!found.is_empty(), "the journal cannot be searched by our fields");
+    Ok(Next::Step)
+}
+
+/// What each process may do and has open.
+fn confinement(_: &Guest) -> Outcome<Next> {
+    let (daemon, holder, custodian) = (main_pid(DAEMON)?, main_pid(HOLDER)?, main_pid(CUSTODIAN)?);
+    // CHOWN, DAC_OVERRIDE and FOWNER.
+    for (pid, allowed) in [(daemon, 0), (holder, 0), (custodian, 0b1011)] {
+        for name in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            let mask = u64::from_str_radix(&row(pid, name)?, 16).map_err(|error| error.to_string())?;
+            let expected = if matches!(name, "CapInh" | "CapAmb") { 0 } else { allowed };
+            ensure!(mask == expected, "{name} of {pid} is {mask:#x}, not {expected:#x}");
+        }
+        ensure!(row(pid, "NoNewPrivs")? == "1", "{pid} may gain privileges");
+        ensure!(row(pid, "Seccomp")? == "2", "{pid} has no seccomp filter");
+    }
+    let space =
+        |pid: u32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).map_err(|error| error.to_string());
+    ensure!(space(daemon, "mnt")? != space(1, "mnt")?, "the daemon has no mount namespace of its own");
+    ensure!(space(holder, "mnt")? == space(1, "mnt")?, "the holder's mount is hidden in a namespace");
+    ensure!(space(custodian, "net")? != space(1, "net")?, "the custodian has the machine's network");
+    let open = |pid: u32| -> Outcome<Vec<String>> {
+        let list = fs::read_dir(format!("/proc/{pid}/fd")).map_err(|error| error.to_string())?;
+        Ok(list.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).map(|to| to.display().to_string()).collect())
+    };
+    let kinds = |pid: u32, known: &[&str]| -> Outcome {
+        let strange: Vec<String> =
+            open(pid)?.into_iter().filter(|to| !known.iter().any(|known| to.starts_with(known))).collect();
+        ensure!(strange.is_empty(), "{pid} has open: {}", strange.join(", "));
+        Ok(())
+    };
+    kinds(holder, &["/dev/fuse", "/dev/null", "socket:", &format!("{ROOT}/snapshotter")])?;
+    kinds(custodian, &["/dev/null", "socket:", &format!("{ROOT}/snapshotter/snapshots")])?;
+    kinds(daemon, &["/dev/fuse", "/dev/null", "socket:", "anon_inode:", "pipe:", "/memfd:", ROOT])?;
+    let devices = open(daemon)?.iter().filter(|to| *to == "/dev/fuse").count();
+    ensure!((1..=2).contains(&devices), "the daemon has {devices} FUSE descriptors");
+    Ok(Next::Step)
+}
+
+/// A forbidden act from inside each unit is refused: the unit runs a probe instead of its program.
+fn refusals(_: &Guest) -> Outcome<Next> {
+    for role in probe::ROLES {
+        let unit = role.unit();
+        let directory = format!("/run/systemd/system/{unit}.d");
+        fs::create_dir_all(&directory).map_err(|error| error.to_string())?;
+        let drop_in = format!(
+            "[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nExecStart=\nExecStart=/vm/vm-tests probe {}\n",
+            role.name()
+        );
+        fs::write(format!("{directory}/probe.conf"), drop_in).map_err(|error| error.to_string())?;
+        run("systemctl", &["daemon-reload"])?;
+        // Sockets would start it again, for everybody who asks.
+        run("systemctl", &["stop", "soci-snapshotter.socket", "soci-custodian.socket", unit])?;
+        let done = attempt("systemctl", &["start", unit])?;
+        let said = journal(unit, &["-o", "cat", "-n", "40"])?;
+        fs::remove_dir_all(&directory).map_err(|error| error.to_string())?;
+        run("systemctl", &["daemon-reload"])?;
+        let _ = attempt("systemctl", &["reset-failed", unit]);
+        ensure!(done.status.success(), "in the place of {unit}: {said}");
+    }
+    run("systemctl", &["start", HOLDER, "soci-custodian.socket", "soci-snapshotter.socket", DAEMON])?;
+    Ok(Next::Step)
+}
+
+/// `systemctl restart`, `kill -9` of each process and of all at once, under a container that reads.
+fn restart(guest: &Guest) -> Outcome<Next> {
+    let reader = guest.reader("app")?;
+    let pid = main_pid(DAEMON)?;
+    run("systemctl", &["restart", DAEMON])?;
+    replaced(DAEMON, pid)?;
+    reader.goes_on("systemctl restart")?;
+
+    let pid = main_pid(DAEMON)?;
+    run("kill", &["-9", &pid.to_string()])?;
+    replaced(DAEMON, pid)?;
+    reader.goes_on("kill -9 of the daemon")?;
+
+    let pid = main_pid(HOLDER)?;
+    run("kill", &["-9", &pid.to_string()])?;
+    replaced(HOLDER, pid)?;
+    reader.goes_on("kill -9 of soci-mount")?;
+
+    // systemd's descriptor store is the only one left who has the connection.
+    let (daemon, holder) = (main_pid(DAEMON)?, main_pid(HOLDER)?);
+    run("kill", &["-9", &daemon.to_string(), &holder.to_string()])?;
+    replaced(HOLDER, holder)?;
+    replaced(DAEMON, daemon)?;
+    reader.goes_on("kill -9 of the daemon and of soci-mount together")?;
+
+    let pid = main_pid(CUSTODIAN)?;
+    run("kill", &["-9", &pid.to_string()])?;
+    within(PATIENCE, "the custodian is asked again", || guest.container("soci", "app", &["/bin/true"]).ok())?;
+    reader.goes_on("kill -9 of the custodian")?;
+
+    run("systemctl", &["restart", HOLDER])?;
+    reader.goes_on("systemctl restart soci-mount")?;
+    Ok(Next::Step)
+}
+
+/// A newer package under a container that reads: it reads on, the edited configuration stays, the daemon is the new one.
+fn upgrade(guest: &Guest) -> Outcome<Next> {
+    let reader = guest.reader("app")?;
+    let config = fs::read(CONFIG).map_err(|error| error.to_string())?;
+    let (daemon, holder) = (main_pid(DAEMON)?, main_pid(HOLDER)?);
+    shell("dnf -y -q --enablerepo=vm-new upgrade soci-snapshotter")?;
+    let installed = run("rpm", &["-q", "--qf", "%{RELEASE}", "soci-snapshotter"])?;
+    ensure!(installed.starts_with("2."), "after the upgrade: {installed}");
+    replaced(DAEMON, daemon)?;
+    ensure!(main_pid(HOLDER)? == holder, "the upgrade replaced soci-mount, and with it the connection's keeper");
+    reader.goes_on("the upgrade")?;
+    ensure!(
+        fs::read(CONFIG).map_err(|error| error.to_string())? == config,
+        "the upgrade changed the edited configuration"
+    );
+    ensure!(
+        text(&attempt("systemctl", &["is-enabled", "soci-snapshotter.socket"])?.stdout).trim() == "enabled",
+        "the upgrade disabled the socket"
+    );
+    Ok(Next::Step)
+}
+
+/// No room for what is fetched: reads go on from the network, the status line says so, and when there is room again it is used.
+fn disk_full(guest: &Guest) -> Outcome<Next> {
+    let ballast = format!("{ROOT}/ballast");
+    guest.pull("soci", "huge")?;
+    // What the file system keeps for root is taken as well.
+    let _ = shell(&format!(
+        "dd if=/dev/zero of={ballast} bs=1M 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null"
+    ));
+    let expected = shell("cat /vm/huge-sum")?;
+    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
+    ensure!(
+        found.trim() == expected.trim(),
+        "with a full disk a container read something else: {found} is not {expected}"
+    );
+    within(PATIENCE, "the status line says that the disk is full", || {
+        property(DAEMON, "StatusText").contains("DISK FULL").then_some(())
+    })
+    .map_err(|error| {
+        format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
+    })?;
+    fs::remove_file(&ballast).map_err(|error| error.to_string())?;
+    within(PATIENCE * 2, "the rest is fetched when there is room again", || {
+        property(DAEMON, "StatusText").contains("; all complete").then_some(())
+    })?;
+    let said = journal(DAEMON, &["-x"])?;
+    ensure!(said.contains("Subject: There is no room for fetched data"), "the full disk is not in the journal");
+    Ok(Next::Step)
+}
+
+/// After a reboot containers start again from what is here: there is no registry any more.
+fn reboot(guest: &Guest) -> Outcome<Next> {
+    let mark = Path::new("/vm/rebooted");
+    if !mark.exists() {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let time = fs::read_to_string("/proc/uptime").unwrap_or_default();
+        fs::write(mark, format!("{id}{time}")).map_err(|error| error.to_string())?;
+        return Ok(Next::Reboot);
+    }
+    ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
+    let found = guest.container("soci", "app", &["/bin/cat", "/hello"])?;
+    ensure!(found == "hello\n", "the container wrote {found:?}");
+    let expected = shell("cat /vm/huge-sum")?;
+    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
+    ensure!(found.trim() == expected.trim(), "after the reboot a container read something else");
+    let line = within(PATIENCE, "the status line shows the images", || {
+        Some(property(DAEMON, "StatusText")).filter(|line| line.contains("; all complete"))
+    })?;
+    ensure!(!line.starts_with("1 image"), "images are missing after the reboot: {line}");
+    Ok(Next::Step)
+}
+
+/// `dnf remove` while a lazily loaded container runs: it warns, does not hang, stops and unmounts everything, and leaves the data.
+fn remove(guest: &Guest) -> Outcome<Next> {
+    let reader = guest.reader("app")?;
+    let begun = std::time::Instant::now();
+    let done = attempt("dnf", &["-y", "remove", "soci-snapshotter"])?;
+    let said = format!("{}{}", text(&done.stdout), text(&done.stderr));
+    ensure!(done.status.success(), "dnf remove: {said}");
+    ensure!(begun.elapsed() < Duration::from_secs(60) + PATIENCE, "dnf remove took {:?}", begun.elapsed());
+    ensure!(said.contains("still use layers that this package serves"), "no warning about running containers: {said}");
+    ensure!(
+        said.contains("were left in place") && said.contains(&format!("rm -rf {ROOT}")),
+        "not said how to remove the data: {said}"
+    );
+    within(PATIENCE, "no process of ours is left", || {
+        (processes("soci-snapshotte").is_empty()
+            && processes("soci-mount").is_empty()
+            && processes("soci-custodian").is_empty())
+        .then_some(())
+    })?;
+    ensure!(!mounted(), "the mount is still there");
+    ensure!(Path::new(&format!("{ROOT}/snapshotter/metadata.redb")).exists(), "the data is gone");
+    for path in [
+        "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock",
+        "/usr/bin/soci",
+        "/usr/lib/systemd/system/soci-mount.service",
+    ] {
+        ensure!(!Path::new(path).exists(), "{path} was left behind");
+    }
+    // The container was told, not left waiting.
+    within(PATIENCE, "the container's reads fail", || (!reader.strange().is_empty()).then_some(()))?;
+    drop(reader);
+    let left = attempt("systemctl", &["list-units", "--no-legend", "--all", "soci-*"])?;
+    ensure!(!text(&left.stdout).contains("running"), "units are left: {}", text(&left.stdout));
+    Ok(Next::Step)
+}
