@@ -7,7 +7,7 @@
 //!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
-//!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json
+//!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json, unpack
 //!   settings.toml                 the settings of the last good start
 //!   holder.sock                   the holder of the FUSE descriptor
 //!   holder.json                   what was negotiated on the connection it made last
@@ -101,6 +101,14 @@ impl Layout {
     /// Overlay work directory of an active snapshot.
     pub fn snapshot_work(&self, id: SnapshotId) -> PathBuf {
         self.snapshot(id).join("work")
+    }
+    /// What a worker is unpacking for the snapshot, until it is known to be right; see `crate::unpack`.
+    pub fn snapshot_unpack(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot(id).join("unpack")
+    }
+    /// The directories that an unpacked, not yet published layer implies.
+    pub fn snapshot_implied(&self, id: SnapshotId) -> PathBuf {
+        self.snapshot_unpack(id).join("implied")
     }
     /// What is needed to serve a lazy layer again after a restart: layer, zTOC, image, attributes of implied directories.
     pub fn snapshot_lazy_record(&self, id: SnapshotId) -> PathBuf {

@@ -16,18 +16,24 @@
 //!           │   └───▲─────────────────────────────────────────────────────┬───────┘
 //!           │       │ /dev/fuse descriptor                                │ SEQPACKET: requests with ids, never paths
 //!           │   soci-mount: mounts, answers INIT, drops all,              ▼
-//!           │   keeps the descriptor across daemons               soci-custodian: remove tree, usage, owner
+//!           │   keeps the descriptor across daemons               soci-custodian: remove tree, usage, owner, publish
+//!           │                                                       └ spawner ─fork─▶ a worker per layer: unpack, then end
 //!           ▼
 //!     overlay lowerdir= ─▶ <root>/snapshotter/snapshots/<id>/fs ─▶ symlink ─▶ <root>/snapshotter/lazy/<id>
 //! ```
 //!
-//! # The two paths a byte takes
+//! # The three paths a byte takes
 //!
 //! * **Prepare.** `grpc::service` → `grpc::labels` makes a typed `Target` → `snapshot` records an active snapshot → `daemon::lazy` asks
 //!   `index` which SOCI index the image has (the first Prepare fetches it and all its zTOCs, concurrently) → `layers` opens the layer:
 //!   flat `toc`, sparse `blob`, presence of `spans` → attributes of implied directories are taken from the layers below →
 //!   `fs::Tree` shows it as `lazy/<id>` → `snapshot` commits it under its chain id and containerd is told `ALREADY_EXISTS`.
-//!   Every way not to be lazy is an enum variant with a reason, logged once; containerd then pulls that layer itself.
+//!   Every way not to be lazy is an enum variant with a reason, logged once; `snapshot::state::eager` then decides between the next path
+//!   and containerd.
+//! * **A pull.** `pull::Pulls` learns the image's layers → a job for each that is wanted, all at once, shared by everybody who wants it:
+//!   `pull::download` (containerd's content store, or ranges from the registry, in order) → sha256 → inflate → sha256 → a pipe →
+//!   `custodian` has a worker make files of it, beside a snapshot's `fs` → both digests right: the Prepare publishes it by a rename and
+//!   commits it under its chain id. Compressed bytes touch the disk only where containerd's content store wants them.
 //! * **A read in a container.** `fs::session` takes the request off the device → `fs::read` finds the bytes of the file in the layer
 //!   → `layers::Layer` finds the span: inflated in memory, compressed on disk, or absent → absent means a demand fetch, ahead of all
 //!   other traffic → digest verified, stored, inflated, answered. No FUSE thread waits for the network.
@@ -58,9 +64,23 @@
 //!    nobody has waited lately: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
 //! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
-//!
-//! 8. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
-//!    status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
+//! 8. **A layer is unpacked by a process of its own**, whose root directory is the one it may write to (chroot on every kernel, landlock where there is
+//!    one, a short list of system calls, no network). The design has the custodian start workers; it cannot, as it has threads and too few capabilities,
+//!    so a process that does nothing but fork is split off first. Directories that a layer only implies get their attributes when it is published, not
+//!    when it is unpacked: layers are unpacked at the same time, and those below must be complete to be asked. The custodian asks the ones on disk;
+//!    what lazy ones have is sent along by the daemon, so nothing privileged ever waits for FUSE.
+//! 9. **Lazy → pulled here → containerd**, decided per layer. A layer of an indexed image that has no zTOC, is below `min_layer_size`, or could not
+//!    be made lazy, is pulled here in every configuration: the Go snapshotter does so too. All of them are begun at the image's first
+//!    Prepare, when its index is known, and streaming makes way for them. A whole image is pulled here only if it is configured. What fails here
+//!    is tried again, then with one plain request, then left to containerd, which has the last word. (The Go daemon lets a failed parallel
+//!    pull fail the whole pull, and all pulls of the image.)
+//! 10. **A pulled layer has a snapshot number before it has a record.** It is unpacked where it will stay; a crash leaves a directory without record,
+//!     which is swept like any other. So containerd 2.2, which prepares the layers of a proxy snapshotter one after another, gets layers
+//!     that were unpacked at the same time, without being told of `rebase`.
+//! 11. **No content store of our own for compressed layers.** With `content_store.type = "soci"` they are dropped whatever
+//!     `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
+//! 12. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
+//!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
 //! 9. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!    if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
 //!
@@ -71,8 +91,9 @@
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser
+//!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
 //!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
-//!   privilege   custodian holder sys                  unsafe lives in sys (and inflate::raw, the seam to the inflate library)
+//!   privilege   custodian unpack holder sys           unsafe lives in sys (and inflate::raw, the seam to the inflate library)
 //!   cli         the soci tool: plain threads over traits for "where blobs are" and "where new ones go" (layouts, containerd, registries);
 //!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
@@ -109,10 +130,12 @@ pub mod layers;
 pub mod layout;
 pub mod notation;
 pub mod oci;
+pub mod pull;
 pub mod registry;
 pub mod snapshot;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
 pub mod tls;
+pub mod unpack;
 pub mod ztoc;

@@ -270,8 +270,25 @@ fn parallel_limits_are_checked_where_they_are_used() {
     let fitted = config(&with("enable = true\nmax_concurrent_downloads = 2"));
     let fitted = fitted.pull_modes.parallel_pull_unpack.max_concurrent_downloads_per_image;
     assert_eq!(fitted, Limit::At(2), "a default does not contradict what was written");
-    assert!(error("[pull_modes.parallel_pull_unpack]\nenable = true").contains("discard_unpacked_layers"));
-    config("[pull_modes.parallel_pull_unpack]\nenable = true\ndiscard_unpacked_layers = true");
+    // Each limit names the line of the other.
+    assert!(both.contains("t.toml:5:1: ") && both.contains("max_concurrent_downloads_per_image, line 6"), "{both}");
+    assert!(both.contains("t.toml:7:1: ") && both.contains("max_concurrent_unpacks_per_image, line 8"), "{both}");
+}
+
+#[test]
+fn one_key_is_enough_for_eager_pulls_whatever_the_content_store() {
+    for store in ["", "type = 'soci'", "type = 'containerd'"] {
+        for key in ["enable = true", "parallel_pull_as_fallback = true"] {
+            for discard in ["", "discard_unpacked_layers = true", "discard_unpacked_layers = false"] {
+                let text = format!("[content_store]\n{store}\n[pull_modes.parallel_pull_unpack]\n{key}\n{discard}\n");
+                assert_eq!(loaded(&text).warning_lines(), Vec::<String>::new(), "{text}");
+            }
+        }
+    }
+    // The documented default with one word changed, as an operator would.
+    let documented = soci::config::documented(&Config::default());
+    let changed = documented.replace("parallel_pull_as_fallback = false", "parallel_pull_as_fallback = true");
+    assert!(changed != documented && config(&changed).pull_modes.parallel_pull_unpack.parallel_pull_as_fallback);
 }
 
 #[test]
@@ -310,7 +327,7 @@ fn decompressors_and_mirrors_are_kept_as_written_and_survive_a_dump() {
     assert_eq!(mirrors.len(), 2);
     assert!(!mirrors[0].insecure && mirrors[0].request_timeout == RequestTimeout::Inherit);
     assert!(mirrors[1].insecure && mirrors[1].request_timeout == RequestTimeout::Never);
-    assert!(loaded(&render(&c)).warnings.iter().all(|w| matches!(w.kind, WarningKind::NotYet { .. })));
+    assert_eq!(loaded(&render(&c)).warnings, []);
     assert_eq!(config(&render(&c)), c);
     assert_eq!(config(&documented(&c)), c);
 }

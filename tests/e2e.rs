@@ -3,67 +3,17 @@
 
 use crate::support::command::{attempt, text};
 use crate::support::containerd::{Containerd, Options, Version, container_name};
-use crate::support::daemon::{Daemon, Layers, Settings, convert};
+use crate::support::daemon::{Daemon, Layers, Settings};
 use crate::support::grpc::cri;
-use crate::support::image::{Image, bulk, busybox, everything, pause};
-use crate::support::proxy::{Fault, Proxy, Rule, Tokens};
+use crate::support::image::{Image, bulk, busybox, everything};
+use crate::support::node::Node;
+use crate::support::proxy::{Fault, Rule, Tokens};
 use crate::support::registry::{Kind, Registry, image_manifest, soci_index};
-use crate::support::slot::{Root, Slot};
+use crate::support::slot::Slot;
 use crate::support::tree;
 use crate::support::workload::until_ready;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// A registry (behind a proxy that may misbehave), our daemon, and a containerd that uses it.
-///
-/// Dropped in this order: containerd before the snapshotter it uses, the registry last.
-struct Node {
-    containerd: Containerd,
-    daemon: Daemon,
-    proxy: Proxy,
-    registry: Registry,
-    root: Root,
-}
-
-impl Node {
-    fn new(slot: &Slot, version: Version, more: &str) -> Node {
-        let root = slot.root();
-        let registry = Registry::start(Kind::Docker28, &root);
-        let proxy = Proxy::start(&registry.host);
-        let settings = Settings {
-            plain_http: vec![proxy.host.clone()],
-            containerd: Some(root.join("ctd/sock")),
-            more: more.to_string(),
-            ..Settings::default()
-        };
-        let daemon = Daemon::start(&root, &settings);
-        let pause_layout = root.join("pause");
-        pause().write(&pause_layout);
-        registry.push(&pause_layout, "pause", "v1");
-        let options = Options {
-            soci: Some(daemon.socket.clone()),
-            pause: Some(proxy.reference("pause", "v1")),
-            plain_http: vec![proxy.host.clone()],
-            ..Options::default()
-        };
-        let containerd = Containerd::start(&root, version, &options);
-        Node { containerd, daemon, proxy, registry, root }
-    }
-
-    /// Makes `image`, indexes every layer of it and pushes it: its layout, its number of layers and what to pull.
-    fn publish(&self, name: &str, image: &Image) -> (PathBuf, usize, String) {
-        let (plain, indexed) = (self.root.join(&format!("{name}-plain")), self.root.join(name));
-        image.write(&plain);
-        convert(&plain, &indexed, &["--min-layer-size", "0"]);
-        self.registry.push(&indexed, name, "v1");
-        (indexed, image.layers.len(), self.proxy.reference(name, "v1"))
-    }
-
-    /// `md5sum` of every file below /bulk, run in a container.
-    fn sums(&self, reference: &str) -> Result<String, String> {
-        self.containerd.run("soci", reference, &["sh", "-c", "cd /bulk && md5sum *"])
-    }
-}
 
 fn all_lazy(layers: usize) -> Layers {
     Layers { lazy: layers, ..Layers::default() }
@@ -141,13 +91,13 @@ fn privileged_the_labels_of_ctr_remote_and_nerdctl_make_layers_lazy() {
 }
 
 #[test]
-fn privileged_layers_below_min_layer_size_are_left_to_containerd_when_the_client_says_sizes() {
+fn privileged_layers_below_min_layer_size_are_pulled_whole_when_the_client_says_sizes() {
     let slot = Slot::take();
     let node = Node::new(&slot, Version::V22, "[snapshotter]\nmin_layer_size = 2000000\n");
     let (_, _, reference) = node.publish("app", &bulk_image(3, 6));
     node.containerd.rpull("soci", &reference, &["-labels", "nerdctl"]).unwrap();
     // busybox is about a megabyte, the bulk about four.
-    assert_eq!(node.daemon.layers().lazy, 1);
+    assert_eq!(node.daemon.layers(), Layers { lazy: 1, local: 1, ..Layers::default() });
     node.sums(&reference).unwrap();
 }
 

@@ -21,6 +21,7 @@ mod layers;
 mod licences;
 mod operator;
 mod privilege;
+mod pull;
 mod referrers;
 mod registry;
 mod registry_environment;

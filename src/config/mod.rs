@@ -69,22 +69,9 @@ pub struct Warning {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WarningKind {
-    UnknownKey {
-        key: String,
-        nearest: Option<String>,
-    },
-    Deprecated {
-        key: String,
-        now: String,
-    },
-    UnknownDecompressor {
-        name: String,
-    },
-    /// The key is known and asks for something that this version does not do.
-    NotYet {
-        key: &'static str,
-        instead: &'static str,
-    },
+    UnknownKey { key: String, nearest: Option<String> },
+    Deprecated { key: String, now: String },
+    UnknownDecompressor { name: String },
 }
 
 impl fmt::Display for Warning {
@@ -96,7 +83,6 @@ impl fmt::Display for Warning {
             }
             WarningKind::UnknownKey { key, nearest: None } => write!(f, "{key}: unknown key, ignored"),
             WarningKind::Deprecated { key, now } => write!(f, "{key}: deprecated; the key is now {now}"),
-            WarningKind::NotYet { key, instead } => write!(f, "{key}: not implemented yet; {instead}"),
             WarningKind::UnknownDecompressor { name } => {
                 write!(
                     f,
@@ -280,23 +266,17 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
     }
     let at = |key: &str| written(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
     let (mut problems, mut warnings) = (Vec::new(), Vec::new());
-    for fault in pull.faults(config.content_store.kind) {
-        let message = fault.to_string();
+    for fault in pull.faults() {
+        let other = fault.other().and_then(|key| Some((key, written(key)?.at.line)));
+        let message = match other {
+            Some((key, line)) => format!("{fault}; the other one is {key}, line {line}"),
+            None => fault.to_string(),
+        };
         problems.push(Problem { at: at(fault.key()), key: format!("{table}.{}", fault.key()), message });
     }
     for name in pull.decompress_streams.keys().filter(|name| !matches!(name.as_str(), "gzip" | "zstd")) {
         let kind = WarningKind::UnknownDecompressor { name: name.clone() };
         warnings.push(Warning { at: at("decompress_streams"), kind });
-    }
-    let pull = &config.pull_modes.parallel_pull_unpack;
-    let left = "layers are left to containerd";
-    let asked = [
-        (pull.enable, "pull_modes.parallel_pull_unpack.enable", left),
-        (pull.parallel_pull_as_fallback, "pull_modes.parallel_pull_unpack.parallel_pull_as_fallback", left),
-    ];
-    for (_, key, instead) in asked.into_iter().filter(|(on, ..)| *on) {
-        let at = reader.written.get(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
-        warnings.push(Warning { at, kind: WarningKind::NotYet { key, instead } });
     }
     reader.unusable.extend(problems);
     reader.warnings.extend(warnings);
@@ -309,8 +289,6 @@ pub enum ParallelFault {
     Downloads,
     #[error("global unpack limit less than per-image unpack limit")]
     Unpacks,
-    #[error("parallel pulls need content_store.type = \"containerd\" or discard_unpacked_layers = true")]
-    Store,
     #[error("the path {path:?} of decompressor {name:?} is empty or has one of the characters {UNSAFE_IN_PATHS}")]
     Decompressor { name: String, path: String },
 }
@@ -323,15 +301,23 @@ impl ParallelFault {
         match self {
             ParallelFault::Downloads => "max_concurrent_downloads",
             ParallelFault::Unpacks => "max_concurrent_unpacks",
-            ParallelFault::Store => "discard_unpacked_layers",
             ParallelFault::Decompressor { .. } => "decompress_streams",
+        }
+    }
+
+    /// The other key of a contradiction.
+    fn other(&self) -> Option<&'static str> {
+        match self {
+            ParallelFault::Downloads => Some("max_concurrent_downloads_per_image"),
+            ParallelFault::Unpacks => Some("max_concurrent_unpacks_per_image"),
+            ParallelFault::Decompressor { .. } => None,
         }
     }
 }
 
 impl ParallelPullUnpack {
     /// Why eager pulls cannot work as configured; empty where they are switched off.
-    pub fn faults(&self, store: ContentStoreType) -> Vec<ParallelFault> {
+    pub fn faults(&self) -> Vec<ParallelFault> {
         if !self.enable && !self.parallel_pull_as_fallback {
             return Vec::new();
         }
@@ -345,9 +331,6 @@ impl ParallelPullUnpack {
         }
         if exceeds(self.max_concurrent_unpacks_per_image, self.max_concurrent_unpacks) {
             faults.push(ParallelFault::Unpacks);
-        }
-        if store != ContentStoreType::Containerd && !self.discard_unpacked_layers {
-            faults.push(ParallelFault::Store);
         }
         for (name, stream) in &self.decompress_streams {
             if stream.path.is_empty() || stream.path.contains(|c: char| c != ' ' && UNSAFE_IN_PATHS.contains(c)) {

@@ -260,27 +260,35 @@ settings! {
 }
 
 settings! {
-    /// Eager pulls: layers downloaded and unpacked by this daemon, many at once. Not implemented yet.
+    /// Eager pulls: layers downloaded and unpacked by this daemon, all layers of an image at once. Which mode when:
+    ///   nothing set                  images with a SOCI index are loaded lazily, all others are pulled by containerd
+    ///   parallel_pull_as_fallback    for most nodes: indexed images start at once, all others are pulled here, in half the time
+    ///   enable                       every image is pulled here before it starts: for programs that read most of their image
+    ///                                at once, or where the registry may be gone while containers run
+    /// Nothing has to be tuned: requests in flight and their size follow the link, the registry and the processors. What is
+    /// set below is a limit. Whatever the mode, a layer of an indexed image that has no zTOC is pulled here, not the whole image.
     struct ParallelPullUnpack {
-        /// Pull every image eagerly; lazy loading is not tried. Not implemented yet: reported at start, and layers are left
-        /// to containerd.
+        /// Pull every image eagerly; lazy loading is not tried.
         enable: bool = Flag(false) => "enable";
         /// Pull an image eagerly when it has no SOCI index, instead of leaving it to containerd. No effect with enable.
-        /// Formerly experimental_parallel_pull_as_fallback. Not implemented yet: reported at start, and layers are left to
-        /// containerd.
+        /// Formerly experimental_parallel_pull_as_fallback.
         parallel_pull_as_fallback: bool = Flag(false)
             => "parallel_pull_as_fallback" | "experimental_parallel_pull_as_fallback";
-        /// Range requests in flight, all images together. 0 or negative: unlimited.
+        /// Range requests in flight, all images together. 0 or negative: as many as help.
         max_concurrent_downloads: Limit = open_limit(-1) => "max_concurrent_downloads";
-        /// Range requests in flight for one image. 0 or negative: unlimited.
+        /// Range requests in flight for one image. The number below, which the Go snapshotter's sample file lists too, means
+        /// as many as help, and so do 0 and negative numbers.
         max_concurrent_downloads_per_image: Limit = open_limit(3) => "max_concurrent_downloads_per_image";
-        /// Bytes of one range request, such as '16mb' (b, kb, mb, gb; base 1024). Empty or 0: the whole layer.
+        /// Bytes of one range request, such as '4mb' (b, kb, mb, gb; base 1024), at most 16mb. Empty or 0: chosen by the size of
+        /// the layer.
         concurrent_download_chunk_size: ChunkSize = Size => "concurrent_download_chunk_size";
-        /// Layers unpacked at the same time, all images together. 0 or negative: unlimited.
+        /// Layers unpacked at the same time, all images together. 0 or negative: two for each processor.
         max_concurrent_unpacks: Limit = open_limit(-1) => "max_concurrent_unpacks";
-        /// Layers of one image unpacked at the same time. 0 or negative: unlimited.
+        /// Layers of one image unpacked at the same time. The number below, which the Go snapshotter's sample file lists too,
+        /// means no limit for one image, and so do 0 and negative numbers.
         max_concurrent_unpacks_per_image: Limit = open_limit(1) => "max_concurrent_unpacks_per_image";
-        /// Do not keep compressed layers in containerd's content store.
+        /// Do not keep compressed layers in containerd's content store. They are kept only with content_store.type =
+        /// "containerd"; otherwise there is nothing to discard.
         discard_unpacked_layers: bool = Flag(false) => "discard_unpacked_layers";
         /// Programs that decompress gzip or zstd layers from standard input to standard output. None by default. Example:
         ///   [pull_modes.parallel_pull_unpack.decompress_streams.gzip]

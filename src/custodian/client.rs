@@ -1,24 +1,28 @@
 //! The daemon's side: find or start the custodian, then ask it from any task.
 //!
 //! One socket carries everything. Requests are numbered; a thread receives replies and wakes whoever asked. When the custodian dies, waiting requests
-//! fail; if it listens on a socket of its own (systemd), the next request connects again and is repeated once, as every request here may be done
-//! twice without harm. A custodian that is our child cannot be started again by a daemon that has given up its capabilities: that is said plainly.
+//! fail; if it listens on a socket of its own (systemd), the next request connects again and is repeated once, as every request but unpacking may be
+//! done twice without harm. A custodian that is our child cannot be started again by a daemon that has given up its capabilities: that is said plainly.
 #![forbid(unsafe_code)]
 
-use super::protocol::{Operation, Reply, Request, Usage};
+use super::{
+    implied::{self, Found, Implied},
+    protocol::{MAX_PARENTS, Operation, Outcome, Reply, Request, Usage},
+};
 use crate::{
     layout::{Layout, SnapshotId},
     sys::{
         process,
         seqpacket::{self, Patience},
     },
+    unpack::{Budget, Detail, Place, Refusal, Stopped},
 };
 use futures::future::BoxFuture;
 use std::{
     collections::HashMap,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -32,8 +36,12 @@ use std::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-/// Requests sent and not yet answered. What the socket's buffer holds of 24-byte messages (about 250) is never reached, so a send never waits.
-const IN_FLIGHT: usize = 64;
+/// Requests sent and not yet answered. What the socket's buffer holds of such messages (about 90) is never reached, so a send never waits.
+const IN_FLIGHT: usize = 48;
+/// Layers being unpacked; not part of [`IN_FLIGHT`], or they would keep everything else waiting. The custodian has twice as many workers.
+const UNPACKING: usize = 16;
+/// What a pipe without privilege may hold (/proc/sys/fs/pipe-max-size): the more, the less the two sides wait for each other.
+const PIPE: usize = 1 << 20;
 /// How long a custodian may take to say hello: systemd has to start it, on a machine that is booting.
 const HELLO: Duration = Duration::from_secs(10);
 
@@ -51,8 +59,34 @@ pub enum CustodianError {
 /// A custodian that has said hello.
 #[derive(Debug)]
 pub struct Connection {
+    layout: Layout,
     socket: OwnedFd,
     redial: Redial,
+}
+
+/// Why a layer was not unpacked, or not published. Nothing of it is left on disk.
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    /// The layer is to blame: trying again would end the same way. containerd accepts some of what is refused here.
+    #[error("the layer cannot be unpacked here: {why} ({detail})")]
+    Refused { why: Refusal, detail: Detail },
+    /// The system is to blame: no space, no inodes, an I/O error.
+    #[error("unpacking failed at {detail}")]
+    Failed { detail: Detail, source: io::Error },
+    /// Killed, by the out-of-memory killer perhaps, or because the snapshot was removed meanwhile.
+    #[error("the process that unpacked the layer died")]
+    WorkerDied,
+    /// The custodian did not do it.
+    #[error("the custodian cannot {doing}")]
+    Custodian { doing: &'static str, source: io::Error },
+}
+
+/// A layer below one that is published.
+pub enum Lower<'a> {
+    /// It is on disk; the custodian looks for itself.
+    Unpacked(SnapshotId),
+    /// It is lazy; this says what it has under a path (no slash at either end).
+    Lazy(SnapshotId, &'a (dyn Fn(&[u8]) -> Found + Sync)),
 }
 
 /// What to do when the connection ends.
@@ -70,7 +104,7 @@ enum Redial {
 pub fn start(layout: &Layout) -> Result<Connection, CustodianError> {
     let path = layout.custodian_socket();
     match dial(&path) {
-        Ok(socket) => return Ok(Connection { socket, redial: Redial::At(path) }),
+        Ok(socket) => return Ok(Connection { layout: layout.clone(), socket, redial: Redial::At(path) }),
         Err(error) if absent(&error) => {}
         Err(error) => return Err(CustodianError::NoAnswer(error)),
     }
@@ -89,7 +123,7 @@ pub fn start(layout: &Layout) -> Result<Connection, CustodianError> {
         .spawn()
         .map_err(failed)?;
     hello(&ours).map_err(CustodianError::NoAnswer)?;
-    Ok(Connection { socket: ours, redial: Redial::Impossible })
+    Ok(Connection { layout: layout.clone(), socket: ours, redial: Redial::Impossible })
 }
 
 fn absent(error: &io::Error) -> bool {
@@ -125,9 +159,11 @@ pub struct Client {
 }
 
 struct Inner {
+    layout: Layout,
     redial: Redial,
     tags: AtomicU64,
     slots: Arc<Semaphore>,
+    unpack_slots: Arc<Semaphore>,
     /// The connection in use. Taken before a link's `waiting`, held while connecting so that only one caller does.
     link: Mutex<Arc<Link>>,
 }
@@ -149,9 +185,11 @@ impl Client {
         let link = Link::start(connection.socket)?;
         Ok(Client {
             inner: Arc::new(Inner {
+                layout: connection.layout,
                 redial: connection.redial,
                 tags: AtomicU64::new(1),
                 slots: Arc::new(Semaphore::new(IN_FLIGHT)),
+                unpack_slots: Arc::new(Semaphore::new(UNPACKING)),
                 link: Mutex::new(link),
             }),
         })
@@ -172,40 +210,135 @@ impl Client {
         Box::pin(async move { self.ask(Operation::OwnUpper { id, uid, gid }).await.map(drop) })
     }
 
-    async fn ask(&self, operation: Operation) -> io::Result<Usage> {
-        match self.inner.try_ask(operation).await {
-            Err(Lost) => match self.inner.try_ask(operation).await {
-                Err(Lost) => Err(self.inner.lost()),
-                Ok(reply) => reply,
-            },
-            Ok(reply) => reply,
+    /// Unpacks the uncompressed tar that arrives through the pipe `tar`, up to its end, beside the snapshot's `fs`; what was unpacked and not published
+    /// before is replaced. What it took of the budget.
+    ///
+    /// The pipe's writer gets EPIPE when unpacking ends early; this says why. Dropping the future kills the worker and removes what it made. A tar may
+    /// end without an end marker, so closing the pipe early can look like success: only the digests tell, and what they tell decides on
+    /// [`Client::publish`] or [`Client::discard`].
+    pub async fn unpack(
+        &self,
+        id: SnapshotId,
+        tar: OwnedFd,
+        place: Place,
+        budget: Budget,
+    ) -> Result<Budget, UnpackError> {
+        let failed = |source: io::Error| UnpackError::Custodian { doing: "unpack the layer", source };
+        // A smaller pipe works too.
+        let _ = rustix::pipe::fcntl_setpipe_size(&tar, PIPE);
+        // Held until the end: when its other end sees it closed, whoever waited for this has gone.
+        let (theirs, leash) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+        let operation = Operation::Unpack { id, place, budget };
+        let fds = [tar.as_fd(), theirs.as_fd()];
+        let slots = &self.inner.unpack_slots;
+        let outcome = match self.inner.try_ask(&operation, &fds, slots).await {
+            // Nobody has read from the pipe yet.
+            Err(Lost::Unsent) => self.inner.try_ask(&operation, &fds, slots).await,
+            other => other,
+        };
+        drop(leash);
+        match outcome.map_err(|_| failed(self.inner.lost()))?.map_err(failed)? {
+            Outcome::Reported(Ok(used)) => Ok(used),
+            Outcome::Reported(Err(Stopped::Refused { why, detail })) => Err(UnpackError::Refused { why, detail }),
+            Outcome::Reported(Err(Stopped::Failed { errno, detail })) => {
+                Err(UnpackError::Failed { detail, source: io::Error::from_raw_os_error(errno) })
+            }
+            Outcome::WorkerDied => Err(UnpackError::WorkerDied),
+            other => {
+                let refused = Reply { tag: 0, outcome: other }.into_result();
+                Err(failed(refused.err().unwrap_or_else(|| io::ErrorKind::InvalidData.into())))
+            }
         }
+    }
+
+    /// Puts what was unpacked in the place of the snapshot's `fs`, which must be an empty directory. `parents` are the layers below, nearest first, all
+    /// published: directories that the layer only implies look like theirs.
+    pub async fn publish(&self, id: SnapshotId, parents: &[Lower<'_>]) -> Result<(), UnpackError> {
+        let failed = |source| UnpackError::Custodian { doing: "publish the layer", source };
+        if parents.len() > MAX_PARENTS {
+            return Err(failed(io::Error::other(format!("{} layers below; at most {MAX_PARENTS} are", parents.len()))));
+        }
+        let answers = self.answers(id, parents).map_err(failed)?;
+        let ids = parents.iter().map(|parent| match parent {
+            Lower::Unpacked(id) | Lower::Lazy(id, _) => *id,
+        });
+        let operation = Operation::Publish { id, parents: ids.collect() };
+        self.ask_with(operation, &[answers.as_fd()]).await.map(drop).map_err(failed)
+    }
+
+    /// Removes what was unpacked and not published, and ends whoever is still unpacking it.
+    pub async fn discard(&self, id: SnapshotId) -> io::Result<()> {
+        self.ask(Operation::Discard { id }).await.map(drop)
+    }
+
+    /// The directories that the layer implies and what lazy layers below have there, as a file for the custodian.
+    fn answers(&self, id: SnapshotId, parents: &[Lower<'_>]) -> io::Result<OwnedFd> {
+        // Small and just written: a few pages of page cache.
+        let list = std::fs::read(self.inner.layout.snapshot_implied(id))?;
+        let answer = |path: &[u8]| {
+            let lazy = (0..).zip(parents).filter_map(|(place, parent)| match parent {
+                Lower::Lazy(_, look) => Some((place, look(path))),
+                Lower::Unpacked(_) => None,
+            });
+            Implied { path: path.to_vec(), lazy: lazy.collect() }
+        };
+        let implied: Vec<Implied> = list.split(|c| *c == 0).filter(|path| !path.is_empty()).map(answer).collect();
+        let bytes = implied::encode(&implied);
+        let file = rustix::fs::memfd_create("soci-implied", rustix::fs::MemfdFlags::CLOEXEC)?;
+        let mut file = std::fs::File::from(file);
+        std::io::Write::write_all(&mut file, &bytes)?;
+        std::io::Seek::rewind(&mut file)?;
+        Ok(file.into())
+    }
+
+    async fn ask(&self, operation: Operation) -> io::Result<Usage> {
+        self.ask_with(operation, &[]).await
+    }
+
+    async fn ask_with(&self, operation: Operation, fds: &[BorrowedFd<'_>]) -> io::Result<Usage> {
+        let answer = match self.inner.try_ask(&operation, fds, &self.inner.slots).await {
+            Err(_) => self.inner.try_ask(&operation, fds, &self.inner.slots).await,
+            answer => answer,
+        };
+        let outcome = answer.map_err(|_| self.inner.lost())??;
+        Reply { tag: 0, outcome }.into_result()
     }
 }
 
 /// The connection ended before the reply came.
-struct Lost;
+enum Lost {
+    /// And before the request was sent.
+    Unsent,
+    Unanswered,
+}
 
 impl Inner {
-    async fn try_ask(&self, operation: Operation) -> Result<io::Result<Usage>, Lost> {
-        let slot = match self.slots.clone().acquire_owned().await {
+    async fn try_ask(
+        &self,
+        operation: &Operation,
+        fds: &[BorrowedFd<'_>],
+        slots: &Arc<Semaphore>,
+    ) -> Result<io::Result<Outcome>, Lost> {
+        let slot = match slots.clone().acquire_owned().await {
             Ok(slot) => slot,
-            Err(_) => return Err(Lost), // never: the semaphore is not closed
+            Err(_) => return Err(Lost::Unsent), // never: the semaphore is not closed
         };
         let tag = self.tags.fetch_add(1, Ordering::Relaxed);
         let link = self.live_link()?;
         let (reply, answer) = oneshot::channel();
         match lock(&link.waiting).as_mut() {
             Some(waiting) => waiting.insert(tag, Waiter { reply, _slot: slot }),
-            None => return Err(Lost),
+            None => return Err(Lost::Unsent),
         };
-        let request = Request { tag, operation };
-        if let Err(error) = seqpacket::send(link.socket.as_fd(), &request.encode(), seqpacket::Send::OrFail) {
+        let request = Request { tag, operation: operation.clone() };
+        let sent = seqpacket::send_with_fds(link.socket.as_fd(), &request.encode(), fds, seqpacket::Send::OrFail);
+        if let Err(error) = sent {
             return match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                     // The receiving thread may not have noticed yet; the next attempt must not find this link alive.
                     link.end();
-                    Err(Lost)
+                    Err(Lost::Unsent)
                 }
                 _ => {
                     if let Some(waiting) = lock(&link.waiting).as_mut() {
@@ -215,14 +348,17 @@ impl Inner {
                 }
             };
         }
-        answer.await.map(Reply::into_result).map_err(|_| Lost)
+        match answer.await {
+            Ok(reply) => Ok(Ok(reply.outcome)),
+            Err(_) => Err(Lost::Unanswered),
+        }
     }
 
     fn live_link(&self) -> Result<Arc<Link>, Lost> {
         let mut link = lock(&self.link);
         if lock(&link.waiting).is_none() {
-            let Redial::At(path) = &self.redial else { return Err(Lost) };
-            *link = seqpacket::connect(path).and_then(Link::start).map_err(|_| Lost)?;
+            let Redial::At(path) = &self.redial else { return Err(Lost::Unsent) };
+            *link = seqpacket::connect(path).and_then(Link::start).map_err(|_| Lost::Unsent)?;
         }
         Ok(link.clone())
     }

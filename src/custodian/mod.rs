@@ -11,21 +11,31 @@
 //! * Every message gets one reply; bytes that are no request get an error reply.
 //!
 //! ```text
-//!   daemon: Client ──SEQPACKET── 4 workers per connection: recv → decode → act on a directory descriptor → reply with the request's tag
+//!   daemon: Client ──SEQPACKET── 4 threads per connection: recv → decode → act on a directory descriptor → reply with the request's tag
+//!                                  └ a thread per layer that is unpacked ──▶ spawner ──fork──▶ worker: pipe ▶ <id>/unpack ▶ report
 //! ```
 //!
-//! Absent on purpose: unpacking. It comes with a worker process per layer that has less than the custodian itself.
+//! Unpacking is not done here but in a worker process per layer ([`crate::unpack`]), which has more capabilities than the custodian and can reach less:
+//! a process that does nothing but fork workers is forked off before the custodian gives its capabilities up.
 #![forbid(unsafe_code)]
 
 mod client;
+mod implied;
+mod private;
 pub mod protocol;
 mod server;
 mod tree;
 
-pub use client::{Client, Connection, CustodianError, start};
+pub use crate::unpack::{Budget, Place, Refusal};
+pub use client::{Client, Connection, CustodianError, Lower, UnpackError, start};
+pub use implied::{DirectoryAttributes, Found};
 pub use protocol::Usage;
 
-use crate::{layout::Layout, sys};
+use crate::{
+    layout::Layout,
+    sys::{self, Confinement, landlock},
+    unpack::spawner::Spawner,
+};
 use caps::Capability;
 use clap::Parser;
 use std::{
@@ -51,6 +61,9 @@ struct Args {
     /// Serve the socket on standard input until the other end closes it, instead of the listening socket that systemd passes.
     #[arg(long)]
     stdin: bool,
+    /// Go without openat2 and landlock, as on kernels that have neither. For tests.
+    #[arg(long, hide = true)]
+    as_on_an_old_kernel: bool,
 }
 
 /// Everything `src/bin/soci-custodian.rs` does.
@@ -74,9 +87,26 @@ fn run(args: &Args) -> io::Result<()> {
     let layout = Layout::new(&args.root);
     // The daemon may not have made it yet.
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(layout.snapshots())?;
-    let snapshots = tree::Snapshots::open(&layout.snapshots())?;
-    confine(&layout)?;
-    let server = server::Server::new(snapshots);
+    // Needs CAP_SYS_ADMIN, which systemd's unit does not grant: there PrivateNetwork= has done it already.
+    if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
+        tracing::debug!(%error, "keeping the network namespace we were started in");
+    }
+    std::env::set_current_dir("/")?;
+    // Proved now, as landlock is about to hide /proc.
+    let alone = sys::process::SingleThread::prove()?;
+    let (spawner, service) = Spawner::start(&alone, service)?;
+    let snapshots = tree::Snapshots::open(&layout.snapshots(), args.as_on_an_old_kernel)?;
+    let swept = snapshots.sweep()?;
+    if swept > 0 {
+        complain(format_args!("removed what was left of {swept} layers whose unpacking was interrupted"));
+    }
+    let landlock = confine(&snapshots, args, &alone)?;
+    if snapshots.opener() != tree::Opener::Kernel || landlock == Confinement::Unsupported {
+        complain(
+            "this kernel lacks openat2 (Linux 5.6) or landlock (5.19); names are resolved one by one and workers are confined by chroot and seccomp instead",
+        );
+    }
+    let server = server::Server::new(snapshots, spawner, args.as_on_an_old_kernel);
     match service {
         Service::One(socket) => server.serve_one(socket),
         Service::Every(listener) => {
@@ -104,17 +134,13 @@ fn complain(message: impl std::fmt::Display) {
     sys::process::complain("soci-custodian", message);
 }
 
-/// From most to least power: each step needs what the next one takes away.
-fn confine(layout: &Layout) -> io::Result<()> {
-    // Needs CAP_SYS_ADMIN, which systemd's unit does not grant: there PrivateNetwork= has done it already.
-    if let Err(error) = nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET) {
-        tracing::debug!(%error, "keeping the network namespace we were started in");
-    }
-    std::env::set_current_dir("/")?;
-    // Proved now, as landlock is about to hide /proc.
-    let alone = sys::process::SingleThread::prove()?;
+/// From most to least power: each step needs what the next one takes away. Whether landlock is in force.
+fn confine(snapshots: &tree::Snapshots, args: &Args, alone: &sys::process::SingleThread) -> io::Result<Confinement> {
     sys::capabilities::keep_only(&CAPABILITIES)?;
-    sys::landlock::confine_to(&layout.snapshots(), &alone)?;
-    sys::seccomp::confine(sys::seccomp::Role::Custodian, &alone)?;
-    Ok(())
+    let landlock = match args.as_on_an_old_kernel {
+        true => Confinement::Unsupported,
+        false => landlock::confine_to(snapshots.directory(), landlock::Rights::TakeAway, alone)?,
+    };
+    sys::seccomp::confine(sys::seccomp::Role::Custodian, alone)?;
+    Ok(landlock)
 }

@@ -1,19 +1,30 @@
 //! What the daemon may ask, and what it hears back: fixed sizes, and a decoder for which every byte string is a request or an error.
 //!
 //! ```text
-//! request  version u8 | operation u8 | zero u16 | snapshot u32 | uid u32 | gid u32 | tag u64        24 bytes, little endian
-//! reply    version u8 | status u8    | zero u16 | errno    u32 | tag u64 | size u64 | inodes u64    32 bytes, little endian
+//! request  version u8 | operation u8 | place u8 | zero u8 | snapshot u32 | uid u32 | gid u32 | tag u64
+//!          | bytes u64 | inodes u64 | number of parents u32 | parents [u32; 128]                        556 bytes, little endian
+//! reply    version u8 | status u8    | zero u16 | errno    u32 | tag u64 | size u64 | inodes u64
+//!          | a worker's report [u8; 224], see `unpack::report`                                          256 bytes, little endian
 //! ```
 //! Fields that an operation does not use are zero, and anything else there is refused: two encodings of one request would be one too many.
+//! Descriptors: `Unpack` comes with two, the tar and the leash; `Publish` with one, the answers of [`super::implied`]; the others with none.
 #![forbid(unsafe_code)]
 
-use crate::layout::SnapshotId;
+use crate::{
+    layout::SnapshotId,
+    unpack::{
+        Budget, Place,
+        report::{self, Report},
+    },
+};
 use std::io;
 
 /// Both ends are installed together; this catches a daemon that talks to the custodian of another release.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// chown(2) reads this number as "leave it", so it can be nobody's id.
 const NO_ID: u32 = u32::MAX;
+/// Layers below one. Images have at most 127 layers: that is what Docker and containerd can mount.
+pub const MAX_PARENTS: usize = 128;
 
 /// What a directory tree takes up: blocks, counted once per inode however many names it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,7 +35,7 @@ pub struct Usage {
 }
 
 /// One thing the custodian does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operation {
     /// Are you there, and do we speak the same version?
     Hello,
@@ -34,10 +45,16 @@ pub enum Operation {
     Usage { id: SnapshotId },
     /// Give the snapshot's `fs` directory (only itself) to `uid`:`gid`.
     OwnUpper { id: SnapshotId, uid: u32, gid: u32 },
+    /// Unpack a tar beside the snapshot's `fs`, in place of what was unpacked there before.
+    Unpack { id: SnapshotId, place: Place, budget: Budget },
+    /// Put what was unpacked in the place of the snapshot's empty `fs`. `parents` are the snapshots below, nearest first.
+    Publish { id: SnapshotId, parents: Vec<SnapshotId> },
+    /// Remove what was unpacked and not published.
+    Discard { id: SnapshotId },
 }
 
 /// An operation, and the number its reply will carry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     pub tag: u64,
     pub operation: Operation,
@@ -59,48 +76,81 @@ pub enum Malformed {
 }
 
 impl Request {
-    pub const LEN: usize = 24;
+    pub const LEN: usize = 44 + 4 * MAX_PARENTS;
 
+    /// Of more than [`MAX_PARENTS`] parents only so many are sent.
     pub fn encode(&self) -> [u8; Request::LEN] {
-        let (operation, id, uid, gid) = match self.operation {
-            Operation::Hello => (0, 0, 0, 0),
-            Operation::Remove { id } => (1, id.0, 0, 0),
-            Operation::Usage { id } => (2, id.0, 0, 0),
-            Operation::OwnUpper { id, uid, gid } => (3, id.0, uid, gid),
+        let (operation, id) = match &self.operation {
+            Operation::Hello => (0, SnapshotId(0)),
+            Operation::Remove { id } => (1, *id),
+            Operation::Usage { id } => (2, *id),
+            Operation::OwnUpper { id, .. } => (3, *id),
+            Operation::Unpack { id, .. } => (4, *id),
+            Operation::Publish { id, .. } => (5, *id),
+            Operation::Discard { id } => (6, *id),
         };
         let mut out = [0; Request::LEN];
         out[0] = VERSION;
         out[1] = operation;
-        out[4..8].copy_from_slice(&u32::to_le_bytes(id));
-        out[8..12].copy_from_slice(&u32::to_le_bytes(uid));
-        out[12..16].copy_from_slice(&u32::to_le_bytes(gid));
+        out[4..8].copy_from_slice(&id.0.to_le_bytes());
         out[16..24].copy_from_slice(&self.tag.to_le_bytes());
+        match &self.operation {
+            Operation::OwnUpper { uid, gid, .. } => {
+                out[8..12].copy_from_slice(&uid.to_le_bytes());
+                out[12..16].copy_from_slice(&gid.to_le_bytes());
+            }
+            Operation::Unpack { place, budget, .. } => {
+                out[2] = u8::from(*place == Place::Above);
+                out[24..32].copy_from_slice(&budget.bytes.to_le_bytes());
+                out[32..40].copy_from_slice(&budget.inodes.to_le_bytes());
+            }
+            Operation::Publish { parents, .. } => {
+                let parents = &parents[..parents.len().min(MAX_PARENTS)];
+                out[40..44].copy_from_slice(&(parents.len() as u32).to_le_bytes());
+                for (field, parent) in out[44..].chunks_exact_mut(4).zip(parents) {
+                    field.copy_from_slice(&parent.0.to_le_bytes());
+                }
+            }
+            Operation::Hello | Operation::Remove { .. } | Operation::Usage { .. } | Operation::Discard { .. } => {}
+        }
         out
     }
 
     /// Total: never panics, and `decode(x).encode() == x` whenever it succeeds.
     pub fn decode(bytes: &[u8]) -> Result<Request, Malformed> {
         let bytes: &[u8; Request::LEN] = bytes.try_into().map_err(|_| Malformed::Length(bytes.len()))?;
-        let [version, operation, zero @ .., t0, t1, t2, t3, t4, t5, t6, t7] = *bytes;
-        let [z0, z1, i0, i1, i2, i3, u0, u1, u2, u3, g0, g1, g2, g3] = zero;
-        if version != VERSION {
-            return Err(Malformed::Version(version));
+        let half = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let word = |at: usize| u64::from(half(at)) | u64::from(half(at + 4)) << 32;
+        if bytes[0] != VERSION {
+            return Err(Malformed::Version(bytes[0]));
         }
-        let id = SnapshotId(u32::from_le_bytes([i0, i1, i2, i3]));
-        let (uid, gid) = (u32::from_le_bytes([u0, u1, u2, u3]), u32::from_le_bytes([g0, g1, g2, g3]));
-        let tag = u64::from_le_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
-        let owner_unused = uid == 0 && gid == 0;
-        let (operation, surplus) = match operation {
-            0 => (Operation::Hello, !(owner_unused && id.0 == 0)),
-            1 => (Operation::Remove { id }, !owner_unused),
-            2 => (Operation::Usage { id }, !owner_unused),
-            3 if uid == NO_ID || gid == NO_ID => return Err(Malformed::NoSuchId),
-            3 => (Operation::OwnUpper { id, uid, gid }, false),
+        let id = SnapshotId(half(4));
+        let operation = match bytes[1] {
+            0 => Operation::Hello,
+            1 => Operation::Remove { id },
+            2 => Operation::Usage { id },
+            3 => match (half(8), half(12)) {
+                (NO_ID, _) | (_, NO_ID) => return Err(Malformed::NoSuchId),
+                (uid, gid) => Operation::OwnUpper { id, uid, gid },
+            },
+            4 => Operation::Unpack {
+                id,
+                place: if bytes[2] == 0 { Place::Bottom } else { Place::Above },
+                budget: Budget { bytes: word(24), inodes: word(32) },
+            },
+            5 => {
+                let count = half(40) as usize;
+                let listed = bytes[44..].chunks_exact(4).take(count);
+                let parents = listed.map(|p| SnapshotId(u32::from_le_bytes([p[0], p[1], p[2], p[3]]))).collect();
+                Operation::Publish { id, parents }
+            }
+            6 => Operation::Discard { id },
             unknown => return Err(Malformed::Operation(unknown)),
         };
-        match surplus || (z0, z1) != (0, 0) {
-            true => Err(Malformed::Surplus),
-            false => Ok(Request { tag, operation }),
+        let request = Request { tag: word(16), operation };
+        match request.encode() == *bytes {
+            true => Ok(request),
+            false => Err(Malformed::Surplus),
         }
     }
 
@@ -111,33 +161,42 @@ impl Request {
 }
 
 /// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// Done; the numbers are zero unless usage was asked for.
     Done(Usage),
     /// The system refused with this errno.
     Failed(i32),
-    /// The bytes were no request.
+    /// The bytes were no request, or the descriptors not those of one.
     Malformed,
+    /// A worker's own words.
+    Reported(Report),
+    /// A worker ended without a word.
+    WorkerDied,
 }
 
 /// The answer to one message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
     pub tag: u64,
     pub outcome: Outcome,
 }
 
 impl Reply {
-    pub const LEN: usize = 32;
+    pub const LEN: usize = 32 + report::LEN;
 
     pub fn encode(&self) -> [u8; Reply::LEN] {
-        let (status, errno, usage) = match self.outcome {
-            Outcome::Done(usage) => (0, 0, usage),
-            Outcome::Failed(errno) => (1, errno, Usage::default()),
-            Outcome::Malformed => (2, 0, Usage::default()),
-        };
         let mut out = [0; Reply::LEN];
+        let (status, errno, usage) = match &self.outcome {
+            Outcome::Done(usage) => (0, 0, *usage),
+            Outcome::Failed(errno) => (1, *errno, Usage::default()),
+            Outcome::Malformed => (2, 0, Usage::default()),
+            Outcome::Reported(report) => {
+                out[32..].copy_from_slice(&report::encode(report));
+                (3, 0, Usage::default())
+            }
+            Outcome::WorkerDied => (4, 0, Usage::default()),
+        };
         out[0] = VERSION;
         out[1] = status;
         out[4..8].copy_from_slice(&errno.to_le_bytes());
@@ -156,18 +215,23 @@ impl Reply {
             (VERSION, 0) => Outcome::Done(Usage { size: word(16)?, inodes: word(24)? }),
             (VERSION, 1) => Outcome::Failed(errno),
             (VERSION, 2) => Outcome::Malformed,
+            (VERSION, 3) => Outcome::Reported(report::decode(&bytes[32..])?),
+            (VERSION, 4) => Outcome::WorkerDied,
             _ => return None,
         };
         Some(Reply { tag: word(8)?, outcome })
     }
 
-    /// The outcome as the asker wants it.
+    /// The outcome of everything but unpacking.
     pub fn into_result(self) -> io::Result<Usage> {
         match self.outcome {
             Outcome::Done(usage) => Ok(usage),
             Outcome::Failed(errno) => Err(io::Error::from_raw_os_error(errno)),
             Outcome::Malformed => {
                 Err(io::Error::new(io::ErrorKind::InvalidInput, "the custodian did not understand the request"))
+            }
+            Outcome::Reported(_) | Outcome::WorkerDied => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "the custodian answered another question"))
             }
         }
     }
@@ -178,9 +242,26 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn operations() -> impl Strategy<Value = Operation> {
+        let id = any::<u32>().prop_map(SnapshotId);
+        let parents = prop::collection::vec(any::<u32>().prop_map(SnapshotId), 0..MAX_PARENTS);
+        prop_oneof![
+            Just(Operation::Hello),
+            id.clone().prop_map(|id| Operation::Remove { id }),
+            id.clone().prop_map(|id| Operation::Usage { id }),
+            (id.clone(), 0..NO_ID, 0..NO_ID).prop_map(|(id, uid, gid)| Operation::OwnUpper { id, uid, gid }),
+            (id.clone(), any::<bool>(), any::<u64>(), any::<u64>()).prop_map(|(id, above, bytes, inodes)| {
+                let place = if above { Place::Above } else { Place::Bottom };
+                Operation::Unpack { id, place, budget: Budget { bytes, inodes } }
+            }),
+            (id.clone(), parents).prop_map(|(id, parents)| Operation::Publish { id, parents }),
+            id.prop_map(|id| Operation::Discard { id }),
+        ]
+    }
+
     proptest! {
         #[test]
-        fn proptest_every_byte_string_is_a_request_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+        fn proptest_every_byte_string_is_a_request_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..Request::LEN + 8)) {
             if let Ok(request) = Request::decode(&bytes) {
                 prop_assert_eq!(&request.encode()[..], &bytes[..]);
                 prop_assert_eq!(Request::tag_of(&bytes), request.tag);
@@ -191,26 +272,25 @@ mod tests {
         }
 
         #[test]
-        fn proptest_almost_valid_requests_decode_to_what_they_encode(
-            version in 0u8..3, operation in 0u8..6, zero in 0u8..2, id: u32, owner in prop::option::of(any::<(u32, u32)>()), tag: u64,
+        fn proptest_requests_survive_the_journey_and_one_wrong_byte_makes_another_request_or_none(
+            operation in operations(), tag: u64, at in 0..Request::LEN, byte: u8,
         ) {
-            let mut bytes = [0; Request::LEN];
-            bytes[..3].copy_from_slice(&[version, operation, zero]);
-            bytes[4..8].copy_from_slice(&id.to_le_bytes());
-            let (uid, gid) = owner.unwrap_or_default();
-            bytes[8..12].copy_from_slice(&uid.to_le_bytes());
-            bytes[12..16].copy_from_slice(&gid.to_le_bytes());
-            bytes[16..].copy_from_slice(&tag.to_le_bytes());
+            let request = Request { tag, operation };
+            let mut bytes = request.encode();
+            prop_assert_eq!(Request::decode(&bytes), Ok(request));
+            bytes[at] = byte;
             if let Ok(request) = Request::decode(&bytes) {
                 prop_assert_eq!(request.encode(), bytes);
             }
         }
 
         #[test]
-        fn proptest_replies_survive_the_journey(tag: u64, size: u64, inodes: u64, errno: i32, which in 0..3) {
+        fn proptest_replies_survive_the_journey(tag: u64, size: u64, inodes: u64, errno: i32, which in 0..5) {
             let outcome = match which {
                 0 => Outcome::Done(Usage { size, inodes }),
                 1 => Outcome::Failed(errno),
+                2 => Outcome::Reported(Ok(Budget { bytes: size, inodes })),
+                3 => Outcome::WorkerDied,
                 _ => Outcome::Malformed,
             };
             let reply = Reply { tag, outcome };

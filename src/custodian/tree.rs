@@ -13,10 +13,16 @@
 #![forbid(unsafe_code)]
 
 use super::protocol::Usage;
-use crate::{layout::SnapshotId, sys::mountinfo::Mounts};
+use crate::{
+    layout::SnapshotId,
+    sys::{
+        beneath::{self, directory_flags},
+        mountinfo::Mounts,
+    },
+};
 use rustix::{
     fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    fs::{AtFlags, FileType, Gid, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Uid},
+    fs::{AtFlags, FileType, Gid, Mode, RawDir, SeekFrom, Uid},
     io::Errno,
 };
 use std::{
@@ -28,14 +34,14 @@ use std::{
 };
 
 /// Room for directory entries: an entry is at most 280 bytes, and 32 KiB is what libc's readdir uses.
-const LISTING: usize = 32 * 1024;
+pub(super) const LISTING: usize = 32 * 1024;
 /// How often a tree that changes under us is measured anew before giving up.
 const MEASURES: usize = 5;
 /// Directories of ours that hold what was moved up; a name no snapshot directory has of itself.
 const MOVED_UP: &str = ".gone-";
-const CONTENT: &CStr = c"fs";
+pub(super) const CONTENT: &CStr = c"fs";
 
-type Result<T> = std::result::Result<T, Errno>;
+pub(super) type Result<T> = std::result::Result<T, Errno>;
 
 /// `<root>/snapshotter/snapshots`, and the best way this kernel has to open what is in it.
 pub(super) struct Snapshots {
@@ -48,7 +54,7 @@ pub(super) struct Snapshots {
 
 /// How to open a child without being led elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Opener {
+pub(super) enum Opener {
     /// openat2 (Linux 5.6) refuses symlinks and mounts itself.
     Kernel,
     /// O_NOFOLLOW, then compare mounts: by id, as a bind mount of the same filesystem has the same device.
@@ -56,13 +62,13 @@ enum Opener {
 }
 
 impl Snapshots {
-    pub(super) fn open(path: &Path) -> io::Result<Snapshots> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let directory = rustix::fs::openat(rustix::fs::CWD, path, flags, Mode::empty())?;
-        let opener = match open_by_kernel(directory.as_fd(), c".") {
-            Ok(_) => Opener::Kernel,
+    /// `old_kernel` goes without openat2 even where there is one.
+    pub(super) fn open(path: &Path, old_kernel: bool) -> io::Result<Snapshots> {
+        let directory = rustix::fs::openat(rustix::fs::CWD, path, directory_flags(), Mode::empty())?;
+        let opener = match beneath::open(directory.as_fd(), c".") {
+            Ok(_) if !old_kernel => Opener::Kernel,
             // EPERM: a container's seccomp profile from before openat2 existed.
-            Err(Errno::NOSYS | Errno::PERM) => Opener::Compare { mount: mount_id(directory.as_fd())? },
+            Ok(_) | Err(Errno::NOSYS | Errno::PERM) => Opener::Compare { mount: mount_id(directory.as_fd())? },
             Err(error) => return Err(error.into()),
         };
         Ok(Snapshots { directory, opener, path: path.canonicalize()?, mounts: Mounts::open()? })
@@ -71,22 +77,22 @@ impl Snapshots {
     /// Removes the directory of a snapshot.
     pub(super) fn remove(&self, id: SnapshotId) -> Result<()> {
         match self.mounts.any_below(&self.path.join(id.to_string())) {
-            Ok(false) => self.take_apart(id),
+            Ok(false) => self.take_apart(self.directory.as_fd(), &decimal(id)),
             Ok(true) => Err(Errno::BUSY),
             Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
         }
     }
 
-    fn take_apart(&self, id: SnapshotId) -> Result<()> {
-        let name = decimal(id);
-        let top = match self.opener.open(self.directory.as_fd(), &name) {
+    /// Removes the directory `name` of `above`, if there is one.
+    pub(super) fn take_apart(&self, above: BorrowedFd<'_>, name: &CStr) -> Result<()> {
+        let top = match self.opener.open(above, name) {
             Ok(top) => top,
             Err(Errno::NOENT) => return Ok(()),
             Err(error) => return Err(error),
         };
         let mut removal = Removal { opener: self.opener, top: top.as_fd(), moved_up: 0, refused: None };
         while removal.pass()? {}
-        match (rustix::fs::unlinkat(&self.directory, &name, AtFlags::REMOVEDIR), removal.refused) {
+        match (rustix::fs::unlinkat(above, name, AtFlags::REMOVEDIR), removal.refused) {
             (Ok(()) | Err(Errno::NOENT), _) => Ok(()),
             (Err(_), Some(first)) => Err(first),
             (Err(error), None) => Err(error),
@@ -114,45 +120,37 @@ impl Snapshots {
         rustix::fs::fchown(content, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
     }
 
-    fn content(&self, id: SnapshotId) -> Result<OwnedFd> {
+    pub(super) fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    pub(super) fn opener(&self) -> Opener {
+        self.opener
+    }
+
+    pub(super) fn content(&self, id: SnapshotId) -> Result<OwnedFd> {
         let top = self.opener.open(self.directory.as_fd(), &decimal(id))?;
         self.opener.open(top.as_fd(), CONTENT)
     }
 }
 
-fn decimal(id: SnapshotId) -> CString {
+pub(super) fn decimal(id: SnapshotId) -> CString {
     // Digits contain no NUL, so the fallback is never taken; an empty name would be refused by the kernel.
     CString::new(id.to_string()).unwrap_or_default()
 }
 
 impl Opener {
     /// The directory `name` in `directory`: ELOOP or ENOTDIR if it is something else, EXDEV if something is mounted on it.
-    fn open(self, directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
+    pub(super) fn open(self, directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
         match self {
-            Opener::Kernel => open_by_kernel(directory, name),
+            Opener::Kernel => beneath::open(directory, name),
             Opener::Compare { mount } => {
-                let opened = rustix::fs::openat(directory, name, directory_flags(), Mode::empty())?;
+                let opened = beneath::open_nofollow(directory, name)?;
                 match mount_id(opened.as_fd())? == mount {
                     true => Ok(opened),
                     false => Err(Errno::XDEV),
                 }
             }
-        }
-    }
-}
-
-fn directory_flags() -> OFlags {
-    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC
-}
-
-fn open_by_kernel(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd> {
-    let beneath =
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-    loop {
-        // EAGAIN: something was renamed meanwhile and the kernel could not be sure.
-        match rustix::fs::openat2(directory, name, directory_flags(), Mode::empty(), beneath) {
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            other => return other,
         }
     }
 }

@@ -33,7 +33,8 @@ pub enum Below {
     Unpacked(OwnedFd),
 }
 
-enum Found {
+/// What a layer has under a path.
+pub enum Found {
     Directory(ImpliedAttrs),
     SomethingElse,
     Nothing,
@@ -66,7 +67,8 @@ impl Below {
     }
 }
 
-fn find_lazy(layer: &Shown, path: &[u8]) -> Found {
+/// What a lazy layer has under `path`.
+pub fn find_lazy(layer: &Shown, path: &[u8]) -> Found {
     let toc = &layer.toc;
     let Some(index) = follow(toc, path) else { return Found::Nothing };
     let Some(node) = toc.node(index) else { return Found::Nothing };

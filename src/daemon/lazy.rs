@@ -22,6 +22,7 @@ use crate::{
     layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
+    pull::Pulls,
     registry::Registry,
     snapshot::{Extraction, LazyLayers, NotLazyReason, Outcome, Target, Usage},
     telemetry::catalog::say,
@@ -71,6 +72,8 @@ pub struct LazyMounts {
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
+    /// Brings the layers of an indexed image that have no zTOC.
+    pub pulls: Pulls,
     pub settings: RwLock<LazySettings>,
     /// [`State::default`] at first.
     pub state: State,
@@ -112,6 +115,9 @@ impl LazyMounts {
         if !self.state.ahead.lock().unwrap_or_else(PoisonError::into_inner).insert(index.digest) {
             return;
         }
+        // First what somebody will wait for: the others stream beside it.
+        let (pulls, whole, indexed) = (self.pulls.clone(), target.clone(), index.layers.clone());
+        tokio::spawn(async move { pulls.ahead(&whole, |layer| !indexed.contains_key(layer)).await });
         let layers: Vec<(usize, Digest, ZtocDescriptor)> = index
             .layers_in_order()
             .enumerate()
@@ -163,6 +169,11 @@ impl LazyMounts {
 
     fn mounted(&self) -> MutexGuard<'_, HashMap<SnapshotId, Mounted>> {
         self.state.mounted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the layer of `id` looks like, if it is lazy.
+    pub fn shown(&self, id: SnapshotId) -> Option<Arc<Shown>> {
+        self.mounted().get(&id).map(|mounted| mounted.shown.clone())
     }
 
     /// Shows the layer of `id` again, from what is on disk.
@@ -302,8 +313,8 @@ impl LazyMounts {
             image: image.clone(),
             why: crate::snapshot::chain(&why),
         })?;
-        let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         self.open_ahead(&index, target);
+        let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         let record = LazyRecord::new(target, ztoc, parents.len());
         let layer = self.open(id, &record).await.map_err(unresolved)?;
         if is_local {
@@ -425,8 +436,11 @@ impl LazyLayers for Arc<LazyMounts> {
         })
     }
 
-    fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
+    fn not_lazy(&self, _: SnapshotId, reason: &NotLazyReason) {
         self.observers.not_lazy(reason);
+    }
+
+    fn deferred(&self, id: SnapshotId) {
         // containerd fetches it now, and the pull waits for that: what we stream meanwhile is less urgent.
         self.store.shared().scheduler.make_way(u64::from(id.0));
     }

@@ -1,6 +1,7 @@
 //! The daemon: reads its configuration, receives its descriptors, gives up its powers, recovers, serves, drains.
 //!
-//! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`record`] is what makes it one again
+//! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`eager`]
+//! is what pulled layers stand on; [`record`] is what makes it one again
 //! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
 //! containerd has; [`condition`] tells `soci status` how we are; [`decisions`] remembers what was decided for each layer and why;
 //! [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory; [`reload`] takes a changed
@@ -10,6 +11,7 @@
 mod artifacts;
 mod condition;
 mod decisions;
+mod eager;
 mod implied;
 mod lazy;
 mod listen;

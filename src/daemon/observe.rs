@@ -170,6 +170,11 @@ impl Observers {
         }
     }
 
+    /// A layer that should have been pulled here is left to containerd.
+    pub fn not_pulled(&self) {
+        self.metrics.general().count(Count::LocalMountFailure);
+    }
+
     /// Every layer that is mounted or that something was decided about, by image.
     pub fn images(&self) -> Vec<status::Image> {
         type Key = (String, String, String);

@@ -3,6 +3,7 @@
 use super::{
     artifacts::Artifacts,
     condition::{Cause, Condition, Identity, Reporter},
+    eager,
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
@@ -23,6 +24,7 @@ use crate::{
     keychain::{CriLogins, Keychain},
     layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
     layout::{Layout, SnapshotId},
+    pull::{self, Pulls},
     registry::{self, Registry},
     snapshot::{self, Door, Snapshotter},
     sys,
@@ -56,6 +58,8 @@ const HOLDER_CHECK: Duration = Duration::from_secs(10);
 enum StartError {
     #[error(transparent)]
     Root(#[from] RootError),
+    #[error("pull_modes.parallel_pull_unpack.decompress_streams")]
+    Decompressor(#[from] pull::ProgramError),
     #[error("cannot use the content store")]
     Content(#[from] index::StoreError),
     #[error("cannot get the FUSE mount: start the daemon as root, or soci-mount with the same --root before it")]
@@ -195,6 +199,8 @@ fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
 fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
     sys::process::tame_allocator();
     let config = &chosen.config;
+    // What is wrong with the configuration is said before anything is started.
+    let pulling = eager::settings(config)?;
     let _claim = root::claim(&layout)?;
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
@@ -221,7 +227,7 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
         .build()
         .map_err(StartError::Runtime)?;
     let parts = Received { held, how, custodian, listening };
-    let result = runtime.block_on(serve(layout, chosen, options, parts));
+    let result = runtime.block_on(serve(layout, chosen, options, pulling, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -260,6 +266,7 @@ async fn serve(
     layout: Layout,
     chosen: &Chosen,
     options: &Options,
+    pulling: pull::Settings,
     Received { held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
     let config = &chosen.config;
@@ -271,7 +278,10 @@ async fn serve(
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
-    let lazy = Arc::new(lazy_side(&layout, config, tree.clone(), observers.clone(), cri_logins.clone())?);
+    let unpacker = Arc::new(eager::Custodian::new(disk.clone(), layout.clone()));
+    let parts = Parts { tree: tree.clone(), observers: observers.clone(), unpacker: unpacker.clone() };
+    let lazy = Arc::new(lazy_side(&layout, config, pulling, parts, cri_logins.clone())?);
+    unpacker.show(&lazy);
     let door = Door::closed();
     let condition = Condition::starting(door.clone());
     if let Some(trouble) = &chosen.trouble {
@@ -291,8 +301,16 @@ async fn serve(
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
-        let lazy = Arc::new(lazy.clone());
-        move || Snapshotter::open(snapshots.clone(), lazy.clone(), disk.clone())
+        let (pulls, lazy) = (lazy.pulls.clone(), Arc::new(lazy.clone()));
+        move || {
+            let opening = Snapshotter::open(snapshots.clone(), lazy.clone(), Arc::new(pulls.clone()), disk.clone());
+            let pulls = pulls.clone();
+            async move {
+                let snapshotter = opening.await?;
+                pulls.open(snapshotter.places());
+                Ok(snapshotter)
+            }
+        }
     };
     let records = record::all(&layout);
     match open().await {
@@ -463,16 +481,30 @@ async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Conditio
     }
 }
 
+/// What the lazy and the eager side stand on.
+struct Parts {
+    tree: Arc<lazyfs::Tree>,
+    observers: Arc<Observers>,
+    unpacker: Arc<dyn pull::Unpacker>,
+}
+
 fn lazy_side(
     layout: &Layout,
     config: &Config,
-    tree: Arc<lazyfs::Tree>,
-    observers: Arc<Observers>,
+    pulling: pull::Settings,
+    parts: Parts,
     cri_logins: Option<Arc<CriLogins>>,
 ) -> Result<LazyMounts, StartError> {
+    let Parts { tree, observers, unpacker } = parts;
     let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
-    let registry =
-        Registry::observed(registries::http_settings(config), registries::hosts(config), keychain, observers.clone())?;
+    let throttle = pull::Throttle::new(pulling.downloads);
+    let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
+    let registry = Registry::observed(
+        registries::http_settings(config),
+        registries::hosts(config),
+        keychain,
+        Arc::new(exchanges),
+    )?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
     let artifacts = match config.content_store.kind {
@@ -493,6 +525,13 @@ fn lazy_side(
             shared
         }
     });
+    let parts = pull::Parts {
+        registry: registry.clone(),
+        contents: Arc::new(eager::Content(containerd.clone())),
+        unpacker,
+        observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
+        throttle,
+    };
     Ok(LazyMounts {
         layout: layout.clone(),
         registry,
@@ -502,6 +541,7 @@ fn lazy_side(
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
+        pulls: Pulls::new(pulling, parts),
         settings: RwLock::new(lazy_settings(config)),
         state: lazy::State::default(),
     })

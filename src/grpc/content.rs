@@ -6,6 +6,7 @@
 use super::labels::NAMESPACE;
 use super::proto::content::content_client::ContentClient;
 use super::proto::content::{InfoRequest, ReadContentRequest};
+use super::proto::leases::leases_client::LeasesClient;
 use crate::oci::Digest;
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
@@ -39,12 +40,15 @@ pub enum ContentError {
     WrongRange { wanted: Range<u64>, got: Range<u64> },
     #[error("namespace {0:?} cannot be sent")]
     Namespace(String),
+    #[error("containerd has stopped listening")]
+    Ended,
 }
 
 /// containerd's content store. Cheap to clone.
 #[derive(Clone)]
 pub struct ContainerdContent {
-    client: ContentClient<Channel>,
+    pub(super) client: ContentClient<Channel>,
+    pub(super) leases: LeasesClient<Channel>,
     /// Until when containerd counts as absent.
     absent: Arc<Mutex<Option<Instant>>>,
 }
@@ -60,11 +64,11 @@ impl ContainerdContent {
             async move { io::Result::Ok(TokioIo::new(UnixStream::connect(path).await?)) }
         });
         let channel = channel.connect_with_connector_lazy(connector);
-        let client = ContentClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        ContainerdContent { client, absent: Arc::default() }
+        let client = ContentClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        ContainerdContent { client, leases: LeasesClient::new(channel), absent: Arc::default() }
     }
 
-    fn request<T>(namespace: &str, message: T) -> Result<Request<T>, ContentError> {
+    pub(super) fn request<T>(namespace: &str, message: T) -> Result<Request<T>, ContentError> {
         let value = AsciiMetadataValue::try_from(namespace);
         let value = value.map_err(|_| ContentError::Namespace(namespace.chars().take(100).collect()))?;
         let mut request = Request::new(message);
@@ -73,7 +77,7 @@ impl ContainerdContent {
     }
 
     /// Waits for `call`, but not long, and not at all while containerd counts as absent.
-    async fn within<T>(
+    pub(super) async fn within<T>(
         &self,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<Result<T, Status>, ContentError> {

@@ -3,7 +3,7 @@
 //! Translation only. [`labels`] makes typed values of strings once; [`filter`] is containerd's filter grammar; [`status`] is the
 //! one table from errors to codes; [`service`] puts a [`Snapshotter`](crate::snapshot::Snapshotter) behind the wire;
 //! [`serve`](server::serve) bounds what a peer can make us hold; [`content`] reads layers that containerd already has, for the daemon,
-//! which must not wait; [`containerd`] is the `soci` tool's client, which may.
+//! which must not wait; [`ingest`] gives it those that were pulled here; [`containerd`] is the `soci` tool's client, which may wait;
 //! [`CriImages`] passes CRI's image service on, for the logins in it.
 //!
 //! Absent on purpose: decisions. They are in [`crate::snapshot`].
@@ -13,6 +13,7 @@ pub mod containerd;
 pub mod content;
 mod cri;
 pub mod filter;
+pub mod ingest;
 pub mod labels;
 mod server;
 mod service;

@@ -2,7 +2,8 @@
 //!
 //! [`SpanInflater`] resumes at a checkpoint: some bits of a shared first byte, a window of the 32 KiB before, then
 //! DEFLATE data that may run through the ends and headers of gzip members; [`inflate_span`] is the same for a span that is in
-//! memory. [`Raw`] is the engine below them, which can stop at block boundaries; [`gzip`] knows the wrapper around it.
+//! memory. [`LayerDecoder`] takes a whole layer from its first byte, gzip, zstd or neither. [`Raw`] is the engine below them, which can
+//! stop at block boundaries; [`gzip`] knows the wrapper around it.
 //!
 //! All input is hostile: too little is an error, never zeros; a wrong window gives an error or wrong bytes, never
 //! undefined behaviour. A window is needed only as far back as data exists: a reference beyond it is an error.
@@ -13,9 +14,11 @@
 pub mod gzip;
 mod raw;
 mod span;
+mod stream;
 
 pub use raw::{Progress, Raw, State, Stop};
 pub use span::{Moved, SpanInflater};
+pub use stream::{LayerDecoder, StreamError};
 
 /// How far back DEFLATE can refer, and so the size of a checkpoint's window.
 pub const WINDOW: usize = 32768;

@@ -33,6 +33,11 @@ impl Body {
         Body { response, request, idle, left, received: 0 }
     }
 
+    /// The same without a limit on the whole; silence is limited still.
+    pub fn unhurried(self) -> Body {
+        Body { left: None, ..self }
+    }
+
     pub fn response(&self) -> &Response {
         &self.response
     }

@@ -278,6 +278,21 @@ impl Repository {
         .await
     }
 
+    /// A whole blob of `size` bytes in one plain request, as it arrives: for registries that mishandle ranges. Otherwise like
+    /// [`Repository::blob_range`], but however long it takes, as long as it goes on.
+    pub async fn blob_stream(&self, digest: Digest, size: u64, avoid: &[HostId]) -> Result<RangeBody, RegistryError> {
+        let site = &self.site;
+        let path = format!("blobs/{digest}");
+        let path = path.as_str();
+        site.ask(Need::Pull, &site.client.settings.blob_retry, avoid, |endpoint, places| async move {
+            let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
+            let body = site.open(&endpoint, places, &ask).await?;
+            refuse_encoding(&body)?;
+            range_body(endpoint, body.unhurried(), &(0..size))
+        })
+        .await
+    }
+
     /// Opens up to `connections` connections to where `digest` is served from, and gets whatever proof is needed, so that
     /// the first reads find them open. Failures are left for those reads to find.
     pub async fn warm(&self, digest: Digest, connections: usize) {

@@ -36,9 +36,9 @@ pub struct Target {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotLazyReason {
     /// `[pull_modes.parallel_pull_unpack] enable`.
-    #[error("parallel pulls are configured, and not implemented yet")]
+    #[error("parallel pulls are configured")]
     ParallelPull,
-    #[error("layer size {size} less than runtime min_layer_size {min}; pulling it here is not implemented yet")]
+    #[error("layer size {size} less than runtime min_layer_size {min}")]
     TooSmall { size: u64, min: u64 },
     #[error("label {0} is missing")]
     LabelMissing(&'static str),
@@ -144,9 +144,14 @@ pub trait LazyLayers: Send + Sync {
     /// What the layer holds on disk.
     fn usage(&self, id: SnapshotId) -> Usage;
 
-    /// A layer extraction was not lazy, for this reason: called once for each. containerd now fetches and unpacks that layer.
+    /// A layer extraction was not lazy, for this reason: called once for each.
     fn not_lazy(&self, id: SnapshotId, reason: &NotLazyReason) {
         let _ = (id, reason);
+    }
+
+    /// containerd now fetches and unpacks that layer.
+    fn deferred(&self, id: SnapshotId) {
+        let _ = id;
     }
 
     /// What became of a layer, once for each extraction that ends; a layer that was here already is none.

@@ -21,14 +21,16 @@
 //! * `ALREADY_EXISTS` for a layer means that a committed snapshot under its chain id can be listed.
 //! * An operation that started is finished even if its caller goes away.
 //!
-//! Absent on purpose: what makes a layer readable ([`LazyLayers`]), what needs privilege ([`Disk`]), and labels as strings
+//! Absent on purpose: what makes a layer readable ([`LazyLayers`]) or pulls it ([`EagerLayers`]), what needs privilege ([`Disk`]), and labels as strings
 //! (`grpc::labels` makes an [`Extraction`] of them).
 #![forbid(unsafe_code)]
 
 mod directories;
 mod disk;
 mod door;
+mod eager;
 mod error;
+mod extract;
 mod lazy;
 mod model;
 mod record;
@@ -41,6 +43,7 @@ mod tests;
 pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
 pub use door::Door;
+pub use eager::{EagerLayers, Extent, NeverEager, NotPulled, Place, Places, Pulled, Wanted};
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};

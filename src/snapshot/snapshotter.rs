@@ -4,21 +4,22 @@
 
 use super::directories::{self, Access};
 use super::disk::{Disk, blocking};
+use super::eager::{EagerLayers, Place, Places};
 use super::error::{SnapshotError, StoreError, chain};
-use super::lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
+use super::lazy::{Extraction, LazyLayers};
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
-use super::state::{self, Mount, Plan, Pull};
+use super::state::{self, Mount, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
 use crate::layout::{Layout, SnapshotId};
 use crate::telemetry::catalog::say;
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use std::collections::HashSet;
 use std::future::Future;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
 /// Longest name. containerd keeps names as bbolt keys, which end there.
 const MAX_NAME: usize = 32_768;
@@ -45,13 +46,14 @@ impl Options {
 #[derive(Clone)]
 pub struct Snapshotter(Arc<Inner>);
 
-struct Inner {
-    layout: Layout,
+pub(super) struct Inner {
+    pub(super) layout: Layout,
     /// `layout.snapshots()`, as it appears in mounts.
     snapshots: String,
-    pull: Pull,
-    store: Store,
-    lazy: Arc<dyn LazyLayers>,
+    pub(super) pull: Pull,
+    pub(super) store: Store,
+    pub(super) lazy: Arc<dyn LazyLayers>,
+    pub(super) eager: Arc<dyn EagerLayers>,
     disk: Arc<dyn Disk>,
     /// Numbers given out whose record is not written yet: their directories are not orphans. Held for moments only.
     making: Mutex<HashSet<u32>>,
@@ -59,10 +61,9 @@ struct Inner {
     sweeping: tokio::sync::Mutex<()>,
     /// A record was removed, or all this is being dropped. A permit stays stored while the sweeper is busy, so no wake-up
     /// is lost.
-    removed: Arc<Notify>,
+    pub(super) removed: Arc<Notify>,
     /// Layers being made lazy at the same time.
-    slots: Semaphore,
-    said_parallel: AtomicBool,
+    pub(super) slots: Semaphore,
 }
 
 impl Drop for Inner {
@@ -72,9 +73,16 @@ impl Drop for Inner {
 }
 
 /// While it lives, a directory without record belongs to somebody.
-struct Making<'a> {
+pub(super) struct Making<'a> {
     inner: &'a Inner,
-    id: SnapshotId,
+    pub(super) id: SnapshotId,
+}
+
+impl Making<'_> {
+    /// The directory belongs to somebody until its number is taken out of `making`.
+    fn persist(self) -> SnapshotId {
+        std::mem::ManuallyDrop::new(self).id
+    }
 }
 
 impl Drop for Making<'_> {
@@ -102,6 +110,7 @@ impl Snapshotter {
     pub async fn open(
         options: Options,
         lazy: Arc<dyn LazyLayers>,
+        eager: Arc<dyn EagerLayers>,
         disk: Arc<dyn Disk>,
     ) -> Result<Snapshotter, StoreError> {
         let Options { layout, pull, sweep_after } = options;
@@ -136,12 +145,12 @@ impl Snapshotter {
             pull,
             store,
             lazy,
+            eager,
             disk,
             making: Mutex::default(),
             sweeping: tokio::sync::Mutex::default(),
             removed: Arc::default(),
             slots: Semaphore::new(slots),
-            said_parallel: AtomicBool::new(false),
         };
         let snapshotter = Snapshotter(Arc::new(inner));
         snapshotter.0.relink().await?;
@@ -157,6 +166,11 @@ impl Snapshotter {
         Ok(infos.into_iter().map(|info| info.id).collect())
     }
 
+    /// Where layers can be unpacked that have no record yet.
+    pub fn places(&self) -> Arc<dyn Places> {
+        Arc::new(PlacesOf(Arc::downgrade(&self.0)))
+    }
+
     /// A new active snapshot on `parent`. For a layer extraction that succeeds lazily, [`SnapshotError::TargetExists`].
     pub async fn prepare(
         &self,
@@ -170,7 +184,9 @@ impl Snapshotter {
         match extraction {
             Some(extraction) => {
                 named("target", &extraction.chain_id)?;
-                to_the_end(async move { inner.extract(key, parent, labels, extraction).await }).await
+                // Dropped with this future: a pull that nobody waits for any more need not go on.
+                let (_here, gone) = oneshot::channel();
+                to_the_end(async move { inner.extract(key, parent, labels, extraction, gone).await }).await
             }
             None if labels.contains_key(label::UID_MAPPING) && labels.contains_key(label::GID_MAPPING) => {
                 Err(SnapshotError::IdMapping)
@@ -219,8 +235,11 @@ impl Snapshotter {
     pub async fn remove(&self, key: String) -> Result<(), SnapshotError> {
         let inner = self.0.clone();
         to_the_end(async move {
-            inner.store.remove(&key, Change::Durable).await?;
+            let info = inner.store.remove(&key, Change::Durable).await?;
             inner.removed.notify_one();
+            if let Some(manifest) = info.labels.get(label::MANIFEST_DIGEST) {
+                inner.eager.image_removed(manifest);
+            }
             Ok(())
         })
         .await
@@ -285,6 +304,47 @@ fn label_of<'a>(field: &'a str, name: &str) -> Result<&'a str, SnapshotError> {
     field.strip_prefix("labels.").filter(|key| !key.is_empty()).ok_or_else(immutable)
 }
 
+/// Places of a snapshotter that may have ended.
+struct PlacesOf(Weak<Inner>);
+
+impl Places for PlacesOf {
+    fn reserve(&self) -> BoxFuture<'_, io::Result<Box<dyn Place>>> {
+        Box::pin(async move {
+            let ended = || io::Error::other("the snapshotter has ended");
+            let inner = self.0.upgrade().ok_or_else(ended)?;
+            let id = inner.make(Access::ReadOnly).await.map_err(io::Error::other)?.persist();
+            Ok(Box::new(Reserved { inner: self.0.clone(), id }) as Box<dyn Place>)
+        })
+    }
+
+    fn is_committed(&self, chain_id: &str) -> bool {
+        let found = self.0.upgrade().map(|inner| inner.store.find(chain_id));
+        matches!(found, Some(Ok(Some(info))) if info.kind == Kind::Committed)
+    }
+}
+
+struct Reserved {
+    inner: Weak<Inner>,
+    id: SnapshotId,
+}
+
+impl Place for Reserved {
+    fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    // What has a record is no orphan, so that dropping it is all there is to do.
+    fn keep(self: Box<Self>) {}
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let Some(inner) = self.inner.upgrade() else { return };
+        inner.making.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id.0);
+        inner.removed.notify_one();
+    }
+}
+
 /// Sweeps a while after something was removed, as long as there is a snapshotter.
 async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>, delay: Duration) {
     loop {
@@ -301,7 +361,7 @@ async fn sweeper(inner: Weak<Inner>, removed: Arc<Notify>, delay: Duration) {
 }
 
 impl Inner {
-    fn mount(&self, id: SnapshotId, kind: Kind, parents: &[Link]) -> Mount {
+    pub(super) fn mount(&self, id: SnapshotId, kind: Kind, parents: &[Link]) -> Mount {
         let parents: Vec<SnapshotId> = parents.iter().map(|link| link.id).collect();
         state::mount(&self.snapshots, id, kind, &parents)
     }
@@ -311,7 +371,7 @@ impl Inner {
     }
 
     /// Fails unless every lazy layer among `links` can be read.
-    async fn check_available(&self, links: &[Link]) -> Result<(), SnapshotError> {
+    pub(super) async fn check_available(&self, links: &[Link]) -> Result<(), SnapshotError> {
         let checks = links.iter().filter(|link| link.lazy).map(|link| async move {
             match self.lazy.available(link.id).await {
                 true => Ok(()),
@@ -322,7 +382,7 @@ impl Inner {
     }
 
     /// Gives the snapshot's `fs` to the owner of its parent's.
-    async fn inherit_owner(&self, id: SnapshotId, parents: &[Link]) -> Result<(), SnapshotError> {
+    pub(super) async fn inherit_owner(&self, id: SnapshotId, parents: &[Link]) -> Result<(), SnapshotError> {
         let Some(parent) = parents.first().map(|link| link.id) else { return Ok(()) };
         let layout = self.layout.clone();
         let failed = |id| move |source| SnapshotError::Directory { id, source };
@@ -334,7 +394,7 @@ impl Inner {
     }
 
     /// A number and its directory. The record is the caller's to write while the guard lives.
-    async fn make(&self, access: Access) -> Result<Making<'_>, SnapshotError> {
+    pub(super) async fn make(&self, access: Access) -> Result<Making<'_>, SnapshotError> {
         let id = self.store.allocate()?;
         self.making.lock().unwrap_or_else(PoisonError::into_inner).insert(id.0);
         let making = Making { inner: self, id };
@@ -345,7 +405,7 @@ impl Inner {
     }
 
     /// Parents of a snapshot about to be made under the name `key`: what would fail later fails before anything is made.
-    fn precheck(&self, key: &str, parent: Option<&str>) -> Result<Vec<Link>, SnapshotError> {
+    pub(super) fn precheck(&self, key: &str, parent: Option<&str>) -> Result<Vec<Link>, SnapshotError> {
         let parents = self.store.chain(parent)?;
         match self.store.find(key)? {
             Some(_) => Err(SnapshotError::AlreadyExists(key.to_owned())),
@@ -353,7 +413,7 @@ impl Inner {
         }
     }
 
-    fn new_info(id: SnapshotId, name: String, parent: Option<String>, kind: Kind, labels: Labels) -> Info {
+    pub(super) fn new_info(id: SnapshotId, name: String, parent: Option<String>, kind: Kind, labels: Labels) -> Info {
         let now = Timestamp::now();
         Info { id, name, parent, kind, created: now, updated: now, labels, usage: Usage::default() }
     }
@@ -381,116 +441,6 @@ impl Inner {
             return Err(error);
         }
         Ok(self.mount(id, kind, &parents))
-    }
-
-    /// Prepare of a layer that containerd is about to unpack.
-    async fn extract(
-        &self,
-        key: String,
-        parent: Option<String>,
-        labels: Labels,
-        extraction: Extraction,
-    ) -> Result<Mount, SnapshotError> {
-        let there = self.store.find(&extraction.chain_id)?;
-        if let Some(there) = &there
-            && is_target(there, &extraction, parent.as_deref())
-        {
-            log_prepared(&key, &extraction, there.is_lazy());
-            return Err(SnapshotError::TargetExists(extraction.chain_id));
-        }
-        let parents = self.precheck(&key, parent.as_deref())?;
-        let labels = state::extraction_labels(labels, &extraction);
-        let making = self.make(Access::Writable).await?;
-        let id = making.id;
-        let info = Self::new_info(id, key.clone(), parent.clone(), Kind::Active, labels.clone());
-        // Not durable yet: a crash before the commit below forgets a snapshot that nobody was told of.
-        if let Err(error) = self.store.insert(info, Change::Soon).await {
-            drop(making);
-            self.removed.notify_one();
-            return Err(error);
-        }
-        drop(making);
-
-        let reason = match state::plan(&extraction, &self.pull) {
-            Plan::Defer(reason) => reason,
-            Plan::Lazy(_) if there.is_some() => NotLazyReason::NameTaken(extraction.chain_id.clone()),
-            Plan::Lazy(target) => match self.make_lazy(id, target, &parents).await {
-                Err(reason) => reason,
-                Ok(()) => return self.commit_lazy(id, &key, parent.as_deref(), labels, &extraction).await,
-            },
-        };
-        self.lazy.not_lazy(id, &reason);
-        self.lazy.decided(id, &extraction, Outcome::Left(&reason));
-        self.log_deferred(&key, &extraction, &reason);
-        let answered = async {
-            self.check_available(&parents).await?;
-            self.inherit_owner(id, &parents).await?;
-            self.store.sync().await
-        };
-        match answered.await {
-            Ok(()) => Ok(self.mount(id, Kind::Active, &parents)),
-            Err(error) => {
-                self.discard(&key).await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Makes the layer readable and points the snapshot at it.
-    async fn make_lazy(&self, id: SnapshotId, target: &Target, parents: &[Link]) -> Result<(), NotLazyReason> {
-        let ids: Vec<SnapshotId> = parents.iter().map(|link| link.id).collect();
-        // The semaphore is never closed; a layer prepared without a slot would only be one too many.
-        let _slot = self.slots.acquire().await.ok();
-        self.lazy.prepare(id, target, &ids).await?;
-        let layout = self.layout.clone();
-        let linked = blocking(move || directories::link_to_lazy(&layout, id)).await;
-        linked.map_err(|error| {
-            self.lazy.remove(id);
-            NotLazyReason::Unserved { layer: target.layer, why: error.to_string() }
-        })
-    }
-
-    /// Commits a lazy layer under its chain id. Always an error: `TargetExists` is the good one.
-    async fn commit_lazy(
-        &self,
-        id: SnapshotId,
-        key: &str,
-        parent: Option<&str>,
-        labels: Labels,
-        extraction: &Extraction,
-    ) -> Result<Mount, SnapshotError> {
-        let (name, labels) = (&extraction.chain_id, state::lazy_labels(labels));
-        // Usage is what the layer store holds at any time, see `usage`.
-        match self.store.commit(key, name, labels, Usage::default(), Timestamp::now()).await {
-            Ok(()) => {
-                self.lazy.decided(id, extraction, Outcome::Lazy);
-                log_prepared(key, extraction, true);
-                Err(SnapshotError::TargetExists(name.clone()))
-            }
-            Err(SnapshotError::AlreadyExists(_)) => {
-                // Somebody else prepared the same layer at the same time, and was first.
-                self.discard(key).await;
-                match self.store.find(name)? {
-                    Some(there) if is_target(&there, extraction, parent) => {
-                        log_prepared(key, extraction, there.is_lazy());
-                        Err(SnapshotError::TargetExists(name.clone()))
-                    }
-                    _ => Err(SnapshotError::AlreadyExists(name.clone())),
-                }
-            }
-            Err(error) => {
-                self.discard(key).await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Takes back an active snapshot that nobody was told of.
-    async fn discard(&self, key: &str) {
-        if let Err(error) = self.store.remove(key, Change::Soon).await {
-            say!(NotRemoved, key, error = chain(&error), "cannot take back a snapshot");
-        }
-        self.removed.notify_one();
     }
 
     /// Removes every directory of ours that has no record.
@@ -535,103 +485,4 @@ impl Inner {
         });
         links.await.map_err(|source| StoreError::File { path: self.layout.snapshots(), source })
     }
-
-    /// One line for each layer that is left to containerd, and before it why lazy loading was not possible.
-    fn log_deferred(&self, key: &str, extraction: &Extraction, reason: &NotLazyReason) {
-        let (target, image, layer) = names(extraction);
-        let error = reason.to_string();
-        let code = reason.code();
-        if reason.was_tried() {
-            say!(
-                LayerNotLazy,
-                "remote-snapshot-prepared" = "false",
-                error,
-                key,
-                target,
-                image,
-                layer,
-                reason = code,
-                "failed to prepare remote snapshot"
-            );
-        }
-        let parallel = match reason {
-            NotLazyReason::ParallelPull => Some("parallel_pull_unpack.enable is set, and not implemented yet"),
-            NotLazyReason::NoIndex { .. } if self.pull.parallel_fallback => {
-                Some("parallel_pull_as_fallback is set, and not implemented yet")
-            }
-            _ => None,
-        };
-        if let Some(what) = parallel
-            && !self.said_parallel.swap(true, Ordering::Relaxed)
-        {
-            tracing::info!("{what}: such layers are left to containerd");
-        }
-        if matches!(reason, NotLazyReason::TooSmall { .. }) {
-            tracing::info!(key, "layer size less than runtime min_layer_size, skipping remote snapshot preparation");
-        }
-        if matches!(reason, NotLazyReason::NoIndex { .. }) {
-            say!(
-                NoIndex,
-                "defer-snapshot-runtime" = "true",
-                key,
-                target,
-                image,
-                layer,
-                reason = code,
-                "no valid SOCI index found; deferring to container runtime"
-            );
-        } else {
-            say!(
-                LeftToContainerd,
-                "defer-snapshot-runtime" = "true",
-                error,
-                key,
-                target,
-                image,
-                layer,
-                reason = code,
-                "failed to prepare local snapshot; deferring to container runtime"
-            );
-        }
-    }
-}
-
-/// Whether containerd, searching for the target after ALREADY_EXISTS, will find `there`.
-fn is_target(there: &Info, extraction: &Extraction, parent: Option<&str>) -> bool {
-    there.kind == Kind::Committed
-        && there.parent.as_deref() == parent
-        && there.labels.get(label::TARGET) == Some(&extraction.chain_id)
-}
-
-/// The machine-read line of a layer that containerd need not unpack.
-fn log_prepared(key: &str, extraction: &Extraction, lazy: bool) {
-    let (target, image, layer) = names(extraction);
-    if lazy {
-        say!(
-            LayerLazy,
-            "remote-snapshot-prepared" = "true",
-            key,
-            target,
-            image,
-            layer,
-            "remote snapshot successfully prepared."
-        );
-    } else {
-        say!(
-            LayerPulled,
-            "local-snapshot-prepared" = "true",
-            key,
-            target,
-            image,
-            layer,
-            "local snapshot successfully prepared"
-        );
-    }
-}
-
-/// What log lines call the layer: its chain id, and image and digest where the labels name them.
-fn names(extraction: &Extraction) -> (&str, Option<String>, Option<String>) {
-    let target = extraction.target.as_ref().ok();
-    let (image, layer) = (target.map(|t| t.reference.to_string()), target.map(|t| t.layer.to_string()));
-    (extraction.chain_id.as_str(), image, layer)
 }

@@ -1,5 +1,6 @@
 //! Decisions about snapshots, as pure functions.
 
+use super::eager::Extent;
 use super::lazy::{Extraction, NotLazyReason, Target};
 use super::model::{Kind, Labels, label};
 use crate::config::{Config, Limit, MinLayerSize};
@@ -51,6 +52,35 @@ pub fn plan<'a>(extraction: &'a Extraction, pull: &Pull) -> Plan<'a> {
         Ok(target) => Plan::Lazy(target),
         Err(reason) => Plan::Defer(reason.clone()),
     }
+}
+
+/// What to do with a layer that is not lazy, for `reason`: pull it here, so much of its image with it, or leave it to containerd.
+///
+/// ```text
+/// enable                              image
+/// no index                            image, with parallel_pull_as_fallback; else containerd
+/// no zTOC, too small, lazy failed     layer (as the Go snapshotter, whatever the configuration)
+/// labels do not name it, name taken   containerd
+/// ```
+pub fn eager(reason: &NotLazyReason, pull: &Pull) -> Option<Extent> {
+    match reason {
+        NotLazyReason::ParallelPull => Some(Extent::Image),
+        NotLazyReason::NoIndex { .. } => pull.parallel_fallback.then_some(Extent::Image),
+        NotLazyReason::NoZtoc(_)
+        | NotLazyReason::TooSmall { .. }
+        | NotLazyReason::Unresolved { .. }
+        | NotLazyReason::Timeout(_)
+        | NotLazyReason::Unserved { .. } => Some(Extent::Layer),
+        NotLazyReason::LabelMissing(_) | NotLazyReason::LabelInvalid { .. } | NotLazyReason::NameTaken(_) => None,
+    }
+}
+
+/// The labels under which a layer is committed that was pulled here.
+pub fn pulled_labels(mut labels: Labels, extent: Extent) -> Labels {
+    if extent == Extent::Layer {
+        labels.insert(label::HAS_INDEX.into(), "true".into());
+    }
+    labels
 }
 
 /// The labels of the active snapshot of a layer extraction.
@@ -162,5 +192,29 @@ mod tests {
         assert_eq!(plan(&extraction, &small), Plan::Lazy(&target));
         extraction.target = Err(NotLazyReason::LabelMissing(label::IMAGE_REF));
         assert_eq!(plan(&extraction, &pull), Plan::Defer(NotLazyReason::LabelMissing(label::IMAGE_REF)));
+    }
+
+    #[test]
+    fn what_is_not_lazy_is_pulled_here_or_left_to_containerd() {
+        let digest = Digest::of(b"layer");
+        let why = || "why".to_owned();
+        let off = Pull { parallel: false, parallel_fallback: false, ..Pull::from(&Config::default()) };
+        let fallback = Pull { parallel_fallback: true, ..off };
+        let no_index = NotLazyReason::NoIndex { image: why(), why: why() };
+        assert_eq!(eager(&no_index, &off), None);
+        assert_eq!(eager(&no_index, &fallback), Some(Extent::Image));
+        assert_eq!(eager(&NotLazyReason::ParallelPull, &off), Some(Extent::Image));
+        for reason in [
+            NotLazyReason::NoZtoc(digest),
+            NotLazyReason::TooSmall { size: 1, min: 2 },
+            NotLazyReason::Timeout(digest),
+            NotLazyReason::Unresolved { layer: digest, image: why(), why: why() },
+            NotLazyReason::Unserved { layer: digest, why: why() },
+        ] {
+            assert_eq!(eager(&reason, &off), Some(Extent::Layer), "{reason}");
+        }
+        for reason in [NotLazyReason::LabelMissing("l"), NotLazyReason::NameTaken(why())] {
+            assert_eq!(eager(&reason, &fallback), None, "{reason}");
+        }
     }
 }

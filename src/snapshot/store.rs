@@ -315,6 +315,33 @@ impl Store {
         self.write(change, insert).await
     }
 
+    /// A Committed snapshot that was never active, in place of the Active snapshot `key` that was made for it.
+    pub async fn replace(&self, key: &str, info: Info) -> Result<(), SnapshotError> {
+        let key = key.to_owned();
+        let replace = move |tables: &mut Tables<'_>| {
+            let parents = chain(&tables.records, info.parent.as_deref())?;
+            if get(&tables.records, &info.name)?.is_some() {
+                return Err(SnapshotError::AlreadyExists(info.name));
+            }
+            let Some(active) = get(&tables.records, &key)? else { return Err(SnapshotError::NotFound(key)) };
+            if active.kind != Kind::Active {
+                return Err(SnapshotError::NotActive(key));
+            }
+            tables.put(&info)?;
+            tables.take(&key)?;
+            tables.names.remove(active.id.0).map_err(StoreError::database)?;
+            if let Some(parent) = parents.first() {
+                tables.children.insert((parent.id.0, info.id.0), ()).map_err(StoreError::database)?;
+                tables.children.remove((parent.id.0, active.id.0)).map_err(StoreError::database)?;
+            }
+            let next = tables.facts.get(NEXT_ID).map_err(StoreError::database)?.map_or(0, |next| next.value());
+            let next = next.max(u64::from(info.id.0) + 1);
+            tables.facts.insert(NEXT_ID, next).map_err(StoreError::database)?;
+            Ok(())
+        };
+        self.write(Change::Durable, replace).await
+    }
+
     /// The Active snapshot `key` becomes the Committed snapshot `name`.
     pub async fn commit(
         &self,

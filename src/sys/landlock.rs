@@ -3,17 +3,44 @@
 
 use super::{Confinement, process::SingleThread};
 use ::landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr,
 };
-use std::{io, path::Path};
+use std::{io, os::fd::BorrowedFd};
 
-/// Confines the calling thread (and those it starts) to reading, renaming and removing below `directory`.
+/// What may be done below the directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rights {
+    /// List, make directories, rename, remove.
+    TakeAway,
+    /// That, and create anything and write it; but read nothing.
+    Create,
+}
+
+impl Rights {
+    fn accesses(self) -> BitFlags<AccessFs> {
+        let take_away =
+            AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile | AccessFs::MakeDir | AccessFs::Refer;
+        match self {
+            Rights::TakeAway => take_away,
+            Rights::Create => {
+                take_away
+                    | AccessFs::WriteFile
+                    | AccessFs::MakeReg
+                    | AccessFs::MakeSym
+                    | AccessFs::MakeChar
+                    | AccessFs::MakeBlock
+                    | AccessFs::MakeFifo
+            }
+        }
+    }
+}
+
+/// Confines the calling thread (and those it starts) to `rights` below `directory`.
 ///
 /// Kernels whose landlock is older than the second version (5.13 to 5.18) refuse *every* rename between directories, which removing a deep tree
 /// needs; there it is left out like on kernels that have none.
-pub fn confine_to(directory: &Path, _: &SingleThread) -> io::Result<Confinement> {
+pub fn confine_to(directory: BorrowedFd<'_>, rights: Rights, _: &SingleThread) -> io::Result<Confinement> {
     let handled = AccessFs::from_all(ABI::V2);
-    let needed = AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile | AccessFs::MakeDir | AccessFs::Refer;
     let ruleset = match Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(handled) {
         Ok(ruleset) => ruleset,
         Err(_) => return Ok(Confinement::Unsupported),
@@ -25,10 +52,9 @@ pub fn confine_to(directory: &Path, _: &SingleThread) -> io::Result<Confinement>
         .and_then(|r| r.handle_access(::landlock::AccessNet::from_all(ABI::V4)))
         .and_then(|r| r.scope(::landlock::Scope::from_all(ABI::V6)))
         .map_err(io::Error::other)?;
-    let beneath = PathFd::new(directory).map_err(io::Error::other)?;
     ruleset
         .create()
-        .and_then(|created| created.add_rule(PathBeneath::new(beneath, needed)))
+        .and_then(|created| created.add_rule(PathBeneath::new(directory, rights.accesses())))
         .and_then(|created| created.restrict_self())
         .map_err(io::Error::other)?;
     Ok(Confinement::Applied)

@@ -6,6 +6,7 @@
 //! Nothing is decided by build features: a kernel as old as Amazon Linux 2's lacks some of these calls, so each is tried and its absence is an
 //! answer ([`Confinement::Unsupported`]), never a crash.
 
+pub mod beneath;
 pub mod capabilities;
 pub mod clock;
 pub mod fuse;

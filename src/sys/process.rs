@@ -6,7 +6,7 @@ use std::{
     fmt::Display,
     io::{self, Write},
     marker::PhantomData,
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -42,6 +42,64 @@ pub fn inherited_descriptors() -> io::Result<Vec<OwnedFd>> {
     // SAFETY: systemd's protocol says that descriptors 3.. belong to the process named by LISTEN_PID, which `listen_fds` checked to be us, and
     // nothing in this process has opened or closed them: by this function's contract it runs once, before anything else uses descriptors.
     Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+}
+
+/// Which of the two processes after [`fork`] this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forked {
+    Parent,
+    Child,
+}
+
+/// Forks. The child has a copy of everything, and must end with [`exit_now`].
+pub fn fork(_: &SingleThread) -> io::Result<Forked> {
+    // SAFETY: what makes fork dangerous are locks that other threads hold at that moment, and by the proof there are no other threads.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { .. } => Ok(Forked::Parent),
+        nix::unistd::ForkResult::Child => Ok(Forked::Child),
+    }
+}
+
+/// Ends the process at once: nothing that its parent registered to be done at exit is done twice.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit takes a number and does not return.
+    unsafe { nix::libc::_exit(code) }
+}
+
+/// Children that end leave nothing behind that somebody would have to collect.
+pub fn forget_children() -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: ignoring a signal installs no handler, so there is no code that could run at a bad moment.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
+/// From now on the kernel kills this process (SIGKILL) when the peer closes `socket`, shuts its end down, or sends anything.
+///
+/// An error if that has happened already.
+pub fn die_with(socket: BorrowedFd<'_>) -> io::Result<()> {
+    use nix::libc;
+    let fd = socket.as_raw_fd();
+    let set = |command: libc::c_int, value: libc::c_int| {
+        // SAFETY: these commands of fcntl take a number by value and touch no memory of ours.
+        match unsafe { libc::fcntl(fd, command, value) } {
+            -1 => Err(context("asking for a signal when a socket closes", io::Error::last_os_error())),
+            _ => Ok(()),
+        }
+    };
+    // linux/fcntl.h, the same on every architecture; the libc crate has it for glibc on some only.
+    const F_SETSIG: libc::c_int = 10;
+    let own = nix::unistd::getpid().as_raw();
+    set(libc::F_SETOWN, own)?;
+    set(F_SETSIG, libc::SIGKILL)?;
+    let flags = rustix::fs::fcntl_getfl(socket)?;
+    set(libc::F_SETFL, flags.bits().cast_signed() | libc::O_ASYNC)?;
+    // What happened before the last line sent no signal.
+    let mut poll = [rustix::event::PollFd::from_borrowed_fd(socket, rustix::event::PollFlags::IN)];
+    match rustix::event::poll(&mut poll, Some(&rustix::event::Timespec::default()))? {
+        0 => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::BrokenPipe, "nobody is waiting any more")),
+    }
 }
 
 /// A connection to whom `NOTIFY_SOCKET` names, for descriptors to be sent over; `None` when nobody listens.

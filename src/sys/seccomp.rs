@@ -24,6 +24,10 @@ pub enum Role {
     Holder,
     /// `soci-custodian`: the same, and walking, removing and chowning below a directory it holds.
     Custodian,
+    /// The custodian's process that forks workers: what a worker needs, and what it takes to fork and confine one.
+    Spawner,
+    /// Unpacks one layer.
+    Worker,
     /// `soci-snapshotter-grpc`.
     Daemon,
 }
@@ -48,6 +52,8 @@ fn compile(role: Role) -> io::Result<BpfProgram> {
     let (rules, unlisted, listed) = match role {
         Role::Holder => (calls(HOLDER), refuse, SeccompAction::Allow),
         Role::Custodian => (custodian_rules()?, refuse, SeccompAction::Allow),
+        Role::Spawner => (spawner_rules()?, refuse, SeccompAction::Allow),
+        Role::Worker => (calls(WORKER), refuse, SeccompAction::Allow),
         Role::Daemon => (daemon_rules()?, SeccompAction::Allow, refuse),
     };
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(io::Error::other)?;
@@ -96,9 +102,30 @@ fn custodian_rules() -> io::Result<Rules> {
     // Threads, but no processes.
     let thread = libc::CLONE_THREAD as u64;
     rules.insert(libc::SYS_clone, vec![rule(vec![condition(0, SeccompCmpOp::MaskedEq(thread), thread)?])?]);
+    // Only between this process and its workers.
+    let unix = libc::AF_UNIX as u64;
+    rules.insert(libc::SYS_socketpair, vec![rule(vec![condition(0, SeccompCmpOp::Eq, unix)?])?]);
     // Rust names its threads; nothing else of prctl is needed.
     let set_name = libc::PR_SET_NAME as u64;
     rules.insert(libc::SYS_prctl, vec![rule(vec![condition(0, SeccompCmpOp::Eq, set_name)?])?]);
+    Ok(rules)
+}
+
+fn spawner_rules() -> io::Result<Rules> {
+    let mut rules = calls(HOLDER);
+    rules.extend(calls(WORKER));
+    rules.extend(calls(SPAWNER));
+    // Processes as fork(3) makes them: no threads, no shared memory, no namespaces.
+    let never = libc::CLONE_THREAD
+        | libc::CLONE_VM
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    rules.insert(libc::SYS_clone, vec![rule(vec![condition(0, SeccompCmpOp::MaskedEq(never as u64), 0)?])?]);
     Ok(rules)
 }
 
@@ -178,12 +205,81 @@ const CUSTODIAN: &[i64] = &[
     libc::SYS_unlinkat,
     libc::SYS_renameat,
     libc::SYS_renameat2,
+    libc::SYS_mkdirat,
     libc::SYS_fchown,
+    libc::SYS_fchmod,
+    libc::SYS_utimensat,
+    libc::SYS_flistxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_fsetxattr,
     libc::SYS_dup,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_sched_getaffinity,
     libc::SYS_statx,
+];
+
+/// Making a tree out of what a pipe says. Nothing here opens a socket, starts a process, or undoes a confinement.
+const WORKER: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_splice,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fsetxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_utimensat,
+    libc::SYS_fchdir,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_sendmsg,
+    libc::SYS_geteuid,
+    libc::SYS_getegid,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_getrandom,
+    libc::SYS_clock_gettime,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Receiving orders, and confining the process that was just forked.
+const SPAWNER: &[i64] = &[
+    libc::SYS_prctl,
+    libc::SYS_seccomp,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_landlock_add_rule,
+    libc::SYS_landlock_restrict_self,
+    libc::SYS_prlimit64,
+    libc::SYS_chroot,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_getppid,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
 ];
 
 /// Privileged, tracing and kernel-configuring calls. Without capabilities most of them fail anyway; here their code is not even reached.
@@ -275,7 +371,7 @@ mod tests {
 
     #[test]
     fn every_filter_fits_the_kernels_limit_and_starts_by_hiding_clone3() {
-        for role in [Role::Holder, Role::Custodian, Role::Daemon] {
+        for role in [Role::Holder, Role::Custodian, Role::Spawner, Role::Worker, Role::Daemon] {
             let program = compile(role).expect("compiles");
             assert!(program.len() < 4096, "{role:?}: BPF_MAXINSNS"); // linux/bpf_common.h
             assert_eq!(program[1].k, libc::SYS_clone3 as u32);

@@ -24,8 +24,8 @@ use std::{
     time::Duration,
 };
 
-/// Descriptors one message may carry: the device, and one to spare for a journal.
-pub const MAX_FDS: usize = 2;
+/// Descriptors one message may carry: those of a worker that unpacks (tar, directory, report).
+pub const MAX_FDS: usize = 3;
 /// Connections the kernel may hold for us before we accept them. There is one daemon; this leaves room for its operator.
 const BACKLOG: i32 = 16;
 

@@ -108,6 +108,18 @@ impl Reader {
         }
     }
 
+    /// Passes over `count` bytes of the current entry's content that were taken from the input by somebody else.
+    pub fn pass(&mut self, count: u64) {
+        if let State::Skip { data, pad } = &mut self.state {
+            let count = count.min(*data);
+            *data -= count;
+            self.position += count;
+            if *data == 0 && *pad == 0 {
+                self.state = State::Header;
+            }
+        }
+    }
+
     /// How many PAX global headers were passed over.
     pub fn global_headers(&self) -> u64 {
         self.global_headers

@@ -124,6 +124,11 @@ messages! {
         happened "The snapshotter cannot provide layer @SOCI_LAYER@ of @SOCI_IMAGE@ itself (@SOCI_REASON@): @SOCI_ERROR@."
         means "containerd downloads and unpacks the layer. Containers work; starting takes longer."
         act "soci explain @SOCI_IMAGE@ says for each layer what was decided, and why.";
+    LayerNotKept = "5d0a8b3c6f1e4a7c9b2f48d1e06a3c57" WARN Always "A layer could not be put into containerd's content store"
+        happened "Layer @SOCI_LAYER@ was pulled here, but containerd did not take its compressed form: @SOCI_ERROR@."
+        means "Nothing; the layer itself is here. Something that reads images out of containerd (ctr images export, say) will not find the layer."
+        act "See whether containerd has room and answers on its socket ([content_store] containerd_address):\n\
+             \n    ctr content ls\n\nWith discard_unpacked_layers = true nothing is put there.";
     ReadFailed = "33dcc957cd52462a94ed25979d974d2d" ERROR Always "A container got an I/O error"
         happened "File @SOCI_PATH@ in layer @SOCI_LAYER@ of @SOCI_IMAGE@ could not be read: @SOCI_ERROR@. Every way to get the bytes was tried until \
                   the time for it was up ([blob] fetching_timeout_sec)."

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 pub const USAGE: &str = "\
 bench [key=value]…
-  sections=pull,full,…      what to measure: pull full ztoc index reads mount
+  sections=pull,full,…      what to measure: pull eager full ztoc index reads mount
   images=redis,numpy,…      of: redis nginx numpy node postgres rabbitmq ffmpeg tensorflow torch
-  engines=ctd2,ours,…       of: ctd16 ctd2 ctd2par docker ours ours16
-  links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; or MBIT:MICROSECONDS
+  engines=ctd2,ours,…       of: ctd16 ctd2 ctd2par docker ours ours16 fallback
+  links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; none; or MBIT:MICROSECONDS
   n=2                       runs of each, interleaved
   min_layer=BYTES           `soci convert --min-layer-size` (its default if not given)
   config=FILE               TOML to put first in our daemon's configuration
@@ -20,6 +20,7 @@ bench [key=value]…
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Section {
     Pull,
+    Eager,
     Full,
     Ztoc,
     Index,
@@ -28,8 +29,9 @@ pub enum Section {
 }
 
 impl Section {
-    const ALL: [(&str, Section); 6] = [
+    const ALL: [(&str, Section); 7] = [
         ("pull", Section::Pull),
+        ("eager", Section::Eager),
         ("full", Section::Full),
         ("ztoc", Section::Ztoc),
         ("index", Section::Index),
@@ -96,14 +98,15 @@ impl Options {
     pub fn plan(&self, section: Section) -> Vec<(Shape, Vec<String>)> {
         let links = self.links.clone().unwrap_or_else(|| match section {
             Section::Pull => vec![Shape::REGION, Shape::ZONE],
+            Section::Eager => vec![Shape::REGION, Shape::ZONE, Shape::NONE],
             _ => vec![Shape::REGION],
         });
         let images = |shape: Shape| {
             let default: &[&str] = match section {
-                Section::Pull if shape == Shape::REGION => {
+                Section::Pull | Section::Eager if shape == Shape::REGION => {
                     &["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"]
                 }
-                Section::Pull => &["redis", "ffmpeg", "tensorflow"],
+                Section::Pull | Section::Eager => &["redis", "ffmpeg", "tensorflow"],
                 Section::Ztoc | Section::Index => &["ffmpeg", "tensorflow"],
                 _ => &["numpy", "ffmpeg"],
             };
@@ -115,6 +118,7 @@ impl Options {
     pub fn engines(&self, section: Section) -> Vec<Kind> {
         self.engines.clone().unwrap_or_else(|| match section {
             Section::Pull => vec![Kind::Ctd2, Kind::Ctd16, Kind::Docker, Kind::Ours],
+            Section::Eager => vec![Kind::Ctd2, Kind::Ctd16, Kind::Docker, Kind::Fallback],
             _ => vec![Kind::Ctd2, Kind::Ours],
         })
     }
@@ -136,6 +140,7 @@ fn shape(word: &str) -> Result<Shape, String> {
     match word {
         "region" => Ok(Shape::REGION),
         "zone" => Ok(Shape::ZONE),
+        "none" => Ok(Shape::NONE),
         _ => {
             let (mbit, delay) = word.split_once(':').ok_or_else(|| format!("'{word}' is no link"))?;
             Ok(Shape { mbit: number(mbit)? as u32, delay_us: number(delay)? as u32 })

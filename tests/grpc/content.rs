@@ -8,7 +8,7 @@ use soci::grpc::proto::content::*;
 use soci::oci::Digest;
 use std::time::{Duration, Instant};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 /// Holds one blob in the namespace `k8s.io`, and lies about every range that starts at 13. Offsets of what it sends count from the
 /// start of the read, as containerd's do; for ranges that start at 999, from the start of the blob.
@@ -46,7 +46,6 @@ impl Content for Store {
 
     // The rest is never asked for.
     type ListStream = BoxStream<'static, Result<ListContentResponse, Status>>;
-    type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
 
     async fn list(&self, _: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
         Err(Status::unimplemented("list"))
@@ -57,14 +56,15 @@ impl Content for Store {
     async fn delete(&self, _: Request<DeleteContentRequest>) -> Result<Response<()>, Status> {
         Err(Status::unimplemented("delete"))
     }
-    async fn write(
-        &self,
-        _: Request<tonic::Streaming<WriteContentRequest>>,
-    ) -> Result<Response<Self::WriteStream>, Status> {
-        Err(Status::unimplemented("write"))
+
+    type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
+
+    async fn write(&self, _: Request<Streaming<WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {
+        Err(Status::permission_denied("this store is read-only"))
     }
+
     async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<()>, Status> {
-        Err(Status::unimplemented("abort"))
+        Ok(Response::new(()))
     }
 }
 

@@ -9,7 +9,9 @@ use soci::grpc::proto::types::Mount;
 use soci::grpc::{Limits, serve};
 use soci::layout::{Layout, SnapshotId};
 use soci::oci::Digest;
-use soci::snapshot::{InProcessDisk, LazyLayers, NotLazyReason, Options, Pull, Snapshotter, Target, Usage, label};
+use soci::snapshot::{
+    InProcessDisk, LazyLayers, NeverEager, NotLazyReason, Options, Pull, Snapshotter, Target, Usage, label,
+};
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -111,7 +113,7 @@ pub async fn lab_on(root: Arc<tempfile::TempDir>, change: impl FnOnce(&mut Optio
         arrived: Notify::new(),
     });
     let disk = Arc::new(InProcessDisk::new(layout.clone()));
-    let snapshotter = Snapshotter::open(options, lazy.clone(), disk).await.unwrap();
+    let snapshotter = Snapshotter::open(options, lazy.clone(), Arc::new(NeverEager), disk).await.unwrap();
     let socket = root.path().join("s.sock");
     let _ = std::fs::remove_file(&socket);
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();

@@ -1,9 +1,13 @@
-use super::{CUSTODIAN, Killed, eventually, install_helpers, privileged, run, somebody_else_is_answered, status_row};
+use super::{
+    eventually,
+    lab::{Lab, block_on, kill, processes},
+    privileged, run, somebody_else_is_answered, status_row,
+};
 use proptest::prelude::*;
 use rustix::mount::{MountFlags, UnmountFlags};
 use soci::{
     custodian::{
-        self, Client,
+        self,
         protocol::{Outcome, Reply, Request},
     },
     layout::{Layout, SnapshotId},
@@ -17,65 +21,8 @@ use std::{
         unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
-
-struct Lab {
-    dir: tempfile::TempDir,
-    layout: Layout,
-}
-
-impl Lab {
-    fn new() -> Lab {
-        install_helpers();
-        let dir = tempfile::tempdir().expect("temp");
-        let layout = Layout::new(dir.path().join("root"));
-        fs::create_dir_all(layout.snapshots()).expect("mkdir");
-        Lab { dir, layout }
-    }
-
-    fn fs(&self, id: u32) -> PathBuf {
-        let path = self.layout.snapshot_fs(SnapshotId(id));
-        fs::create_dir_all(&path).expect("mkdir");
-        path
-    }
-
-    fn client(&self) -> Client {
-        Client::new(custodian::start(&self.layout).expect("start")).expect("client")
-    }
-
-    fn gone(&self, id: u32) -> bool {
-        !self.layout.snapshot(SnapshotId(id)).exists()
-    }
-
-    /// A custodian as systemd starts it: listening on a socket it was given.
-    fn as_a_unit(&self) -> (Killed, PathBuf) {
-        let path = self.layout.custodian_socket();
-        let listener = seqpacket::listen(&path, 0o600).expect("listen");
-        let child = Command::new("sh")
-            .args(["-c", r#"exec 3<&0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" --root "$1""#, CUSTODIAN])
-            .arg(self.layout.root())
-            .stdin(Stdio::from(listener))
-            .spawn()
-            .expect("spawn");
-        (Killed(child), path)
-    }
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(future)
-}
-
-/// The custodian that this root's client started.
-fn custodian_of(layout: &Layout) -> Option<u32> {
-    fs::read_dir("/proc").expect("proc").flatten().find_map(|entry| {
-        let command = fs::read(entry.path().join("cmdline")).ok()?;
-        let mut words = command.split(|b| *b == 0);
-        let is_it = words.next()?.ends_with(b"soci-custodian")
-            && words.any(|word| word == layout.root().as_os_str().as_encoded_bytes());
-        is_it.then(|| entry.file_name().to_str()?.parse().ok())?
-    })
-}
 
 #[test]
 fn privileged_a_hostile_tree_is_removed_and_nothing_else() {
@@ -234,7 +181,7 @@ fn privileged_the_custodian_keeps_three_capabilities_no_network_and_ends_with_it
     let lab = Lab::new();
     let client = lab.client();
     block_on(client.remove_tree(SnapshotId(1))).expect("serving");
-    let pid = custodian_of(&lab.layout).expect("running");
+    let pid = lab.custodian().expect("running");
     // CHOWN (0), DAC_OVERRIDE (1), FOWNER (3).
     for (row, expected) in [("CapEff", 0xb), ("CapPrm", 0xb), ("CapBnd", 0xb), ("CapInh", 0), ("CapAmb", 0)] {
         assert_eq!(u64::from_str_radix(&status_row(pid, row), 16), Ok(expected), "{row}");
@@ -244,7 +191,7 @@ fn privileged_the_custodian_keeps_three_capabilities_no_network_and_ends_with_it
     let network = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("namespace");
     assert_ne!(network(&pid.to_string()), network("self"));
     drop(client);
-    eventually("it ends", || custodian_of(&lab.layout).is_none().then_some(()));
+    eventually("it ends", || processes(&lab.layout).is_empty().then_some(()));
 }
 
 #[test]
@@ -253,23 +200,19 @@ fn privileged_a_dead_child_is_reported_and_a_dead_unit_is_reconnected() {
         return;
     }
     let lab = Lab::new();
-    let kill = |pid: u32| {
-        let pid = rustix::process::Pid::from_raw(pid.try_into().expect("pid")).expect("pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
-    };
     let client = lab.client();
-    kill(custodian_of(&lab.layout).expect("running"));
+    kill(lab.custodian().expect("running"));
     let error = block_on(client.remove_tree(SnapshotId(1))).expect_err("it is dead");
     assert!(error.to_string().contains("restart the daemon"), "{error}");
 
-    let (mut unit, path) = lab.as_a_unit();
+    let (mut unit, path) = lab.as_a_unit(&[]);
     let client = lab.client();
     block_on(client.remove_tree(SnapshotId(1))).expect("served by the unit");
     unit.kill();
     fs::remove_file(path).expect("remove");
     let error = block_on(client.remove_tree(SnapshotId(1))).expect_err("nobody listens");
     assert!(error.to_string().contains("not answering"), "{error}");
-    let (_unit, _) = lab.as_a_unit();
+    let (_unit, _) = lab.as_a_unit(&[]);
     block_on(client.remove_tree(SnapshotId(1))).expect("connected again");
 }
 
@@ -279,7 +222,7 @@ fn privileged_other_users_are_not_served_by_the_custodian() {
         return;
     }
     let lab = Lab::new();
-    let (_unit, path) = lab.as_a_unit();
+    let (_unit, path) = lab.as_a_unit(&[]);
     // Even where an administrator opened the path to everybody.
     fs::set_permissions(lab.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
     fs::set_permissions(lab.layout.root(), fs::Permissions::from_mode(0o755)).expect("chmod");
@@ -302,7 +245,7 @@ fn privileged_garbage_gets_an_error_and_harms_nothing() {
         return;
     }
     let lab = Lab::new();
-    let (_unit, path) = lab.as_a_unit();
+    let (_unit, path) = lab.as_a_unit(&[]);
     let socket = seqpacket::connect(&path).expect("connect");
     let bytes = prop::collection::vec(any::<u8>(), 1..200);
     proptest!(ProptestConfig::with_cases(300), |(bytes in bytes)| {

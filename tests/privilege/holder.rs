@@ -1,7 +1,6 @@
-use super::{HOLDER, Killed, eventually, install_helpers, privileged, run, somebody_else_is_answered, status_row};
+use super::{HOLDER, Killed, eventually, privileged, run, somebody_else_is_answered, status_row};
 use soci::{
     holder::{self, Held, How, Keeping},
-    layout::Layout,
     sys::{fuse, mountinfo, seqpacket},
 };
 use std::{
@@ -20,17 +19,19 @@ use std::{
     time::Duration,
 };
 
-struct Lab {
-    dir: tempfile::TempDir,
-    layout: Layout,
+/// A root with a mount that must be gone at the end.
+struct Lab(super::lab::Lab);
+
+impl std::ops::Deref for Lab {
+    type Target = super::lab::Lab;
+    fn deref(&self) -> &super::lab::Lab {
+        &self.0
+    }
 }
 
 impl Lab {
     fn new() -> Lab {
-        install_helpers();
-        let dir = tempfile::tempdir().expect("temp");
-        let layout = Layout::new(dir.path().join("root"));
-        Lab { dir, layout }
+        Lab(super::lab::Lab::new())
     }
 
     fn holder(&self) -> Killed {
@@ -54,7 +55,6 @@ impl Drop for Lab {
     fn drop(&mut self) {
         self.unmount();
         assert!(!self.mounted(), "a mount was left on {}", self.layout.lazy().display());
-        let _ = &self.dir;
     }
 }
 

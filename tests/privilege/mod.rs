@@ -5,6 +5,8 @@
 mod custodian;
 mod daemon;
 mod holder;
+mod lab;
+mod unpack;
 
 use std::{
     fs::File,
@@ -34,11 +36,14 @@ pub fn privileged() -> bool {
 pub fn install_helpers() {
     let exe = std::env::current_exe().expect("own path");
     for program in [CUSTODIAN, HOLDER] {
-        let name = Path::new(program).file_name().expect("a file");
-        match std::os::unix::fs::symlink(program, exe.with_file_name(name)) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => panic!("{error}"),
-            _ => {}
+        let link = exe.with_file_name(Path::new(program).file_name().expect("a file"));
+        // A build directory that was copied from another place links to that place's helpers.
+        if std::fs::read_link(&link).is_ok_and(|target| target == Path::new(program)) {
+            continue;
         }
+        let fresh = link.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+        std::os::unix::fs::symlink(program, &fresh).expect("symlink");
+        std::fs::rename(fresh, link).expect("rename");
     }
 }
 

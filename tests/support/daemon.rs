@@ -17,6 +17,8 @@ pub struct Settings {
     pub containerd: Option<PathBuf>,
     /// TOML to begin the file with: top-level keys, then tables.
     pub more: String,
+    /// More of the table `content_store`.
+    pub content_store: String,
     /// `--log-level`; info if empty.
     pub log_level: String,
     /// Environment (`DOCKER_CONFIG`, proxies).
@@ -61,7 +63,11 @@ impl Daemon {
     fn config(&self) -> String {
         let mut out = format!("metrics_address = \"{}\"\n{}\n", self.metrics, self.settings.more);
         if let Some(socket) = &self.settings.containerd {
-            out += &format!("[content_store]\ncontainerd_address = \"{}\"\n", socket.display());
+            out += &format!(
+                "[content_store]\ncontainerd_address = \"{}\"\n{}",
+                socket.display(),
+                self.settings.content_store
+            );
         }
         for host in &self.settings.plain_http {
             out += &format!("[[resolver.host.\"{host}\".mirrors]]\nhost = \"http://{host}\"\ninsecure = true\n");

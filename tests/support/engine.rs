@@ -22,16 +22,19 @@ pub enum Kind {
     Ours,
     /// Ours under containerd 1.6, CRI.
     Ours16,
+    /// Ours under containerd 2.2 with images that have no index, and `parallel_pull_as_fallback` the only setting.
+    Fallback,
 }
 
 impl Kind {
-    pub const ALL: [(&str, Kind); 6] = [
+    pub const ALL: [(&str, Kind); 7] = [
         ("ctd16", Kind::Ctd16),
         ("ctd2", Kind::Ctd2),
         ("ctd2par", Kind::Ctd2Par),
         ("docker", Kind::Docker),
         ("ours", Kind::Ours),
         ("ours16", Kind::Ours16),
+        ("fallback", Kind::Fallback),
     ];
 
     pub fn parse(name: &str) -> Option<Kind> {
@@ -42,14 +45,20 @@ impl Kind {
         Kind::ALL.into_iter().find(|(_, k)| *k == self).map(|(n, _)| n).expect("ALL has them all")
     }
 
+    /// Whether it pulls images with an index.
     pub fn is_lazy(self) -> bool {
         matches!(self, Kind::Ours | Kind::Ours16)
+    }
+
+    /// Whether our daemon is part of it.
+    pub fn is_ours(self) -> bool {
+        self.is_lazy() || self == Kind::Fallback
     }
 
     fn version(self) -> Version {
         match self {
             Kind::Ctd16 | Kind::Ours16 => Version::V16,
-            Kind::Ctd2 | Kind::Ctd2Par | Kind::Ours | Kind::Docker => Version::V22,
+            Kind::Ctd2 | Kind::Ctd2Par | Kind::Ours | Kind::Fallback | Kind::Docker => Version::V22,
         }
     }
 }
@@ -72,8 +81,11 @@ impl Engine {
         if kind == Kind::Docker {
             return Engine { kind, runtime: Runtime::Docker(Docker::start(root, host)), daemon: None };
         }
-        let daemon = kind.is_lazy().then(|| {
+        let daemon = kind.is_ours().then(|| {
             let mut settings = settings.clone();
+            if kind == Kind::Fallback {
+                settings.more += "\n[pull_modes.parallel_pull_unpack]\nparallel_pull_as_fallback = true\n";
+            }
             settings.plain_http.push(host.to_string());
             settings.containerd = Some(root.join("ctd/sock"));
             Daemon::start(root, &settings)
@@ -92,7 +104,7 @@ impl Engine {
     }
 
     pub fn snapshotter(&self) -> &'static str {
-        if self.kind.is_lazy() { "soci" } else { "overlayfs" }
+        if self.kind.is_ours() { "soci" } else { "overlayfs" }
     }
 
     /// The containerd namespace its images and containers are in.

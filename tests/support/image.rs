@@ -67,6 +67,7 @@ pub enum Form {
     Gzip,
     /// A new gzip member after each so many bytes of tar, as pigz -i or stargz make them.
     GzipMembers(usize),
+    Zstd,
     Tar,
 }
 
@@ -129,6 +130,12 @@ impl Layer {
                 gzip.finish()?;
                 diff_id
             }
+            Form::Zstd => {
+                let mut zstd = zstd::stream::write::Encoder::new(&mut out, 3)?;
+                let diff_id = self.tar(&mut zstd)?;
+                zstd.finish()?;
+                diff_id
+            }
             Form::GzipMembers(size) => {
                 let mut tar = Vec::new();
                 let diff_id = self.tar(&mut tar)?;
@@ -185,7 +192,11 @@ impl Image {
             let part = blobs.join("part");
             let (digest, diff_id, size) = layer.write(File::create(&part).unwrap()).unwrap();
             fs::rename(&part, blobs.join(digest.hex())).unwrap();
-            let suffix = if layer.form == Form::Tar { "" } else { "+gzip" };
+            let suffix = match layer.form {
+                Form::Tar => "",
+                Form::Zstd => "+zstd",
+                Form::Gzip | Form::GzipMembers(_) => "+gzip",
+            };
             layers.push(Descriptor::new(&format!("application/vnd.oci.image.layer.v1.tar{suffix}"), digest, size));
             diff_ids.push(diff_id.to_string());
         }

@@ -19,6 +19,7 @@ pub mod engine;
 pub mod grpc;
 pub mod image;
 pub mod link;
+pub mod node;
 pub mod process;
 pub mod proxy;
 pub mod registry;

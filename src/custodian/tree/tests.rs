@@ -8,11 +8,7 @@ use std::{
 fn with_each_opener(test: impl Fn(Snapshots, &Path)) {
     for old_kernel in [false, true] {
         let dir = tempfile::tempdir().expect("temp");
-        let mut snapshots = Snapshots::open(dir.path()).expect("open");
-        if old_kernel {
-            snapshots.opener = Opener::Compare { mount: mount_id(snapshots.directory.as_fd()).expect("fdinfo") };
-        }
-        test(snapshots, dir.path());
+        test(Snapshots::open(dir.path(), old_kernel).expect("open"), dir.path());
     }
 }
 
@@ -20,7 +16,13 @@ fn deep(base: &Path, levels: usize) {
     let mut at = rustix::fs::openat(rustix::fs::CWD, base, directory_flags(), Mode::empty()).expect("open");
     for _ in 0..levels {
         rustix::fs::mkdirat(&at, "directory", Mode::from_raw_mode(0o700)).expect("mkdir");
-        rustix::fs::openat(&at, "file", OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o600)).expect("create");
+        rustix::fs::openat(
+            &at,
+            "file",
+            rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY,
+            Mode::from_raw_mode(0o600),
+        )
+        .expect("create");
         at = rustix::fs::openat(&at, "directory", directory_flags(), Mode::empty()).expect("open");
     }
 }
@@ -139,7 +141,7 @@ fn privileged_a_mount_that_the_table_did_not_show_is_still_not_entered() {
             return; // not allowed to mount here
         }
         mount_bind(canary.path().join("keep"), &file).expect("bind");
-        let outcome = (snapshots.remove(SnapshotId(1)), snapshots.take_apart(SnapshotId(1)));
+        let outcome = (snapshots.remove(SnapshotId(1)), snapshots.take_apart(snapshots.directory(), c"1"));
         for mounted in [&point, &file] {
             unmount(mounted, UnmountFlags::DETACH).expect("unmount");
         }
