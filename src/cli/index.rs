@@ -136,7 +136,7 @@ pub fn list(args: &IndexList, global: &Global) -> Result<(), IndexError> {
     };
     let rows = session.artifacts.rows()?;
     let mut found: Vec<(Digest, Row)> = rows.of_kind(Kind::Index).filter(|(_, row)| wanted(row)).collect();
-    found.sort_by(|(_, a), (_, b)| b.created_at.cmp(&a.created_at));
+    found.sort_by_key(|(_, row)| std::cmp::Reverse(row.created_at));
     if args.json {
         return print(&json(&found, &images));
     }

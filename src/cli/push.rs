@@ -47,7 +47,7 @@ pub enum PushError {
     #[error(
         "could not find any soci index manifest v1 to push for platform {platform}: make one with `soci create --platform {platform} {image}`"
     )]
-    NoIndex { platform: Platform, image: String },
+    NoIndex { platform: String, image: String },
     #[error("{image} has no registry to push to")]
     Reference { image: String, source: InvalidReference },
     #[error("failed to fetch list of referrers of {manifest}")]
@@ -161,7 +161,7 @@ fn choose(session: &Session, image: &str, manifests: &[(Platform, Digest)]) -> R
         }
         let newest = v1.into_iter().max_by_key(|(_, row)| row.created_at);
         let (index, row) =
-            newest.ok_or_else(|| PushError::NoIndex { platform: platform.clone(), image: image.to_owned() })?;
+            newest.ok_or_else(|| PushError::NoIndex { platform: platform.to_string(), image: image.to_owned() })?;
         chosen.push(Chosen { platform: platform.clone(), manifest: *manifest, index, size: row.size });
     }
     Ok(chosen)

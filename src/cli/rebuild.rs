@@ -125,11 +125,11 @@ pub fn run(global: &Global) -> Result<(), RebuildError> {
     Ok(())
 }
 
+/// Manifests by digest, and of v2 indexes the manifest that each belongs to.
+type Images = (HashMap<Digest, Known>, HashMap<Digest, Digest>);
+
 /// The manifests of all images in containerd, and which manifest each v2 index in them belongs to.
-fn images(
-    session: &Session,
-    console: &Console,
-) -> Result<(HashMap<Digest, Known>, HashMap<Digest, Digest>), RebuildError> {
+fn images(session: &Session, console: &Console) -> Result<Images, RebuildError> {
     let (mut manifests, mut converted, mut seen) = (HashMap::new(), HashMap::new(), HashSet::new());
     for record in session.remote.wait(session.containerd.all_images())?? {
         if !seen.insert(record.target.digest) {

@@ -227,7 +227,7 @@ fn resolve<'a>(ztoc: &Ztoc<'a>, name: &[u8]) -> Result<FileRef<'a>, ZtocCommandE
 /// The bytes of a layer, wherever they are.
 enum Layer {
     Blob(Blob),
-    Containerd { session: Session, digest: Digest, size: u64 },
+    Containerd { session: Box<Session>, digest: Digest, size: u64 },
 }
 
 impl Layer {
@@ -285,7 +285,7 @@ fn layer(artifact: &Artifact, global: &Global) -> Result<Layer, ZtocCommandError
     };
     let info = session.remote.wait(session.containerd.info(digest))?.map_err(BlobError::from)?;
     match (info, absent) {
-        (Some(info), _) => Ok(Layer::Containerd { session, digest, size: info.size }),
+        (Some(info), _) => Ok(Layer::Containerd { session: Box::new(session), digest, size: info.size }),
         (None, Some((layer, path))) => Err(ZtocCommandError::LayerNotFound { layer, path }),
         (None, None) => Err(ZtocCommandError::LayerNotInContainerd(digest)),
     }
@@ -336,7 +336,7 @@ fn of_image(session: &Session, name: &str) -> Result<Vec<(Digest, Row)>, ZtocCom
     let rows = session.artifacts.rows()?;
     let is_its = |row: &Row| row.describes.is_some_and(|digest| manifests.contains(&digest));
     let mut indexes: Vec<(Digest, Row)> = rows.of_kind(Kind::Index).filter(|(_, row)| is_its(row)).collect();
-    indexes.sort_by(|(_, a), (_, b)| b.created_at.cmp(&a.created_at));
+    indexes.sort_by_key(|(_, row)| std::cmp::Reverse(row.created_at));
     let (mut found, mut seen) = (Vec::new(), HashSet::new());
     for (digest, _) in indexes {
         let Some(bytes) = session.artifact(digest)? else { continue };
