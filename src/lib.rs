@@ -94,7 +94,8 @@
 //!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
 //!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
 //!   privilege   custodian unpack holder sys           unsafe lives in sys (and inflate::raw, the seam to the inflate library)
-//!   cli
+//!   cli         the soci tool: plain threads over traits for "where blobs are" and "where new ones go" (layouts, containerd, registries);
+//!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
 //! `telemetry` is named by all that have something to say to an operator: its catalog gives each message its identity and level. `cli` names
 //! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings.
