@@ -79,7 +79,8 @@ pub fn main() -> ExitCode {
 
 enum Service {
     One(OwnedFd),
-    Every(OwnedFd),
+    /// Whoever connects; and whom to tell that we are ready. Confined, we could not open a socket for that any more.
+    Every(OwnedFd, Option<OwnedFd>),
 }
 
 fn run(args: &Args) -> io::Result<()> {
@@ -109,8 +110,10 @@ fn run(args: &Args) -> io::Result<()> {
     let server = server::Server::new(snapshots, spawner, args.as_on_an_old_kernel);
     match service {
         Service::One(socket) => server.serve_one(socket),
-        Service::Every(listener) => {
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        Service::Every(listener, manager) => {
+            if let Some(manager) = manager
+                && let Err(error) = sys::seqpacket::send(manager.as_fd(), b"READY=1", sys::seqpacket::Send::Wait)
+            {
                 complain(format_args!("telling systemd that we are ready: {error}"));
             }
             server.serve_every(listener.as_fd())
@@ -124,7 +127,7 @@ fn receive_socket(args: &Args) -> io::Result<Service> {
     }
     let mut sockets = sys::process::inherited_descriptors()?;
     match (sockets.pop(), sockets.len()) {
-        (Some(listener), 0) => Ok(Service::Every(listener)),
+        (Some(listener), 0) => Ok(Service::Every(listener, sys::process::notify_socket()?)),
         (Some(_), more) => Err(io::Error::other(format!("systemd passed {} sockets; expected one", more + 1))),
         (None, _) => Err(io::Error::other("no socket: start with --stdin, or by its systemd socket unit")),
     }

@@ -102,7 +102,7 @@ pub fn die_with(socket: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// A connection to whom `NOTIFY_SOCKET` names, for descriptors to be sent over; `None` when nobody listens.
+/// A connection to whom `NOTIFY_SOCKET` names, for who cannot make one later or has descriptors to send; `None` when nobody listens.
 pub fn notify_socket() -> io::Result<Option<OwnedFd>> {
     use std::os::{linux::net::SocketAddrExt, unix::ffi::OsStrExt};
     let Some(address) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(None) };

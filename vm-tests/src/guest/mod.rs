@@ -4,7 +4,6 @@
 //! it is then called again after the boot.
 
 pub mod probe;
-#[allow(dead_code, reason = "the step that runs it is being written")]
 pub mod readme;
 pub mod story;
 pub mod tools;

@@ -145,8 +145,10 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// What it wrote, without what ctr has to say about the machine.
     fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        text.lines().filter(|line| !line.contains("level=warning")).map(|line| format!("{line}\n")).collect()
     }
 
     /// Every read so far was right, and it reads on: two more files, so that one was read after this was asked.

@@ -119,14 +119,14 @@ impl Backend {
         ))?;
         equip(&at("root"))?;
         fill(payload, &at("vm"), self.distribution(), steps, *self == Backend::Nspawn)?;
-        // A cgroup of its own in each hierarchy of version 1; the guest's systemd would take over ours.
+        // 133 is what it ends with when the guest wants to be rebooted. A cgroup of its own in each hierarchy of version 1; the guest's systemd would take over ours.
         let script = format!(
             "for h in /sys/fs/cgroup/*/; do mkdir -p $h/{name} 2>/dev/null || continue; \
                for f in cpuset.cpus cpuset.mems; do [ ! -e $h/$f ] || cat $h/$f >$h/{name}/$f; done; \
                echo $$ >$h/{name}/cgroup.procs 2>/dev/null || :; done; \
-             exec systemd-nspawn -q -D {root} --machine={name} --register=no --keep-unit -b --console=pipe --private-network --capability=all \
+             code=133; while [ $code = 133 ]; do code=0; systemd-nspawn -q -D {root} --machine={name} --register=no --keep-unit -b --console=pipe --private-network --capability=all \
                --system-call-filter=@keyring --system-call-filter=bpf --bind=/dev/fuse --bind={vm}:/vm \
-               --bind={data}:/var/lib/soci-snapshotter-grpc --bind={containerd}:/var/lib/containerd",
+               --bind={data}:/var/lib/soci-snapshotter-grpc --bind={containerd}:/var/lib/containerd || code=$?; done",
             name = place.name,
             root = at("root").display(),
             vm = at("vm").display(),

@@ -69,9 +69,10 @@ pub fn payload() -> Outcome<Payload> {
 }
 
 fn tools() -> Outcome {
-    shell("command -v systemd-nspawn umoci skopeo mke2fs mmdebstrap qemu-system-x86_64 htpasswd >/dev/null || { apt-get -q update || :; \
+    shell("for name in systemd-nspawn umoci skopeo mke2fs mmdebstrap qemu-system-x86_64 htpasswd createrepo_c cpio; do \
+           command -v $name >/dev/null || missing=yes; done; [ -z \"${missing:-}\" ] || { apt-get -q update || :; \
            DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends systemd-container umoci skopeo e2fsprogs mmdebstrap \
-           qemu-system-x86 seabios apache2-utils cpio </dev/null; }")
+           qemu-system-x86 seabios apache2-utils createrepo-c cpio </dev/null; }")
     .map(drop)
 }
 
@@ -121,7 +122,9 @@ fn repositories(payload: &Payload, distribution: Distribution) -> Outcome {
 fn stand_in(payload: &Payload, distribution: Distribution) -> Outcome<PathBuf> {
     let (glibc, systemd) = distribution.limits();
     let mut provides = vec![format!("systemd = {systemd}")];
-    provides.extend(["ca-certificates", "container-selinux", "policycoreutils", "rtld(GNU_HASH)"].map(str::to_owned));
+    provides.extend(
+        ["ca-certificates", "container-selinux", "policycoreutils", "/bin/sh", "rtld(GNU_HASH)"].map(str::to_owned),
+    );
     let old = ["2.2.5", "2.2.6", "2.3", "2.3.2", "2.3.3", "2.3.4"].map(str::to_owned);
     let versions: Vec<String> = old.into_iter().chain((4..=glibc).map(|minor| format!("2.{minor}"))).collect();
     for library in ["libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2"] {
@@ -159,7 +162,8 @@ fn stand_in(payload: &Payload, distribution: Distribution) -> Outcome<PathBuf> {
 
 /// This program, for the oldest glibc of any guest.
 fn program(payload: &Payload) -> Outcome {
-    let target = target().join("package");
+    // Its own, so that nobody waits for a build of the packages.
+    let target = payload.work.join("target");
     let zig = cache().join("zig/bin");
     shell(&format!(
         "cd {} && PATH={}:$PATH CARGO_TARGET_DIR={} cargo zigbuild --quiet --locked --package vm-tests --target x86_64-unknown-linux-gnu.2.26",
@@ -178,7 +182,10 @@ fn images(payload: &Payload) -> Outcome {
         return Ok(());
     }
     println!("images");
-    let soci = target().join("package/x86_64-unknown-linux-gnu/release/soci");
+    let soci = match env::var_os("BUILT") {
+        Some(built) => PathBuf::from(built).join("soci"),
+        None => target().join("package/x86_64-unknown-linux-gnu/release/soci"),
+    };
     let script = format!(
         r#"rm -rf {at}; mkdir -p {at}/base/bin {at}/registry; cd {at}
         cp /bin/busybox base/bin/; for name in sh cat dd md5sum cut true sleep echo; do ln -s busybox base/bin/$name; done
@@ -197,7 +204,7 @@ fn images(payload: &Payload) -> Outcome {
         for name in app late huge; do {soci} convert --standalone $name.oci $name.soci --format oci-dir --min-layer-size 0; done
         printf "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {at}/registry}}}}\nhttp: {{addr: '127.0.0.1:5999'}}\n" >config.yml
         docker-registry serve config.yml & registry=$!; trap 'kill $registry' EXIT
-        for n in $(seq 50); do skopeo list-tags --tls-verify=false docker://127.0.0.1:5999/none >/dev/null 2>&1; bash -c ': </dev/tcp/127.0.0.1/5999' 2>/dev/null && break; sleep 0.1; done
+        for n in $(seq 50); do bash -c ': </dev/tcp/127.0.0.1/5999' 2>/dev/null && break; sleep 0.1; done
         for name in app late huge; do skopeo copy -q --all --dest-tls-verify=false oci:$name.soci docker://127.0.0.1:5999/$name:1; done
         skopeo copy -q --dest-tls-verify=false oci:plain.oci docker://127.0.0.1:5999/plain:1
         htpasswd -Bbn somebody hush-hush >htpasswd
@@ -279,6 +286,8 @@ pub fn equip(root: &Path) -> Outcome {
         "etc/systemd/system/vm.target",
         "[Unit]\nRequires=multi-user.target\nWants=vm-test.service\nAfter=multi-user.target\nAllowIsolate=yes\n",
     )?;
+    // Its package starts one; the story has its own.
+    let _ = std::os::unix::fs::symlink("/dev/null", root.join("etc/systemd/system/docker-registry.service"));
     let link = root.join("etc/systemd/system/default.target");
     let _ = fs::remove_file(&link);
     std::os::unix::fs::symlink("vm.target", &link).map_err(|error| error.to_string())?;
