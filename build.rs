@@ -3,7 +3,7 @@
 use std::{env, error::Error, process::Command};
 
 const PROTO_ROOT: &str = "src/grpc/proto";
-const FILES: [&str; 4] = ["snapshots.proto", "content.proto", "leases.proto", "cri.proto"];
+const FILES: [&str; 5] = ["snapshots.proto", "content.proto", "images.proto", "leases.proto", "cri.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");

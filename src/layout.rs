@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/                         0700, default /var/lib/soci-snapshotter-grpc
+//!   artifacts.db                  what the soci tool made here (bbolt, shared with the Go CLI)
 //!   content/                      OCI layout: SOCI indexes and zTOCs as fetched
 //!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
 //!   snapshotter/metadata.redb     snapshot records
@@ -59,6 +60,10 @@ impl Layout {
     /// The OCI layout that holds SOCI indexes and zTOCs.
     pub fn content(&self) -> PathBuf {
         self.root.join("content")
+    }
+    /// The soci tool's record of the artifacts it made.
+    pub fn artifacts_db(&self) -> PathBuf {
+        self.root.join("artifacts.db")
     }
     /// A blob of the OCI layout.
     pub fn content_blob(&self, digest: &Digest) -> PathBuf {

@@ -60,8 +60,8 @@
 //!    earlier process wrote is checked against its digest on first use, and fetched again when it does not match.
 //! 6. **One scheduler owns the network** (`layers::Scheduler`): demand first, unlimited and in several requests at once, so that it
 //!    gets most of the link; then what follows what was just read; then everything else, most likely first by a prior over paths
-//!    (`layers::prior`). Background requests are sent while fewer bytes are on their way than the link holds, three times that while
-//!    nobody has waited lately: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
+//!    (`layers::prior`). Background requests are sent while fewer bytes are on their way than the link holds, twice that while
+//!    nobody has waited for two seconds: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
 //! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
 //! 8. **A layer is unpacked by a process of its own**, whose root directory is the one it may write to (chroot on every kernel, landlock where there is
@@ -82,7 +82,7 @@
 //! 12. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
 //! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
-//!    if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
+//!     if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
 //!
 //! # Who may name whom
 //!
@@ -94,7 +94,8 @@
 //!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
 //!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
 //!   privilege   custodian unpack holder sys           unsafe lives in sys (and inflate::raw, the seam to the inflate library)
-//!   cli
+//!   cli         the soci tool: plain threads over traits for "where blobs are" and "where new ones go" (layouts, containerd, registries);
+//!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
 //! `telemetry` is named by all that have something to say to an operator: its catalog gives each message its identity and level. `cli` names
 //! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings.

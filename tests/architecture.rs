@@ -30,7 +30,24 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("custodian", &["layout", "sys", "snapshot", "unpack"]),
     ("unpack", &["sys", "tar"]),
     ("holder", &["layout", "sys", "fs"]),
-    ("cli", &["oci", "layout", "ztoc", "inflate", "tar", "index", "config", "daemon", "registry", "telemetry"]),
+    (
+        "cli",
+        // containerd and registries are what the tool's commands are about.
+        &[
+            "oci",
+            "layout",
+            "ztoc",
+            "inflate",
+            "tar",
+            "index",
+            "config",
+            "daemon",
+            "grpc",
+            "registry",
+            "keychain",
+            "telemetry",
+        ],
+    ),
     (
         "daemon",
         &[

@@ -333,28 +333,6 @@ fn decompressors_and_mirrors_are_kept_as_written_and_survive_a_dump() {
 }
 
 #[test]
-fn what_is_asked_for_and_not_there_yet_is_said_once_with_its_line() {
-    let text = "
-        [content_store]
-        type = 'containerd'
-        [pull_modes.parallel_pull_unpack]
-        parallel_pull_as_fallback = true
-        [cri_keychain]
-        enable_keychain = true
-    ";
-    let lines = warnings(text);
-    assert_eq!(lines.len(), 1, "{lines:?}");
-    for (line, start) in lines
-        .iter()
-        .zip(["t.toml:5:9: pull_modes.parallel_pull_unpack.parallel_pull_as_fallback: not implemented yet; layers are"])
-    {
-        assert!(line.starts_with(start), "{line}");
-    }
-    assert!(loaded(text).strict().is_err());
-    assert_eq!(warnings(&text.replace("true", "false")), Vec::<String>::new());
-}
-
-#[test]
 fn registries_and_logins_are_configured_in_tables_of_their_own() {
     let c = config(
         "[registry]\nconfig_path = '/etc/containerd/certs.d::/etc/docker/certs.d'\n[kubelet_keychain]\nenable_keychain = true\n\

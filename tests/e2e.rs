@@ -178,6 +178,50 @@ fn privileged_a_read_outlives_a_registry_that_is_down_for_a_while() {
 }
 
 #[test]
+fn privileged_a_read_that_outlives_its_budget_is_an_io_error_with_a_reason_and_the_next_one_tries_again() {
+    let slot = Slot::take();
+    let node = Node::new(&slot, Version::V22, "[blob]\nfetching_timeout_sec = 2\nmax_retries = 2\n");
+    let (layout, _, reference) = node.publish("app", &bulk_image(13, 8));
+    let layer = image_manifest(&layout).1.layers[1].digest.to_string();
+    node.proxy.rule(Rule::blobs(Fault::Status(503)).containing(&layer));
+    node.containerd.pull("soci", &reference).unwrap();
+    let said = node.sums(&reference).unwrap_err();
+    assert!(said.contains("Input/output error"), "{said}");
+    let log = node.daemon.log();
+    let line = log.lines().find(|line| line.contains("statFile error")).expect("one line says why");
+    for part in [&layer, "503", "bulk/0000", "app:v1"] {
+        assert!(line.contains(part), "no '{part}' in {line}");
+    }
+    node.proxy.heal();
+    assert_eq!(node.sums(&reference).unwrap(), expected_sums(&slot, &layout));
+}
+
+#[test]
+fn privileged_sigterm_ends_a_daemon_whose_readers_are_blocked_within_its_bound() {
+    let slot = Slot::take();
+    let mut node = Node::new(&slot, Version::V22, "");
+    let (layout, _, reference) = node.publish("app", &bulk_image(14, 8));
+    let layer = image_manifest(&layout).1.layers[1].digest.to_string();
+    node.proxy.rule(Rule::blobs(Fault::Hang).containing(&layer));
+    node.containerd.pull("soci", &reference).unwrap();
+    let mounted = node.containerd.mount("soci", "default", &reference, &node.root.join("blocked"));
+    // Another process: one that has lazy files open cannot start the daemon, because its child closes copies of them, which asks the daemon.
+    let mut reader = std::process::Command::new("md5sum")
+        .arg(mounted.path.join("bulk/0003"))
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(500)); // it blocks now
+    let start = Instant::now();
+    node.daemon.stop();
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    // The read is not lost: the next daemon answers it.
+    node.proxy.heal();
+    node.daemon.restart();
+    assert!(reader.wait().unwrap().success());
+}
+
+#[test]
 fn privileged_a_container_reads_on_while_the_daemon_is_killed_and_restarted() {
     let slot = Slot::take();
     let mut node = Node::new(&slot, Version::V22, "");

@@ -151,6 +151,10 @@ fn privileged_enable_makes_both_containerds_pull_lazily_doctor_agrees_and_disabl
         let ran = node.containerd.run("soci", &image, &["sh", "-c", "cat /bulk/* | wc -c"]).unwrap();
         assert_eq!(ran.trim(), "4194304");
 
+        let socket = format!("unix://{}", node.daemon.socket.display());
+        let status = attempt(Command::new(SOCI).args(["status", "--json", "--daemon", &socket]));
+        assert!(status.status.success() && text(&status.stdout).contains(&image), "{}", text(&status.stderr));
+
         node.succeeds(&["disable", "cri"]);
         assert_eq!(bytes(&node.config()), before, "{version:?}");
         assert!(!node.containerd.dir().join("soci-enable.json").exists());
@@ -173,7 +177,10 @@ fn privileged_a_file_of_its_own_is_used_where_the_configuration_imports_one_unle
             "version = {version} # of the site\nimports = [\"{}/conf.d/*.toml\"]\n\n[plugins.\"{cri_plugin}\"]\n  max_concurrent_downloads = 9 # measured\n",
             directory.display()
         );
-        std::fs::write(&config, &original).unwrap();
+        // Kept somewhere else, as configuration management does.
+        let kept = root.join(&format!("kept{version}.toml"));
+        std::fs::write(&kept, &original).unwrap();
+        std::os::unix::fs::symlink(&kept, &config).unwrap();
         let soci = |words: &[&str]| {
             let mut command = Command::new(SOCI);
             command.args(words).args(["--address", "/nonexistent"]).arg("--containerd").arg(&program);
@@ -205,6 +212,7 @@ fn privileged_a_file_of_its_own_is_used_where_the_configuration_imports_one_unle
         assert!(soci(&["enable", "--undo", "cri"]).contains("was changed since"));
         let left = std::fs::read_to_string(&config).unwrap();
         assert!(left.contains("= 11 # measured again") && !left.contains("snapshotter"), "{left}");
+        assert!(config.is_symlink() && std::fs::read_to_string(&kept).unwrap() == left);
         let files: Vec<_> = std::fs::read_dir(&directory).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(files.len(), 2, "nothing else is left: {files:?}");
     }

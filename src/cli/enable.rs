@@ -260,6 +260,8 @@ fn note(journal: &mut Journal, change: &Change, target: &'static str) -> Result<
 /// Replaces a file in one step, with the owner and mode of the one that was there. The text is on disk before it has the name.
 fn put(node: &Node, path: &Path, text: &str) -> Result<(), EnableError> {
     let failed = |source| EnableError::Write { path: path.to_owned(), journal: journal_of(node), source };
+    // A configuration may be a link to where it is kept; the link stays.
+    let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let directory = path.parent().unwrap_or(Path::new("/"));
     let attempt = || -> io::Result<()> {
         fs::create_dir_all(directory)?;

@@ -6,24 +6,39 @@
 //! process that was interrupted dies of the signal.
 #![forbid(unsafe_code)]
 
+mod access;
 mod args;
+mod artifacts;
+mod blobs;
+mod containerd;
 mod convert;
+mod create;
 mod daemon;
 mod doctor;
 mod enable;
 mod explain;
 mod image;
 mod index;
+mod indexing;
 mod interrupt;
 mod layout;
 mod node;
 mod output;
+mod parallel;
+mod prefetch;
+mod push;
+mod rebuild;
+mod recording;
+mod registry;
+mod remote;
 mod status;
 mod store;
+mod table;
 mod values;
+mod words;
 mod ztoc;
 
-use args::{Args, Command, IndexCommand, NotACommand, ZtocCommand};
+use args::{Args, Command, IndexCommand, NotACommand, PrefetchCommand, ZtocCommand};
 use interrupt::Stopped;
 use std::{
     error::Error,
@@ -38,11 +53,21 @@ const NO_SUCH_COMMAND: u8 = 3;
 #[derive(Debug, thiserror::Error)]
 enum CommandError {
     #[error(transparent)]
+    Create(#[from] create::CreateError),
+    #[error(transparent)]
     Convert(#[from] convert::ConvertError),
+    #[error(transparent)]
+    Push(#[from] push::PushError),
     #[error(transparent)]
     Index(#[from] index::IndexError),
     #[error(transparent)]
     Ztoc(#[from] ztoc::ZtocCommandError),
+    #[error(transparent)]
+    Prefetch(#[from] prefetch::PrefetchError),
+    #[error(transparent)]
+    Rebuild(#[from] rebuild::RebuildError),
+    #[error(transparent)]
+    Words(#[from] words::WordsError),
     #[error(transparent)]
     Status(#[from] status::StatusError),
     #[error(transparent)]
@@ -77,20 +102,41 @@ pub fn main() -> ExitCode {
 fn run(args: &Args) -> Result<(), CommandError> {
     let timeout = args.global.timeout;
     interrupt::watch((!timeout.is_zero()).then_some(timeout)).map_err(CommandError::Signals)?;
+    let global = &args.global;
     match &args.command {
-        Some(Command::Convert(convert)) => convert::run(convert)?,
-        Some(Command::Index { command: Some(IndexCommand::Info(info)) }) => index::info(info, &args.global)?,
-        Some(Command::Ztoc { command: Some(ZtocCommand::Info(info)) }) => ztoc::info(info, &args.global)?,
-        Some(Command::Ztoc { command: Some(ZtocCommand::GetFile(get_file)) }) => {
-            ztoc::get_file(get_file, &args.global)?;
-        }
+        Some(Command::Create(create)) => create::run(create, global)?,
+        Some(Command::Convert(convert)) => convert::run(convert, global)?,
+        Some(Command::Push(push)) => push::run(push, global)?,
+        Some(Command::Index { command: Some(command) }) => match command {
+            IndexCommand::List(list) => index::list(list, global)?,
+            IndexCommand::Info(info) => index::info(info, global)?,
+            IndexCommand::Remove(remove) => index::remove(remove, global)?,
+        },
+        Some(Command::Ztoc { command: Some(command) }) => match command {
+            ZtocCommand::List(list) => ztoc::list(list, global)?,
+            ZtocCommand::Info(info) => ztoc::info(info, global)?,
+            ZtocCommand::GetFile(get_file) => ztoc::get_file(get_file, global)?,
+        },
+        Some(Command::Prefetch { command: Some(command) }) => match command {
+            PrefetchCommand::List(list) => prefetch::list(list, global)?,
+            PrefetchCommand::Info(info) => prefetch::info(info, global)?,
+        },
+        Some(Command::RebuildDb(_)) => rebuild::run(global)?,
+        Some(Command::Completions(completions)) => words::completions(completions)?,
+        Some(Command::Man(man)) => words::man(man)?,
         Some(Command::Status(own)) => status::run(own)?,
         Some(Command::Explain(own)) => explain::run(own)?,
         Some(Command::Doctor(own)) => doctor::run(own, &args.global)?,
         Some(Command::Enable(own)) => enable::run(own, false, &args.global)?,
         Some(Command::Disable(own)) => enable::run(own, true, &args.global)?,
         // `args::parse` answers these itself.
-        None | Some(Command::Help { .. } | Command::Index { command: None } | Command::Ztoc { command: None }) => {}
+        None
+        | Some(
+            Command::Help { .. }
+            | Command::Index { command: None }
+            | Command::Ztoc { command: None }
+            | Command::Prefetch { command: None },
+        ) => {}
     }
     Ok(())
 }

@@ -17,6 +17,8 @@ pub enum Lines {
     Stderr,
     /// A JSON document will say it all.
     Nowhere,
+    /// Nobody wants to see them, nor any progress.
+    Silent,
 }
 
 /// The user's screen, or log file.
@@ -27,11 +29,22 @@ pub struct Console {
     warnings: Mutex<Vec<String>>,
 }
 
+impl Lines {
+    /// As `--json` and `--quiet` say.
+    pub fn of(json: bool, quiet: bool) -> Lines {
+        match (json, quiet) {
+            (_, true) => Lines::Silent,
+            (true, false) => Lines::Nowhere,
+            (false, false) => Lines::Stdout,
+        }
+    }
+}
+
 impl Console {
     /// A console; with bars if stderr is a terminal.
     pub fn new(lines: Lines) -> Console {
-        let bars =
-            io::stderr().is_terminal().then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)));
+        let shown = lines != Lines::Silent && io::stderr().is_terminal();
+        let bars = shown.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)));
         Console { lines, bars, warnings: Mutex::default() }
     }
 
@@ -47,7 +60,7 @@ impl Console {
         self.undisturbed(|| match self.lines {
             Lines::Stdout => writeln!(io::stdout().lock(), "{text}"),
             Lines::Stderr => writeln!(io::stderr().lock(), "{text}"),
-            Lines::Nowhere => Ok(()),
+            Lines::Nowhere | Lines::Silent => Ok(()),
         })
     }
 

@@ -1,12 +1,13 @@
-//! Where `index info` and `ztoc` find blobs: the `soci` content store below `--root`, an OCI layout, or a plain file.
-//!
-//! containerd's own store needs containerd, and comes later; asking for it is an error that says what to pass instead.
+//! Where `index info` and `ztoc` find blobs: containerd's content store, the `soci` one below `--root`, an OCI layout, or a plain file.
 
 use super::{
     args::Global,
+    blobs::BlobError,
+    containerd::{Session, SessionError, StoreKind},
     layout::{LayoutError, MAX_DOCUMENT, OciLayout},
 };
 use crate::{
+    layout::Layout,
     oci::{Digest, Manifest, annotation, media_type},
     ztoc::Limits,
 };
@@ -17,9 +18,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Directory of the `soci` content store, below the root.
-const CONTENT: &str = "content";
-
 /// Why a blob was not found. The words are searched for by scripts.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -27,13 +25,14 @@ pub enum StoreError {
     InvalidDigest(String),
     #[error("couldn't retrieve artifact for {digest}, not found in {}", path.display())]
     NotFound { digest: Digest, path: PathBuf },
-    #[error("unknown content store type: {0}; must be one of [soci containerd]")]
-    UnknownStore(String),
     #[error(
-        "this build of soci cannot read containerd's content store yet: pass --content-store soci for the blobs below \
-         {}, --layout PATH for those of an OCI layout, or the path of a file instead of a digest", path.display()
+        "couldn't retrieve artifact for {0}, not found in containerd's content store (--namespace and --content-store select where to look)"
     )]
-    NeedsContainerd { path: PathBuf },
+    NotInContainerd(Digest),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
     #[error("failed to read {}", path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("{} has more than {limit} bytes", path.display())]
@@ -54,6 +53,11 @@ pub struct Artifact {
 pub fn find(operand: &OsStr, layout: Option<&Path>, global: &Global) -> Result<Artifact, StoreError> {
     let text = operand.to_string_lossy();
     if let Ok(digest) = text.parse::<Digest>() {
+        if layout.is_none() && StoreKind::parse(&global.content_store)? == StoreKind::Containerd {
+            let session = Session::open(global)?;
+            let bytes = session.artifact(digest)?.ok_or(StoreError::NotInContainerd(digest))?;
+            return Ok(Artifact { digest, bytes, store: None });
+        }
         let store = open(layout, global)?;
         let not_found = |path: &Path| StoreError::NotFound { digest, path: path.to_owned() };
         let store = store.map_err(|path| not_found(&path))?;
@@ -81,12 +85,10 @@ fn open(layout: Option<&Path>, global: &Global) -> Result<Result<OciLayout, Path
     if let Some(layout) = layout {
         return Ok(Ok(OciLayout::open(layout)?));
     }
-    let path = global.root.join(CONTENT);
-    match global.content_store.as_str() {
-        "soci" if path.is_dir() => Ok(Ok(OciLayout::open_store(&path)?)),
-        "soci" => Ok(Err(path)),
-        "containerd" | "" => Err(StoreError::NeedsContainerd { path }),
-        other => Err(StoreError::UnknownStore(other.to_owned())),
+    let path = Layout::new(&global.root).content();
+    match path.is_dir() {
+        true => Ok(Ok(OciLayout::open_store(&path)?)),
+        false => Ok(Err(path)),
     }
 }
 

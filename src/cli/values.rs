@@ -10,6 +10,8 @@ pub enum BadValue {
     OutOfRange,
     #[error("invalid syntax")]
     Syntax,
+    #[error("not a number of bytes, such as 536870912, 512MiB or 2GB")]
+    Size,
     #[error("unsupported output format {0:?}: must be \"oci-archive\" or \"oci-dir\"")]
     Format(String),
 }
@@ -47,6 +49,36 @@ pub fn int64(text: &str) -> Result<i64, BadValue> {
     }
     let magnitude = i128::from_str_radix(&digits, radix).map_err(|_| BadValue::OutOfRange)?;
     i64::try_from(if negative { -magnitude } else { magnitude }).map_err(|_| BadValue::OutOfRange)
+}
+
+/// A uint64, as [`int64`].
+pub fn uint64(text: &str) -> Result<u64, BadValue> {
+    if text.starts_with(['-', '+']) {
+        return Err(BadValue::Syntax);
+    }
+    // Above an int64 there is nothing that anybody counts: they are all "as many as there are".
+    match int64(text) {
+        Ok(value) => Ok(value.unsigned_abs()),
+        Err(BadValue::OutOfRange) if text.parse::<u64>().is_ok() => Ok(u64::MAX),
+        Err(error) => Err(error),
+    }
+}
+
+/// A number of bytes: an integer, or one with a unit: `512MiB`, `2G`, `100kB`.
+pub fn bytes(text: &str) -> Result<u64, BadValue> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().map_err(|_| BadValue::Size)?;
+    let unit: u64 = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "ki" | "kib" => 1 << 10,
+        "m" | "mi" | "mib" => 1 << 20,
+        "g" | "gi" | "gib" => 1 << 30,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        _ => return Err(BadValue::Size),
+    };
+    number.checked_mul(unit).filter(|bytes| *bytes > 0).ok_or(BadValue::OutOfRange)
 }
 
 /// A bool, as Go's `ParseBool` reads it.
@@ -228,6 +260,18 @@ mod tests {
         for text in ["", "-", "0x", "1__0", "_1", "1_", "4MiB", "08", "1.5", "--1", "0b2", "é"] {
             assert_eq!(int64(text), Err(BadValue::Syntax), "{text}");
         }
+    }
+
+    #[test]
+    fn sizes_may_have_a_unit() {
+        for (text, value) in [("1", 1), ("512MiB", 512 << 20), ("2g", 2 << 30), ("3 kB", 3000), ("1Gi", 1 << 30)] {
+            assert_eq!(bytes(text), Ok(value), "{text}");
+        }
+        for text in ["", "0", "MiB", "-1", "1TB", "1.5G", "99999999999999999999", "99999999999g"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+        assert_eq!(uint64("18446744073709551615"), Ok(u64::MAX));
+        assert!(uint64("-1").is_err() && uint64("18446744073709551616").is_err());
     }
 
     #[test]

@@ -1,14 +1,19 @@
-//! `soci ztoc info` and `soci ztoc get-file`.
+//! `soci ztoc`: lists zTOCs, shows what is in one, and gets a file of a layer with it.
 //!
 //! Where we deviate from the Go CLI: a file goes to stdout as it is (no newline is added), and `--output` makes a file with
 //! ordinary permissions and reports what it could not write.
 
 use super::{
-    args::{GetFile, Global, Info},
+    args::{GetFile, Global, Info, ZtocList},
+    artifacts::{ArtifactsError, Kind, Row},
+    blobs::BlobError,
+    containerd::{self, Session, SessionError},
+    index::{self, IndexError},
     interrupt::{self, Stopped},
-    layout::{Blob, LayoutError, OciLayout},
+    layout::{Blob, LayoutError},
     output::indent,
-    store::{self, StoreError},
+    store::{self, Artifact, StoreError},
+    table::{head, table},
 };
 use crate::{
     inflate::{self, InflateError},
@@ -45,8 +50,31 @@ pub enum ZtocCommandError {
     Links(String),
     #[error("file {0} is not a regular file")]
     NotAFile(String),
-    #[error("cannot tell which layer the ztoc {0} describes: no SOCI index beside it lists it; pass --layout PATH")]
+    #[error(
+        "cannot tell which layer the ztoc {0} describes: neither artifacts.db nor a SOCI index beside it lists it; run `soci rebuild-db`, \
+         or pass --layout PATH"
+    )]
     NoLayer(Digest),
+    #[error(
+        "the layer {0} of this ztoc is not in containerd: pull the image, or pass --layout PATH of a layout that has it"
+    )]
+    LayerNotInContainerd(Digest),
+    #[error("invalid checksum digest format: {0:?} is not a digest (sha256: and 64 hexadecimal digits)")]
+    InvalidDigest(String),
+    #[error(
+        "failed to get ztoc from artifacts store (try running \"soci rebuild-db\" first): {0} is not in artifacts.db"
+    )]
+    NotRecorded(Digest),
+    #[error("the specified ztoc doesn't exist or is not associated with the specified image")]
+    NotOfImage,
+    #[error(transparent)]
+    Listing(#[from] IndexError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Artifacts(#[from] ArtifactsError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
     #[error("the layer {layer} of this ztoc is not in {}; pass --layout PATH of a layout that has it", path.display())]
     LayerNotFound { layer: Digest, path: PathBuf },
     #[error("the layer has {actual} bytes, but its ztoc was made for one of {expected}")]
@@ -144,7 +172,7 @@ pub fn get_file(args: &GetFile, global: &Global) -> Result<(), ZtocCommandError>
     let artifact = store::find(operand, args.layout.as_deref(), global)?;
     let ztoc = parse(artifact.digest, &artifact.bytes)?;
     let file = resolve(&ztoc, name.as_bytes())?;
-    let layer = layer(artifact.store.as_ref(), artifact.digest)?;
+    let layer = layer(&artifact, global)?;
     let expected = ztoc.spans().compressed_size;
     if layer.len() != expected {
         return Err(ZtocCommandError::LayerSize { expected, actual: layer.len() });
@@ -162,7 +190,7 @@ pub fn get_file(args: &GetFile, global: &Global) -> Result<(), ZtocCommandError>
 }
 
 /// Writes to a temporary file that becomes `path` when it is complete; what is not a regular file is written to directly.
-fn save(path: &Path, ztoc: &Ztoc<'_>, bytes: &[u8], file: &FileRef<'_>, layer: &Blob) -> Result<(), ZtocCommandError> {
+fn save(path: &Path, ztoc: &Ztoc<'_>, bytes: &[u8], file: &FileRef<'_>, layer: &Layer) -> Result<(), ZtocCommandError> {
     let failed = |source| ZtocCommandError::Write { path: path.to_owned(), source };
     if path.symlink_metadata().is_ok_and(|m| !m.is_file()) {
         let mut out = std::fs::File::create(path).map_err(failed)?;
@@ -196,15 +224,131 @@ fn resolve<'a>(ztoc: &Ztoc<'a>, name: &[u8]) -> Result<FileRef<'a>, ZtocCommandE
     Err(ZtocCommandError::Links(text()))
 }
 
-fn layer(store: Option<&OciLayout>, ztoc: Digest) -> Result<Blob, ZtocCommandError> {
-    let store = store.ok_or(ZtocCommandError::NoLayer(ztoc))?;
-    let layer = store::layer_of(store, ztoc)?.ok_or(ZtocCommandError::NoLayer(ztoc))?;
-    match store.blob(layer) {
-        Err(LayoutError::Missing { .. }) => {
-            Err(ZtocCommandError::LayerNotFound { layer, path: store.path().to_owned() })
+/// The bytes of a layer, wherever they are.
+enum Layer {
+    Blob(Blob),
+    Containerd { session: Box<Session>, digest: Digest, size: u64 },
+}
+
+impl Layer {
+    fn len(&self) -> u64 {
+        match self {
+            Layer::Blob(blob) => blob.len(),
+            Layer::Containerd { size, .. } => *size,
         }
-        other => Ok(other?),
     }
+
+    fn read_at(&self, out: &mut [u8], offset: u64) -> Result<(), ZtocCommandError> {
+        match self {
+            Layer::Blob(blob) => blob.read_at(out, offset).map_err(ZtocCommandError::Read),
+            Layer::Containerd { session, digest, .. } => {
+                let range = offset..offset + out.len() as u64;
+                let read = session.remote.wait(session.containerd.read_range(*digest, range))?;
+                let bytes = read.map_err(BlobError::from)?.ok_or(ZtocCommandError::LayerNotInContainerd(*digest))?;
+                if bytes.len() != out.len() {
+                    return Err(ZtocCommandError::Read(io::ErrorKind::UnexpectedEof.into()));
+                }
+                out.copy_from_slice(&bytes);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The layer of a zTOC: beside it if it is in a layout, else in containerd, where the layers of images are whatever store is used.
+fn layer(artifact: &Artifact, global: &Global) -> Result<Layer, ZtocCommandError> {
+    let ztoc = artifact.digest;
+    let mut absent = None;
+    if let Some(store) = &artifact.store
+        && let Some(layer) = store::layer_of(store, ztoc)?
+    {
+        match store.blob(layer) {
+            Err(LayoutError::Missing { .. }) => absent = Some((layer, store.path().to_owned())),
+            other => return Ok(Layer::Blob(other?)),
+        }
+        // An index of a layout says where its layers are; only our own store goes without them.
+        if store.path() != crate::layout::Layout::new(&global.root).content() {
+            return Err(ZtocCommandError::LayerNotFound { layer, path: store.path().to_owned() });
+        }
+    }
+    let recorded = containerd::artifacts(global)?.rows()?.get(ztoc);
+    let recorded = recorded.filter(|row| row.kind == Kind::Ztoc).and_then(|row| row.describes);
+    let digest = absent.as_ref().map(|(layer, _)| *layer).or(recorded).ok_or(ZtocCommandError::NoLayer(ztoc))?;
+    let session = match Session::open(global) {
+        Ok(session) => session,
+        Err(error) => {
+            return Err(match absent {
+                Some((layer, path)) => ZtocCommandError::LayerNotFound { layer, path },
+                None => error.into(),
+            });
+        }
+    };
+    let info = session.remote.wait(session.containerd.info(digest))?.map_err(BlobError::from)?;
+    match (info, absent) {
+        (Some(info), _) => Ok(Layer::Containerd { session: Box::new(session), digest, size: info.size }),
+        (None, Some((layer, path))) => Err(ZtocCommandError::LayerNotFound { layer, path }),
+        (None, None) => Err(ZtocCommandError::LayerNotInContainerd(digest)),
+    }
+}
+
+/// `soci ztoc list`.
+pub fn list(args: &ZtocList, global: &Global) -> Result<(), ZtocCommandError> {
+    let digest = |text: &String| text.parse::<Digest>().map_err(|_| ZtocCommandError::InvalidDigest(text.clone()));
+    let only = args.ztoc_digest.as_ref().filter(|text| !text.is_empty()).map(digest).transpose()?;
+    let mut found: Vec<(Digest, Row)> = match args.image_ref.as_deref().filter(|name| !name.is_empty()) {
+        None => containerd::artifacts(global)?.rows()?.of_kind(Kind::Ztoc).collect(),
+        Some(name) => of_image(&Session::open(global)?, name)?,
+    };
+    found.retain(|(digest, _)| only.is_none_or(|only| only == *digest));
+    if found.is_empty() && only.is_some() && args.image_ref.is_some() {
+        return Err(ZtocCommandError::NotOfImage);
+    }
+    let layer = |row: &Row| row.describes.map(|d| d.to_string()).unwrap_or_default();
+    let text = if args.json {
+        #[derive(Serialize)]
+        struct Entry {
+            digest: Digest,
+            size: u64,
+            layer_digest: String,
+            span_size: u64,
+        }
+        let entry = |(digest, row): &(Digest, Row)| Entry {
+            digest: *digest,
+            size: row.size,
+            layer_digest: layer(row),
+            span_size: row.span_size,
+        };
+        serde_json::to_string_pretty(&found.iter().map(entry).collect::<Vec<_>>()).unwrap_or_default() + "\n"
+    } else if args.quiet {
+        found.iter().map(|(digest, _)| format!("{digest}\n")).collect()
+    } else {
+        let mut lines = vec![head(["DIGEST", "SIZE", "LAYER DIGEST"])];
+        lines.extend(found.iter().map(|(d, row)| vec![d.to_string(), row.size.to_string(), layer(row)]));
+        table(&lines)
+    };
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(ZtocCommandError::Output)
+}
+
+/// The zTOCs of an image's indexes, in the order of each index; indexes that are not there any more are passed over.
+fn of_image(session: &Session, name: &str) -> Result<Vec<(Digest, Row)>, ZtocCommandError> {
+    let manifests = index::manifests_of(session, &session.image(name)?, &[])?;
+    let rows = session.artifacts.rows()?;
+    let is_its = |row: &Row| row.describes.is_some_and(|digest| manifests.contains(&digest));
+    let mut indexes: Vec<(Digest, Row)> = rows.of_kind(Kind::Index).filter(|(_, row)| is_its(row)).collect();
+    indexes.sort_by_key(|(_, row)| std::cmp::Reverse(row.created_at));
+    let (mut found, mut seen) = (Vec::new(), HashSet::new());
+    for (digest, _) in indexes {
+        let Some(bytes) = session.artifact(digest)? else { continue };
+        let Some(manifest) = store::soci_index(&bytes) else { continue };
+        for blob in manifest.layers.iter().filter(|blob| blob.media_type == crate::oci::media_type::ZTOC) {
+            if seen.insert(blob.digest) {
+                let row = rows.get(blob.digest).ok_or(ZtocCommandError::NotRecorded(blob.digest))?;
+                found.push((blob.digest, row));
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Gives the content of `file` to `write`, span by span, each verified before a byte of it is used.
@@ -212,7 +356,7 @@ fn extract(
     ztoc: &Ztoc<'_>,
     bytes: &[u8],
     file: &FileRef<'_>,
-    layer: &Blob,
+    layer: &Layer,
     write: &mut dyn FnMut(&[u8]) -> Result<(), ZtocCommandError>,
 ) -> Result<(), ZtocCommandError> {
     let table = ztoc.spans();
@@ -225,7 +369,7 @@ fn extract(
             length.and_then(|n| usize::try_from(n).ok()).ok_or(ZtocCommandError::SpanSize { span: number })
         };
         let mut compressed = vec![0; length(&span.compressed)?];
-        layer.read_at(&mut compressed, span.compressed.start).map_err(ZtocCommandError::Read)?;
+        layer.read_at(&mut compressed, span.compressed.start)?;
         if Digest::of(&compressed) != span.digest {
             return Err(ZtocCommandError::SpanDigest { span: number });
         }

@@ -104,11 +104,15 @@ pub fn all(layout: &Layout) -> Vec<SnapshotId> {
     ids
 }
 
-/// The content is on disk when this returns; the name is when the snapshot is committed, which syncs the same filesystem's journal.
+/// Content and name are on disk when this returns: the snapshot that is committed next counts on them after a power cut.
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let mut file = fs::File::create(&temporary)?;
     file.write_all(bytes)?;
     file.sync_data()?;
-    fs::rename(temporary, path)
+    fs::rename(temporary, path)?;
+    match path.parent() {
+        Some(directory) => fs::File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
 }

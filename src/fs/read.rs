@@ -14,7 +14,10 @@
 
 use super::header::{self, HeaderMismatch};
 use super::tree::Layer;
-use crate::layers::toc::{Kind, Node};
+use crate::layers::{
+    prior,
+    toc::{Kind, Node},
+};
 use crate::oci::Digest;
 use bytes::Bytes;
 use std::ops::Range;
@@ -27,6 +30,8 @@ pub trait LayerData: Send + Sync {
     /// Verified bytes of `range`, all of them. May be dropped at any await when the reader's process dies. While it waits it
     /// should hold no memory in proportion to `range`.
     fn read(&self, range: Range<u64>) -> Pin<Box<dyn Future<Output = Result<Bytes, ReadError>> + Send + '_>>;
+    /// A program or library that lies at `_file` is in use: the byte at `_touched` is wanted, the rest is likely to be.
+    fn in_use(&self, _file: Range<u64>, _touched: u64) {}
     /// Compressed bytes that are here.
     fn fetched(&self) -> u64;
     fn compressed_size(&self) -> u64;
@@ -134,6 +139,9 @@ pub(super) async fn read(layer: &Layer, node: &Node, range: Range<u64>) -> Resul
     if layer.must_check_header(node.index) {
         let region = layer.data.read(node.header()).await?;
         check_header(layer, node, &exactly(region, &node.header())?)?;
+    }
+    if prior::is_code(layer.toc.name(node.index), node.mode & 0o7777) {
+        layer.data.in_use(node.offset..node.offset.saturating_add(node.size), range.start);
     }
     exactly(layer.data.read(range.clone()).await?, &range)
 }

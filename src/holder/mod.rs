@@ -165,10 +165,19 @@ fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         complain(format_args!("telling systemd that we are ready: {error}"));
     }
+    if new_session {
+        let_go_of_stderr()?;
+    }
     sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
     let ended = Server::new(listener, holding, store).serve();
     drop(lock);
     ended
+}
+
+/// What is inherited from the daemon's terminal or pipe would keep that open for as long as we live: `daemon 2>&1 | tee log` would never end.
+fn let_go_of_stderr() -> io::Result<()> {
+    let null = std::fs::File::options().write(true).open("/dev/null")?;
+    nix::unistd::dup2_stderr(null).map_err(Into::into)
 }
 
 /// The lock that makes us the holder; `None` while somebody else is.

@@ -25,22 +25,40 @@ pub enum Likelihood {
 const CLASSES: usize = 6;
 
 impl Likelihood {
-    /// How likely one of `count` files of this class in a layer is to be read while a container starts.
+    /// How likely a file of this class and `weight` is to be read while a container starts, where the files of the class weigh `total`.
     ///
     /// What a start reads of a class does not grow with the layer: a base image has hundreds of programs and runs a handful. So the
     /// expected number is shared among them. Interpreters' modules are read in proportion: whole packages at a time.
-    fn probability(self, count: f32) -> f32 {
-        let share = |expected: f32| (expected / count.max(1.0)).min(0.5);
+    fn probability(self, weight: f32, total: f32) -> f32 {
+        let share = |expected: f32| expected * weight / total.max(1.0);
+        // A file that weighs more than most is what its layer is for.
+        let most = 0.5 * (weight / 3.0).max(1.0);
         match self {
             Likelihood::Always => 0.7,
-            Likelihood::Code => share(10.0).max(0.02),
-            Likelihood::Programs => share(1.5),
-            Likelihood::Modules => share(2.0).max(0.02),
-            Likelihood::Other => share(1.0).max(0.001),
+            Likelihood::Code => share(15.0).max(0.02).min(most),
+            Likelihood::Programs => share(1.5).min(most),
+            Likelihood::Modules => share(2.0).clamp(0.02, 0.5),
+            Likelihood::Other => share(1.0).clamp(0.001, 0.5),
             Likelihood::Rarely => 0.0002,
         }
     }
+
+    /// How much a file of `size` bytes weighs among its class. Of programs and libraries the large ones are why an image was made; small
+    /// ones come along by the hundred.
+    fn weight(self, size: u64) -> f32 {
+        match self {
+            Likelihood::Code | Likelihood::Programs => {
+                1.0 + 2.0 * (size as f32 / ORDINARY_CODE).log2().clamp(0.0, MOST_DOUBLINGS)
+            }
+            _ => 1.0,
+        }
+    }
 }
+
+/// Programs and libraries up to this size are ordinary.
+const ORDINARY_CODE: f32 = 262_144.0;
+/// A library of 16 MB or more is as likely as they get.
+const MOST_DOUBLINGS: f32 = 6.0;
 
 fn has_any(path: &[u8], parts: &[&str]) -> bool {
     parts.iter().any(|part| path.windows(part.len()).any(|window| window == part.as_bytes()))
@@ -188,6 +206,11 @@ pub fn likelihood(path: &[u8], mode: u32) -> Likelihood {
     Likelihood::Other
 }
 
+/// Whether a file is a program or a library: when one page of it is touched, others follow.
+pub fn is_code(name: &[u8], mode: u32) -> bool {
+    matches!(likelihood(name, mode), Likelihood::Always | Likelihood::Code | Likelihood::Programs)
+}
+
 /// One regular file, as much as the prior needs of it.
 #[derive(Debug, Clone, Copy)]
 pub struct File<'a> {
@@ -204,16 +227,22 @@ pub struct File<'a> {
 /// itself to tell apart those that are all but certain.
 pub struct Values<'a> {
     ends: &'a [u64],
-    /// Files of each class that have bytes in each span.
-    files: Vec<[f32; CLASSES]>,
-    /// Files of each class in the layer.
+    files: Vec<Counted>,
+    /// What the files of each class weigh together.
     totals: [f32; CLASSES],
+}
+
+struct Counted {
+    offset: u64,
+    end: u64,
+    class: Likelihood,
+    weight: f32,
 }
 
 impl<'a> Values<'a> {
     /// `ends[i]` is where span `i` ends in the uncompressed layer, ascending.
     pub fn new(ends: &'a [u64]) -> Values<'a> {
-        Values { ends, files: vec![[0.0; CLASSES]; ends.len()], totals: [0.0; CLASSES] }
+        Values { ends, files: Vec::new(), totals: [0.0; CLASSES] }
     }
 
     /// Counts one file.
@@ -221,40 +250,30 @@ impl<'a> Values<'a> {
         if file.size == 0 {
             return;
         }
-        let class = likelihood(file.path, file.mode) as usize;
-        self.totals[class] += 1.0;
-        let end = file.offset.saturating_add(file.size);
-        let first = self.ends.partition_point(|&e| e <= file.offset);
-        let mut start = file.offset;
-        for (span, &span_end) in self.ends.iter().enumerate().skip(first) {
-            if start >= end {
-                break;
-            }
-            self.files[span][class] += 1.0;
-            start = span_end;
-        }
+        let class = likelihood(file.path, file.mode);
+        let weight = class.weight(file.size);
+        self.totals[class as usize] += weight;
+        self.files.push(Counted { offset: file.offset, end: file.offset.saturating_add(file.size), class, weight });
     }
 
     /// The order in which to stream the spans. `interest` multiplies how much of the layer is expected to be read.
     pub fn order(self, interest: f32) -> Vec<Ranked> {
-        let classes = [
-            Likelihood::Always,
-            Likelihood::Code,
-            Likelihood::Programs,
-            Likelihood::Modules,
-            Likelihood::Other,
-            Likelihood::Rarely,
-        ];
-        let chance: Vec<f32> = classes.iter().zip(self.totals).map(|(c, n)| c.probability(n) * interest).collect();
-        let mut ranked: Vec<Ranked> = self
-            .files
-            .iter()
-            .enumerate()
-            .map(|(span, files)| {
-                let sum: f32 = files.iter().zip(&chance).map(|(n, p)| n * p).sum();
-                Ranked { span, value: 1.0 - (-sum).exp() + 0.02 * sum.ln_1p() }
-            })
-            .collect();
+        let mut sums = vec![0.0_f32; self.ends.len()];
+        for file in &self.files {
+            let chance = file.class.probability(file.weight, self.totals[file.class as usize]) * interest;
+            let first = self.ends.partition_point(|&end| end <= file.offset);
+            let mut start = file.offset;
+            for (sum, &span_end) in sums.iter_mut().zip(self.ends).skip(first) {
+                if start >= file.end {
+                    break;
+                }
+                *sum += chance;
+                start = span_end;
+            }
+        }
+        let value = |sum: f32| 1.0 - (-sum).exp() + 0.02 * sum.ln_1p();
+        let mut ranked: Vec<Ranked> =
+            sums.into_iter().enumerate().map(|(span, sum)| Ranked { span, value: value(sum) }).collect();
         // Steps keep runs of similar spans together: contiguous ranges are cheaper than a perfect order.
         let step = |value: f32| (value * 20.0) as u32;
         ranked.sort_by(|a, b| step(b.value).cmp(&step(a.value)).then(a.span.cmp(&b.span)));

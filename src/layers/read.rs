@@ -30,6 +30,9 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 pub(super) const TRIES: usize = 3;
 /// Parts of one read that are inflated at the same time. A read is a megabyte at most, so with spans of any sensible size it has two.
 const PARTS: usize = 4;
+/// So many spans of a program or library that is in use are wanted next: half a second of an ordinary link at most, because large libraries
+/// are rarely used as a whole.
+const IN_USE: usize = 8;
 
 /// How a span is read.
 enum Way {
@@ -369,6 +372,17 @@ impl LayerData for Layer {
             let parts: Vec<Bytes> = parts.try_collect().await?;
             Ok(parts.concat().into())
         })
+    }
+
+    fn in_use(&self, file: Range<u64>, touched: u64) {
+        if file.is_empty() || file.end > self.table.uncompressed_size {
+            return;
+        }
+        let next = self.table.span_at(touched) + 1;
+        let end = *self.table.spans_of(file).end() + 1;
+        if let (true, Some(layer)) = (next < end, self.arc()) {
+            self.shared().scheduler.near(&layer, next..end.min(next + IN_USE));
+        }
     }
 
     fn fetched(&self) -> u64 {

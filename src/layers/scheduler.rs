@@ -48,10 +48,12 @@ const MAX_FULL: Duration = Duration::from_secs(60);
 /// Under a limit, requests are cut so that so many make a second's worth.
 const REQUESTS_PER_SECOND: u64 = 4;
 
-/// So long after a reader had to wait, the next one is expected to: reads that miss come one after another.
-const CAUTION: Duration = Duration::from_millis(150);
-/// While nobody waits, so many windows may be on their way: the link must not run dry when a processor is busy elsewhere.
-const EASE: u64 = 3;
+/// So long after a reader had to wait, the next one is expected to: reads that miss come one after another, with a program's own work
+/// in between.
+const CAUTION: Duration = Duration::from_secs(2);
+/// While nobody waits, so many windows may be on their way: the link must not run dry when a processor is busy elsewhere. A first
+/// blocked read finds that much in front of it: three made a container of numpy start a fifth later than one did.
+const EASE: u64 = 2;
 
 /// How fast the background may stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,8 +15,8 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 /// Smaller pieces than this cost more in requests than they gain in share.
 const MIN_PIECE: u64 = 384 << 10;
-/// More pieces than this crowd out the background altogether.
-const MAX_PIECES: u64 = 4;
+/// More pieces than this need connections that have not got up to speed yet.
+const MAX_PIECES: u64 = 2;
 /// Chunks of a piece that wait for their turn; the pieces of one span are in memory anyway when it is complete. Larger ones are not split.
 const QUEUE: usize = 1024;
 

@@ -50,7 +50,6 @@ pub(super) enum Need {
     /// What a tag means.
     Resolve,
     /// An upload.
-    #[allow(dead_code, reason = "uploads come with push.rs, which needs only this to find its host")]
     Push,
 }
 

@@ -94,6 +94,11 @@ async fn api(
     Ok(Some(out))
 }
 
+/// The tag that stands in for the referrers of a manifest.
+pub(super) fn fallback_tag(manifest: Digest) -> String {
+    format!("sha256-{}", manifest.hex())
+}
+
 /// The index under the tag `sha256-<hex>`. That there is none means that nobody refers to the manifest.
 async fn fallback(
     site: &Site,
@@ -101,7 +106,7 @@ async fn fallback(
     places: Places,
     manifest: Digest,
 ) -> Result<Vec<Descriptor>, Failure> {
-    let path = format!("manifests/sha256-{}", manifest.hex());
+    let path = format!("manifests/{}", fallback_tag(manifest));
     let ask = Ask { kind: Kind::Referrers, path: &path, accept: Some(media_type::OCI_INDEX), range: None, blob: None };
     let body = site.open(endpoint, places, &ask).await?;
     let request = body.request().clone();

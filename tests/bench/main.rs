@@ -4,14 +4,16 @@
 //! make bench                                             every section, moderately short
 //! make bench ARGS="images=redis,numpy engines=ctd2,ours n=1 sections=pull links=region"
 //! ```
-//! Sections: `pull` (pull, run, ready over a slow link), `eager` (the same of images without an index), `full` (a container that reads all of its image), `ztoc` (building the index), `reads`
-//! (through the mount, beside overlayfs), `mount` (time to mount by number of files, memory by number of layers).
+//! Sections: `pull` (pull, run, ready over a slow link), `eager` (the same of images without an index), `full` (a container that reads all of its
+//! image), `ztoc` (building the index), `index` (the same from containerd, and from registry to registry), `reads` (through the mount, beside
+//! overlayfs), `mount` (time to mount by number of files, memory by number of layers).
 #![forbid(unsafe_code)]
 
 #[path = "../support/mod.rs"]
 mod support;
 
 mod eager;
+mod index;
 mod mounts;
 mod options;
 mod pull;
@@ -39,6 +41,7 @@ fn main() {
             Section::Full => pull::measure(&options, pull::Reader::Everything, &mut report),
             Section::Eager => eager::measure(&options, &mut report),
             Section::Ztoc => ztoc::measure(&options, &mut report),
+            Section::Index => index::measure(&options, &mut report),
             Section::Reads => reads::measure(&options, &mut report),
             Section::Mount => mounts::measure(&options, &mut report),
         }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 pub const USAGE: &str = "\
 bench [key=value]…
-  sections=pull,full,…      what to measure: pull eager full ztoc reads mount
+  sections=pull,full,…      what to measure: pull eager full ztoc index reads mount
   images=redis,numpy,…      of: redis nginx numpy node postgres rabbitmq ffmpeg tensorflow torch
   engines=ctd2,ours,…       of: ctd16 ctd2 ctd2par docker ours ours16 fallback
   links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; none; or MBIT:MICROSECONDS
@@ -23,16 +23,18 @@ pub enum Section {
     Eager,
     Full,
     Ztoc,
+    Index,
     Reads,
     Mount,
 }
 
 impl Section {
-    const ALL: [(&str, Section); 6] = [
+    const ALL: [(&str, Section); 7] = [
         ("pull", Section::Pull),
         ("eager", Section::Eager),
         ("full", Section::Full),
         ("ztoc", Section::Ztoc),
+        ("index", Section::Index),
         ("reads", Section::Reads),
         ("mount", Section::Mount),
     ];
@@ -105,7 +107,7 @@ impl Options {
                     &["redis", "numpy", "node", "postgres", "rabbitmq", "ffmpeg", "tensorflow"]
                 }
                 Section::Pull | Section::Eager => &["redis", "ffmpeg", "tensorflow"],
-                Section::Ztoc => &["ffmpeg", "tensorflow"],
+                Section::Ztoc | Section::Index => &["ffmpeg", "tensorflow"],
                 _ => &["numpy", "ffmpeg"],
             };
             self.images.clone().unwrap_or_else(|| default.iter().map(|i| i.to_string()).collect())

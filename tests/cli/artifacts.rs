@@ -142,13 +142,16 @@ fn the_output_is_that_of_the_go_transcript() {
 }
 
 #[test]
-fn the_store_of_containerd_is_refused_with_what_to_do() {
+fn stores_that_are_not_there_are_named() {
+    let dir = tempfile::tempdir().unwrap();
     let digest = Digest::of(b"x").to_string();
+    let (root, address) = (dir.path().join("root"), dir.path().join("no.sock"));
+    let here = ["--root", root.to_str().unwrap(), "--address", address.to_str().unwrap()];
     for store in [&[][..], &["--content-store", "containerd"], &["--content-store="]] {
-        soci(store.iter().copied().chain(["ztoc", "info", &digest])).failed(&[
-            "cannot read containerd's content store yet",
-            "--content-store soci",
-            "--layout PATH",
+        soci(here.iter().chain(store).copied().chain(["ztoc", "info", &digest])).failed(&[
+            "cannot reach containerd at ",
+            "no.sock",
+            "--address",
         ]);
     }
     soci(["--content-store", "bogus", "ztoc", "info", &digest])

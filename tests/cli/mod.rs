@@ -3,8 +3,13 @@
 mod artifacts;
 mod golden;
 mod hostile;
+mod images;
+mod lab;
 mod layouts;
+mod push;
+mod transcript;
 mod usage;
+mod words;
 
 use soci::oci::{Descriptor, Digest, Index, Manifest, Platform, media_type, to_canonical_json};
 use std::{

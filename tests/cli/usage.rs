@@ -19,7 +19,7 @@ fn the_version_is_one_that_nerdctl_can_read() {
 
 #[test]
 fn no_command_is_help_and_an_unknown_one_is_exit_status_three() {
-    for line in ["", "help", "-h", "ztoc", "index", "convert --help", "ztoc help info"] {
+    for line in ["", "help", "-h", "ztoc", "index", "prefetch", "convert --help", "ztoc help info"] {
         let ran = soci(words(line));
         if line == "ztoc help info" {
             assert_eq!(ran.code, 3);
@@ -28,7 +28,7 @@ fn no_command_is_help_and_an_unknown_one_is_exit_status_three() {
         assert!(ran.ok().text().contains("Usage: soci"), "{line}");
     }
     for (line, name) in
-        [("bogus", "bogus"), ("image rpull", "image"), ("create x", "create"), ("--debug push x", "push")]
+        [("bogus", "bogus"), ("image rpull", "image"), ("rebuild_db", "rebuild_db"), ("--debug pull x", "pull")]
     {
         let ran = soci(words(line));
         assert_eq!((ran.code, ran.stderr.as_str()), (3, format!("No help topic for '{name}'\n").as_str()), "{line}");
@@ -54,7 +54,15 @@ fn wrong_values_are_told_in_the_words_that_scripts_look_for() {
         ("convert --standalone --prefetch-files-json /nope a b", "failed to parse prefetch files: /nope"),
         ("convert --standalone /nope/in b", "failed to access input /nope/in: "),
         ("convert --bogus a b", "Incorrect Usage: flag provided but not defined: -bogus"),
-        ("convert a b", "--standalone"),
+        ("convert a b", "the destination image must be a tagged ref"),
+        ("convert --standalone --span-size 4096 a b", "a span size of 4096 bytes makes no sense: spans from 65536"),
+        ("convert --standalone --max-memory 7x a b", "not a number of bytes"),
+        ("push", "please provide an image reference to push"),
+        (
+            "push --existing-index bogus x",
+            "unexpected value for flag existing-index: bogus, expected types [warn skip allow]",
+        ),
+        ("create", "source image needs to be specified"),
         ("index info", "invalid checksum digest format"),
         ("index info bogus", "invalid checksum digest format"),
         ("ztoc info", "invalid checksum digest format"),

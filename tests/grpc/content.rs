@@ -44,6 +44,19 @@ impl Content for Store {
         Ok(Response::new(Box::pin(futures::stream::iter(chunks))))
     }
 
+    // The rest is never asked for.
+    type ListStream = BoxStream<'static, Result<ListContentResponse, Status>>;
+
+    async fn list(&self, _: Request<ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+        Err(Status::unimplemented("list"))
+    }
+    async fn update(&self, _: Request<UpdateRequest>) -> Result<Response<UpdateResponse>, Status> {
+        Err(Status::unimplemented("update"))
+    }
+    async fn delete(&self, _: Request<DeleteContentRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented("delete"))
+    }
+
     type WriteStream = BoxStream<'static, Result<WriteContentResponse, Status>>;
 
     async fn write(&self, _: Request<Streaming<WriteContentRequest>>) -> Result<Response<Self::WriteStream>, Status> {

@@ -9,12 +9,14 @@
 #   bin/referrers                                     a registry with the referrers API
 #   bin/rpull                                         a client that sends the labels of ctr-remote or nerdctl
 #   bin/nfqdelay                                      delay for the shaped link
+#   bin/bbolt                                         bbolt's own tool: checks the database that the soci tool writes
 set -euo pipefail
 LAB=$(dirname "$(readlink -f "$0")"); cd "$LAB"
 CACHE=${SOCI_LAB_CACHE:-${HOME:-/root}/.cache/soci-lab}
 BIN=$CACHE/bin
 CONTAINERD=v2.2.1
 DISTRIBUTION=v3.0.0
+BBOLT=v1.4.3  # what containerd 2.2 uses
 GO=1.25.5     # fetched only if the machine's own Go is older than GO_AT_LEAST
 GO_AT_LEAST=24 # containerd 2.2 wants go 1.24
 
@@ -97,6 +99,11 @@ build_go() (
         cd /
         GOBIN=$BIN/tmp CGO_ENABLED=0 quietly nice "$go" install -p 2 -ldflags "-s -w" github.com/distribution/distribution/v3/cmd/registry@$DISTRIBUTION
         mv "$BIN/tmp/registry" "$BIN/registry3"; rmdir "$BIN/tmp"
+    fi
+    if ! have bbolt; then
+        say "building bbolt $BBOLT"
+        cd /
+        GOBIN=$BIN CGO_ENABLED=0 quietly nice "$go" install -p 2 -ldflags "-s -w" go.etcd.io/bbolt/cmd/bbolt@$BBOLT
     fi
     for program in referrers rpull; do
         have $program && [ "$BIN/$program" -nt "$LAB/$program/main.go" ] && continue

@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, RenameFlags, copy_file_range, linkat, renameat_wi
 use std::{
     collections::BTreeSet,
     fs::{File, Permissions},
-    io::{self, Read, Write},
+    io::{self, Write},
     os::{
         fd::AsRawFd,
         unix::fs::{MetadataExt, PermissionsExt},
@@ -324,17 +324,6 @@ fn copy(blob: &Blob, digest: Digest, mut out: &File) -> Result<(), WriteError> {
     }
     // A file that grew is not copied further than its length was; one that shrank failed above.
     Ok(())
-}
-
-/// Reads a blob to its end and says what its digest is.
-pub fn digest_of(blob: &Blob) -> io::Result<Digest> {
-    let (mut hasher, mut reader, mut buffer) = (Hasher::new(), blob.reader(), vec![0; 256 << 10]);
-    loop {
-        match reader.read(&mut buffer)? {
-            0 => return Ok(hasher.finish()),
-            read => hasher.update(&buffer[..read]),
-        }
-    }
 }
 
 /// The few tar headers of an `oci-archive`: no owner, no time, so that equal content gives equal bytes.

@@ -1,6 +1,6 @@
 //! Prefetch artifacts: which spans should be fetched when a container starts (`formats.md` 6). Pure, but for reading the list.
 
-use super::ConvertError;
+use super::IndexingError;
 use crate::{
     oci::{Digest, to_canonical_json},
     ztoc::Ztoc,
@@ -15,10 +15,10 @@ const MAX_LIST: u64 = 16 << 20;
 pub type Range = (u32, u32);
 
 /// The paths asked for, cleaned: the flags first, then the strings of the JSON file.
-pub fn paths(flags: &[String], list: Option<&Path>) -> Result<Vec<String>, ConvertError> {
+pub fn paths(flags: &[String], list: Option<&Path>) -> Result<Vec<String>, IndexingError> {
     let mut paths: Vec<String> = flags.to_vec();
     if let Some(list) = list {
-        let failed = |why: String| ConvertError::PrefetchList { path: list.to_owned(), why };
+        let failed = |why: String| IndexingError::PrefetchList { path: list.to_owned(), why };
         let mut text = String::new();
         let file = File::open(list).map_err(|e| failed(e.to_string()))?;
         file.take(MAX_LIST + 1).read_to_string(&mut text).map_err(|e| failed(e.to_string()))?;

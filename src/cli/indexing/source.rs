@@ -1,12 +1,15 @@
-//! What a layout holds: one image for one platform, or a list of images, resolved from `index.json` as the Go CLI does
-//! (`formats.md` 4.6), and the platform of every entry.
+//! What a layout, an image record or a tag names: one image for one platform, or a list of images (of a layout, resolved from
+//! `index.json` as the Go CLI does, `formats.md` 4.6), and the platform of every entry.
 //!
 //! Where we deviate: an entry without platform takes it from its image's configuration (the Go CLI refuses the layout), and
 //! several entries of `index.json` that are the same nested index count as one.
 
-use super::ConvertError;
+use super::IndexingError;
 use crate::{
-    cli::layout::{LayoutError, OciLayout, json},
+    cli::{
+        blobs::{self, BlobError, Blobs, json},
+        layout::OciLayout,
+    },
     oci::{Descriptor, ImageConfig, Index, Manifest, Platform, media_type},
 };
 use serde::Deserialize;
@@ -48,52 +51,84 @@ pub struct Image {
     pub platforms: Vec<Platform>,
     /// The platform to index unless told otherwise.
     pub default: Platform,
+    /// What was named is one manifest, not a list.
+    pub single: bool,
+    /// The first entry that names no platform itself.
+    pub unnamed: Option<usize>,
 }
 
 /// Reads the image of a layout.
-pub fn resolve(layout: &OciLayout) -> Result<Image, ConvertError> {
+pub fn of_layout(layout: &OciLayout) -> Result<Image, IndexingError> {
     let (root, made_up) = root(layout)?;
-    let (mut base, single) = match &root {
+    let (base, single) = match &root {
         Root::List { index, .. } => ((**index).clone(), false),
         Root::Manifest(descriptor) => (list_of(vec![descriptor.clone()]), true),
     };
+    resolve(layout, base, single, made_up)
+}
+
+/// Reads the image that a record of containerd or a tag of a registry names.
+pub fn of_target(blobs: &dyn Blobs, target: &Descriptor) -> Result<Image, IndexingError> {
+    if media_type::is_manifest(&target.media_type) {
+        let target = Descriptor::new(&target.media_type, target.digest, target.size);
+        return resolve(blobs, list_of(vec![target]), true, None);
+    }
+    if !media_type::is_index(&target.media_type) {
+        return Err(IndexingError::NotAnImage(target.media_type.clone()));
+    }
+    let mut base = index(&target.digest.to_string(), &blobs.document(target)?)?;
+    for entry in &mut base.manifests {
+        name_type(blobs, entry)?;
+    }
+    resolve(blobs, base, false, None)
+}
+
+fn resolve(blobs: &dyn Blobs, mut base: Index, single: bool, made_up: Option<Vec<u8>>) -> Result<Image, IndexingError> {
     base.media_type = media_type::OCI_INDEX.into();
     if base.manifests.len() > MAX_ENTRIES {
-        return Err(ConvertError::TooMany { what: "manifests", limit: MAX_ENTRIES as u64 });
+        return Err(IndexingError::TooMany { what: "manifests", limit: MAX_ENTRIES as u64 });
     }
     let mut kinds = Vec::with_capacity(base.manifests.len());
-    let mut read = 0u64;
-    for entry in &mut base.manifests {
+    let (mut read, mut first_unnamed) = (0u64, None);
+    for (at, entry) in base.manifests.iter_mut().enumerate() {
         read = read.saturating_add(entry.size);
         if read > MAX_MANIFESTS {
-            return Err(ConvertError::TooMany { what: "bytes of manifests", limit: MAX_MANIFESTS });
+            return Err(IndexingError::TooMany { what: "bytes of manifests", limit: MAX_MANIFESTS });
         }
-        let kind = kind_of(layout, entry)?;
+        let kind = kind_of(blobs, entry)?;
         if single && kind == Kind::Absent {
-            layout.blob_of(entry)?;
+            blobs.check(entry)?;
         }
         let unnamed = entry.platform.as_ref().is_none_or(|p| p.os.is_empty() && p.architecture.is_empty());
+        if unnamed && !single && first_unnamed.is_none() {
+            first_unnamed = Some(at);
+        }
         if let Kind::Image(manifest) = &kind
             && unnamed
         {
-            entry.platform = platform_of_config(layout, &manifest.config)?;
+            entry.platform = platform_of_config(blobs, &manifest.config)?;
         }
         kinds.push(kind);
     }
     let platforms: Vec<Platform> = base.manifests.iter().filter_map(|entry| platform_of(entry).cloned()).collect();
     let default = match platforms.first() {
-        None => return Err(ConvertError::NoPlatforms),
+        None => {
+            let nested = kinds.iter().position(|kind| *kind == Kind::Nested);
+            return Err(
+                nested.map_or(IndexingError::NoPlatforms, |at| IndexingError::NestedList(base.manifests[at].digest))
+            );
+        }
         Some(first) if single => first.clone(),
         Some(_) => Platform::host(),
     };
-    Ok(Image { base, kinds, made_up, platforms, default })
+    Ok(Image { base, kinds, made_up, platforms, default, single, unnamed: first_unnamed })
 }
 
 impl Image {
     /// The first image for `platform`: its place in the list, and its manifest.
-    pub fn find(&self, platform: &Platform) -> Result<(usize, &Manifest), ConvertError> {
+    pub fn find(&self, platform: &Platform) -> Result<(usize, &Manifest), IndexingError> {
         let entries = self.base.manifests.iter().zip(&self.kinds).enumerate();
-        let absent = || ConvertError::PlatformNotFound {
+        let absent = || IndexingError::PlatformNotFound {
             wanted: platform.to_string(),
             found: self.platforms.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
         };
@@ -127,8 +162,8 @@ pub fn list_of(manifests: Vec<Descriptor>) -> Index {
 }
 
 /// What `index.json` points at, without the entries whose blobs are absent; and the list that had to be made up for it.
-fn root(layout: &OciLayout) -> Result<(Root, Option<Vec<u8>>), ConvertError> {
-    let mut top = layout.index()?;
+fn root(layout: &OciLayout) -> Result<(Root, Option<Vec<u8>>), IndexingError> {
+    let mut top = layout.index().map_err(BlobError::from)?;
     if let [only] = top.manifests.as_mut_slice() {
         name_type(layout, only)?;
     }
@@ -139,15 +174,15 @@ fn root(layout: &OciLayout) -> Result<(Root, Option<Vec<u8>>), ConvertError> {
         top.manifests.truncate(1);
     }
     let list = match top.manifests.as_slice() {
-        [] => return Err(ConvertError::EmptyLayout),
+        [] => return Err(IndexingError::EmptyLayout),
         [only] if !media_type::is_index(&only.media_type) => {
             return match media_type::is_manifest(&only.media_type) {
                 true => Ok((Root::Manifest(only.clone()), None)),
-                false => Err(ConvertError::NotAnImage(only.media_type.clone())),
+                false => Err(IndexingError::NotAnImage(only.media_type.clone())),
             };
         }
         [nested] => {
-            let bytes = layout.document(nested)?;
+            let bytes = layout.document(nested).map_err(BlobError::from)?;
             let index = index(&nested.digest.to_string(), &bytes)?;
             Root::List { descriptor: Some(nested.clone()), index: Box::new(index) }
         }
@@ -156,14 +191,14 @@ fn root(layout: &OciLayout) -> Result<(Root, Option<Vec<u8>>), ConvertError> {
     let Root::List { descriptor, mut index } = list else { return Ok((list, None)) };
     let before = index.manifests.len();
     if before > MAX_ENTRIES {
-        return Err(ConvertError::TooMany { what: "manifests", limit: MAX_ENTRIES as u64 });
+        return Err(IndexingError::TooMany { what: "manifests", limit: MAX_ENTRIES as u64 });
     }
     index.manifests.retain(|entry| layout.has(entry.digest));
     for entry in &mut index.manifests {
         name_type(layout, entry)?;
     }
     match (index.manifests.as_mut_slice(), descriptor) {
-        ([], _) => Err(ConvertError::NothingAvailable),
+        ([], _) => Err(IndexingError::NothingAvailable),
         ([only], _) if media_type::is_manifest(&only.media_type) => Ok((Root::Manifest(only.clone()), None)),
         (left, Some(descriptor)) if left.len() == before => {
             Ok((Root::List { descriptor: Some(descriptor), index }, None))
@@ -179,7 +214,7 @@ fn root(layout: &OciLayout) -> Result<(Root, Option<Vec<u8>>), ConvertError> {
 }
 
 /// Parses an index; what claims to be, or looks like, a manifest is refused.
-fn index(what: &str, bytes: &[u8]) -> Result<Index, ConvertError> {
+fn index(what: &str, bytes: &[u8]) -> Result<Index, IndexingError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Shape {
@@ -192,26 +227,26 @@ fn index(what: &str, bytes: &[u8]) -> Result<Index, ConvertError> {
     let shape: Shape = json(what, bytes)?;
     let claims = shape.media_type.is_some_and(|m| media_type::is_manifest(&m));
     if claims || shape.config.is_some() || shape.layers.is_some() || shape.fs_layers.is_some() {
-        return Err(ConvertError::ManifestForIndex(what.to_owned()));
+        return Err(IndexingError::ManifestForIndex(what.to_owned()));
     }
     Ok(json(what, bytes)?)
 }
 
 /// Fills in a missing media type from the document.
-fn name_type(layout: &OciLayout, entry: &mut Descriptor) -> Result<(), ConvertError> {
+fn name_type(blobs: &dyn Blobs, entry: &mut Descriptor) -> Result<(), IndexingError> {
     #[derive(Deserialize)]
     struct Shape {
         manifests: Option<serde::de::IgnoredAny>,
     }
-    if entry.media_type.is_empty() && layout.has(entry.digest) {
-        let shape: Shape = layout.parsed(entry)?;
+    if entry.media_type.is_empty() && blobs.has(entry.digest)? {
+        let shape: Shape = blobs::parsed(blobs, entry)?;
         let name = if shape.manifests.is_some() { media_type::OCI_INDEX } else { media_type::OCI_MANIFEST };
         entry.media_type = name.to_owned();
     }
     Ok(())
 }
 
-fn kind_of(layout: &OciLayout, entry: &Descriptor) -> Result<Kind, LayoutError> {
+fn kind_of(blobs: &dyn Blobs, entry: &Descriptor) -> Result<Kind, BlobError> {
     if media_type::is_index(&entry.media_type) {
         return Ok(Kind::Nested);
     }
@@ -221,10 +256,13 @@ fn kind_of(layout: &OciLayout, entry: &Descriptor) -> Result<Kind, LayoutError> 
     if !media_type::is_manifest(&entry.media_type) {
         return Ok(Kind::Unknown);
     }
-    if !layout.has(entry.digest) {
+    if !blobs.has(entry.digest)? {
         return Ok(Kind::Absent);
     }
-    let manifest: Manifest = layout.parsed(entry)?;
+    let manifest: Manifest = match blobs::parsed(blobs, entry) {
+        Err(e) if e.is_missing() => return Ok(Kind::Absent),
+        other => other?,
+    };
     Ok(match manifest.config.media_type.as_str() {
         media_type::OCI_CONFIG | DOCKER_CONFIG => Kind::Image(Box::new(manifest)),
         media_type::SOCI_INDEX_V1 | media_type::SOCI_INDEX_V2 => Kind::SociIndex,
@@ -241,7 +279,7 @@ fn is_known(p: &Platform) -> bool {
     !matches!(p.os.as_str(), "" | "unknown") && !matches!(p.architecture.as_str(), "" | "unknown")
 }
 
-fn platform_of_config(layout: &OciLayout, config: &Descriptor) -> Result<Option<Platform>, LayoutError> {
-    let config: ImageConfig = layout.parsed(config)?;
+fn platform_of_config(blobs: &dyn Blobs, config: &Descriptor) -> Result<Option<Platform>, BlobError> {
+    let config: ImageConfig = blobs::parsed(blobs, config)?;
     Ok(Some(config.platform.normalised()).filter(is_known))
 }

@@ -18,6 +18,7 @@ pub const VERSION: &str = env!("SOCI_VERSION");
 const REVISION: &str = env!("SOCI_REVISION");
 
 const GLOBAL: &str = "Global options";
+const REGISTRY: &str = "Registry options";
 
 /// Index container images for lazy loading.
 #[derive(Debug, Parser)]
@@ -61,18 +62,34 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make a SOCI index (v1) for an image; `soci push` uploads it
+    Create(Box<Create>),
     /// Turn an image into one that carries its SOCI index (v2)
     Convert(Box<Convert>),
-    /// Look into SOCI indexes
+    /// Upload the SOCI index (v1) of an image to the image's registry
+    Push(Box<Push>),
+    /// List, look into and remove SOCI indexes
     Index {
         #[command(subcommand)]
         command: Option<IndexCommand>,
     },
-    /// Look into zTOCs
+    /// List and look into zTOCs
     Ztoc {
         #[command(subcommand)]
         command: Option<ZtocCommand>,
     },
+    /// List and look into prefetch artifacts
+    Prefetch {
+        #[command(subcommand)]
+        command: Option<PrefetchCommand>,
+    },
+    /// Make artifacts.db agree with what is in the content store
+    RebuildDb(RebuildDb),
+    /// Print what a shell needs to complete soci's commands and flags
+    Completions(Completions),
+    /// Write soci's man pages
+    #[command(hide = true)]
+    Man(Man),
     /// Show what the snapshotter of this node does: images, layers, how much is here, errors
     Status(Status),
     /// Show what was decided for each layer of an image, and why
@@ -90,30 +107,42 @@ pub enum Command {
 
 #[derive(Debug, Subcommand)]
 pub enum IndexCommand {
+    /// List SOCI indexes, newest first
+    #[command(visible_alias = "ls")]
+    List(IndexList),
     /// Print a SOCI index as indented JSON
     Info(Info),
+    /// Remove SOCI indexes
+    #[command(visible_alias = "rm")]
+    Remove(IndexRemove),
 }
 
 #[derive(Debug, Subcommand)]
 pub enum ZtocCommand {
+    /// List zTOCs
+    #[command(visible_alias = "ls")]
+    List(ZtocList),
     /// Print what is in a zTOC, as JSON
     Info(Info),
     /// Print or save one file of a layer, found through the layer's zTOC
     GetFile(GetFile),
 }
 
-/// `soci convert`.
+#[derive(Debug, Subcommand)]
+pub enum PrefetchCommand {
+    /// List prefetch artifacts
+    #[command(visible_alias = "ls")]
+    List(PrefetchList),
+    /// Print which spans a prefetch artifact names
+    Info(PrefetchInfo),
+}
+
+/// How an image is indexed; the same for `create` and `convert`.
 #[derive(Debug, ClapArgs)]
-pub struct Convert {
+pub struct Indexing {
     #[command(flatten)]
     pub platforms: Platforms,
-    /// Work on OCI layouts, without containerd: SOURCE and DESTINATION are paths
-    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
-    pub standalone: bool,
-    /// What to write with --standalone: oci-archive (a tar file) or oci-dir (a directory)
-    #[arg(long, default_value = "oci-archive", value_parser = Format::parse)]
-    pub format: Format,
-    /// Uncompressed bytes that are fetched and verified together
+    /// Uncompressed bytes that are fetched and verified together: 65536 to 134217728
     #[arg(long, default_value = "4194304", value_parser = values::int64)]
     pub span_size: i64,
     /// Smaller layers get no zTOC
@@ -131,12 +160,205 @@ pub struct Convert {
     /// A JSON array of such files
     #[arg(long)]
     pub prefetch_files_json: Option<PathBuf>,
+    /// Memory that layers being indexed may take together, for example 512MiB
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = values::bytes)]
+    pub max_memory: u64,
     /// Print one JSON document on stdout instead of a line for each layer
     #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
     pub json: bool,
+    /// Print nothing but warnings, errors and digests
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub quiet: bool,
+}
+
+/// How the registry is reached; the same for all commands that reach one.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Access {
+    /// Login: user[:password]; without it, docker's configuration and its login helpers are asked
+    #[arg(short, long, help_heading = REGISTRY)]
+    pub user: Option<String>,
+    /// Talk plain HTTP to the registry
+    #[arg(long, help_heading = REGISTRY, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub plain_http: bool,
+    /// Do not check the registry's certificate
+    #[arg(short = 'k', long, help_heading = REGISTRY, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub skip_verify: bool,
+    /// Directories with hosts.toml files, as containerd has them
+    #[arg(long, help_heading = REGISTRY, value_delimiter = ',', value_name = "DIR")]
+    pub hosts_dir: Vec<PathBuf>,
+    /// Certificate authority that the registry's certificate is checked with
+    #[arg(long, help_heading = REGISTRY, value_name = "FILE")]
+    pub tlscacert: Option<PathBuf>,
+    /// Our own certificate
+    #[arg(long, help_heading = REGISTRY, value_name = "FILE")]
+    pub tlscert: Option<PathBuf>,
+    /// The key of our own certificate
+    #[arg(long, help_heading = REGISTRY, value_name = "FILE")]
+    pub tlskey: Option<PathBuf>,
+    /// Accepted for the Go CLI's sake
+    #[arg(long, hide = true)]
+    pub refresh: Option<String>,
+    /// Accepted for the Go CLI's sake; see --debug
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub http_dump: bool,
+    /// Accepted for the Go CLI's sake; see --debug
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub http_trace: bool,
+}
+
+/// `soci create`.
+#[derive(Debug, ClapArgs)]
+pub struct Create {
+    #[command(flatten)]
+    pub indexing: Indexing,
+    /// Read the image from its registry and push the index there, without containerd
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub registry: bool,
+    #[command(flatten)]
+    pub access: Access,
+    /// Name of the image
+    #[arg(value_name = "IMAGE")]
+    pub operands: Vec<String>,
+}
+
+/// `soci convert`.
+#[derive(Debug, ClapArgs)]
+pub struct Convert {
+    #[command(flatten)]
+    pub indexing: Indexing,
+    /// Work on OCI layouts, without containerd: SOURCE and DESTINATION are paths
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub standalone: bool,
+    /// What to write with --standalone: oci-archive (a tar file) or oci-dir (a directory)
+    #[arg(long, default_value = "oci-archive", value_parser = Format::parse)]
+    pub format: Format,
+    /// From registry to registry, without containerd and without disk: SOURCE and DESTINATION are references
+    #[arg(long, conflicts_with = "standalone", num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub registry: bool,
+    #[command(flatten)]
+    pub access: Access,
     /// SOURCE and DESTINATION
     #[arg(value_name = "SOURCE DESTINATION")]
     pub operands: Vec<OsString>,
+}
+
+/// `soci push`.
+#[derive(Debug, ClapArgs)]
+pub struct Push {
+    #[command(flatten)]
+    pub platforms: Platforms,
+    #[command(flatten)]
+    pub access: Access,
+    /// Accepted for the Go CLI's sake
+    #[arg(long, hide = true, env = "CONTAINERD_SNAPSHOTTER")]
+    pub snapshotter: Option<String>,
+    /// When the image has an index already: warn (and push), skip, or allow (do not look)
+    #[arg(long, default_value = "warn")]
+    pub existing_index: String,
+    /// Blobs at a time
+    #[arg(long, default_value = "3", value_parser = values::uint64)]
+    pub max_concurrent_uploads: u64,
+    /// Print one JSON document on stdout instead of lines
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub json: bool,
+    /// Print only the digests of the indexes
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub quiet: bool,
+    /// Name of the image
+    #[arg(value_name = "IMAGE")]
+    pub operands: Vec<String>,
+}
+
+/// `soci index list`.
+#[derive(Debug, ClapArgs)]
+pub struct IndexList {
+    /// Only indexes of this image
+    #[arg(long, value_name = "IMAGE")]
+    pub r#ref: Option<String>,
+    /// Print digests only
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub quiet: bool,
+    /// Only indexes for os/architecture[/variant] (may be repeated)
+    #[arg(short, long, value_delimiter = ',')]
+    pub platform: Vec<String>,
+    /// Print a JSON array
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub json: bool,
+    #[arg(hide = true)]
+    pub operands: Vec<OsString>,
+}
+
+/// `soci index remove`.
+#[derive(Debug, ClapArgs)]
+pub struct IndexRemove {
+    /// Remove all indexes of this image
+    #[arg(long, value_name = "IMAGE")]
+    pub r#ref: Option<String>,
+    /// Digests of indexes
+    #[arg(value_name = "DIGEST")]
+    pub operands: Vec<String>,
+}
+
+/// `soci ztoc list`.
+#[derive(Debug, ClapArgs)]
+pub struct ZtocList {
+    /// Only this zTOC
+    #[arg(long, value_name = "DIGEST")]
+    pub ztoc_digest: Option<String>,
+    /// Only zTOCs of this image
+    #[arg(long, value_name = "IMAGE")]
+    pub image_ref: Option<String>,
+    /// Print digests only
+    #[arg(short, long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub quiet: bool,
+    /// Print a JSON array
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub json: bool,
+    #[arg(hide = true)]
+    pub operands: Vec<OsString>,
+}
+
+/// `soci prefetch list`.
+#[derive(Debug, ClapArgs)]
+pub struct PrefetchList {
+    /// Print a JSON array
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub json: bool,
+    #[arg(hide = true)]
+    pub operands: Vec<OsString>,
+}
+
+/// `soci prefetch info`.
+#[derive(Debug, ClapArgs)]
+pub struct PrefetchInfo {
+    /// Print the artifact itself, too
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value_t = false, hide_default_value = true, value_name = "BOOL", default_missing_value = "true", value_parser = values::boolean)]
+    pub json: bool,
+    /// Digest of the artifact
+    #[arg(value_name = "DIGEST")]
+    pub operands: Vec<String>,
+}
+
+/// `soci rebuild-db`.
+#[derive(Debug, ClapArgs)]
+pub struct RebuildDb {
+    #[arg(hide = true)]
+    pub operands: Vec<OsString>,
+}
+
+/// `soci completions`.
+#[derive(Debug, ClapArgs)]
+pub struct Completions {
+    /// For which shell: bash, elvish, fish, powershell or zsh
+    pub shell: clap_complete::Shell,
+}
+
+/// `soci man`.
+#[derive(Debug, ClapArgs)]
+pub struct Man {
+    /// The directory to write them to
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -153,8 +375,13 @@ pub struct Platforms {
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Daemon {
     /// Socket that containerd reaches the snapshotter at
-    #[arg(long, value_name = "SOCKET", default_value = layout::DEFAULT_ADDRESS)]
+    #[arg(long, value_name = "SOCKET", default_value = layout::DEFAULT_ADDRESS, value_parser = socket)]
     pub daemon: PathBuf,
+}
+
+/// A path, which may be written as containerd writes it: `unix:///run/…`.
+fn socket(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(text.strip_prefix("unix://").unwrap_or(text).into())
 }
 
 /// `soci status`.
@@ -328,9 +555,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Args, NotA
             Ok(command) => Err(NotACommand::Print(render(command))),
             Err(unknown) => Err(NotACommand::UnknownCommand(unknown)),
         },
-        None | Some(Command::Index { command: None } | Command::Ztoc { command: None }) => {
-            Err(NotACommand::Print(help_for(&arguments)))
-        }
+        None
+        | Some(
+            Command::Index { command: None } | Command::Ztoc { command: None } | Command::Prefetch { command: None },
+        ) => Err(NotACommand::Print(help_for(&arguments))),
         Some(_) if args.global.help => Err(NotACommand::Print(help_for(&arguments))),
         Some(_) => Ok(args),
     }
@@ -455,121 +683,4 @@ fn render(command: &clap::Command) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn read(line: &str) -> Result<Args, NotACommand> {
-        parse(line.split_whitespace().map(Into::into))
-    }
-
-    fn convert(line: &str) -> (Global, Convert) {
-        match read(line) {
-            Ok(Args { global, command: Some(Command::Convert(convert)), .. }) => (global, *convert),
-            other => panic!("{line}: {other:?}"),
-        }
-    }
-
-    fn usage(line: &str) -> String {
-        match read(line) {
-            Err(NotACommand::Usage { message, .. }) => message,
-            other => panic!("{line}: {other:?}"),
-        }
-    }
-
-    #[test]
-    fn clap_accepts_the_definitions() {
-        Args::command().debug_assert();
-    }
-
-    #[test]
-    fn a_flag_name_takes_a_value_everywhere_or_nowhere() {
-        fn walk(command: &clap::Command, known: &HashMap<String, Flag>) {
-            for arg in command.get_arguments().filter(|a| a.get_long().is_some()) {
-                let flag = &known[arg.get_long().unwrap()];
-                assert_eq!(flag.takes_value, arg.get_action().takes_values() && !arg.is_require_equals_set(), "{arg}");
-                if let Some(short) = arg.get_short() {
-                    assert_eq!(known[&short.to_string()].long, arg.get_long().unwrap(), "{arg}");
-                }
-            }
-            command.get_subcommands().for_each(|sub| walk(sub, known));
-        }
-        let mut tree = Args::command();
-        tree.build();
-        let mut known = HashMap::new();
-        flags(&tree, &mut known);
-        walk(&tree, &known);
-    }
-
-    #[test]
-    fn global_flags_stand_before_or_after_the_command_with_one_dash_or_two() {
-        for line in [
-            "--address /a --namespace n --content-store soci --root /r --timeout 30s convert in out",
-            "convert in --address=/a out -namespace n -content-store=soci --root /r -timeout 30s",
-            "-a /a convert -n n in --content-store soci -root=/r out --timeout=30s",
-        ] {
-            let (global, convert) = convert(line);
-            assert_eq!((global.address.as_str(), global.namespace.as_str()), ("/a", "n"), "{line}");
-            assert_eq!((global.content_store.as_str(), global.timeout), ("soci", Duration::from_secs(30)), "{line}");
-            assert_eq!((global.root, convert.operands.len()), (PathBuf::from("/r"), 2), "{line}");
-        }
-    }
-
-    #[test]
-    fn values_may_begin_with_a_dash_and_bools_may_be_given_one() {
-        let (_, c) = convert(
-            "convert --span-size -1 --min-layer-size 0x_10 -force=false --standalone=true --prefetch-file -force a b",
-        );
-        assert_eq!((c.span_size, c.min_layer_size, c.force, c.standalone), (-1, 16, false, true));
-        assert_eq!(c.prefetch_file, ["-force"]);
-        let (_, c) = convert("convert -f -p linux/amd64 --platform linux/arm64,linux/386 -- -a b");
-        assert_eq!(c.platforms.platform, ["linux/amd64", "linux/arm64", "linux/386"]);
-        assert_eq!((c.force, c.operands), (true, vec!["-a".into(), "b".into()]));
-        assert_eq!(convert("convert --span-size 1 --span-size 2 a b").1.span_size, 2);
-    }
-
-    #[test]
-    fn wrong_flags_are_named_as_the_go_tools_name_them() {
-        assert!(
-            usage("convert --span-size 99999999999999999999 a b")
-                .starts_with("invalid value \"99999999999999999999\" for flag -span-size")
-        );
-        assert!(usage("convert --min-layer-size x a b").starts_with("invalid value \"x\" for flag -min-layer-size"));
-        assert!(
-            usage("convert --format zip a b")
-                .contains("unsupported output format \"zip\": must be \"oci-archive\" or \"oci-dir\"")
-        );
-        assert_eq!(usage("convert --bogus"), "flag provided but not defined: -bogus");
-        assert_eq!(usage("ztoc info --force"), "flag provided but not defined: -force");
-        assert_eq!(usage("convert --span-size"), "flag needs an argument: -span-size");
-        assert!(usage("convert --force=maybe").starts_with("invalid value \"maybe\" for flag -force"));
-    }
-
-    #[test]
-    fn commands_of_later_issues_do_not_exist() {
-        for name in ["create", "push", "rebuild-db", "prefetch", "bogus", "image"] {
-            assert_eq!(read(name).err(), Some(NotACommand::UnknownCommand(name.into())));
-        }
-        assert_eq!(read("index list").err(), Some(NotACommand::UnknownCommand("list".into())));
-        assert_eq!(read("help bogus").err(), Some(NotACommand::UnknownCommand("bogus".into())));
-    }
-
-    #[test]
-    fn help_and_version_are_printed() {
-        for (line, part) in [
-            ("", "convert"),
-            ("-h", "convert"),
-            ("help convert", "--span-size"),
-            ("h ztoc", "get-file"),
-            ("convert --help", "--span-size"),
-            ("ztoc", "get-file"),
-            ("index info -h", "--layout"),
-            ("--version", "soci version "),
-            ("-v", "soci version "),
-        ] {
-            match read(line) {
-                Err(NotACommand::Print(text)) => assert!(text.contains(part), "{line}: {text}"),
-                other => panic!("{line}: {other:?}"),
-            }
-        }
-    }
-}
+mod tests;

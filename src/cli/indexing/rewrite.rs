@@ -7,12 +7,13 @@
 //! they are here.
 
 use super::{
-    ConvertError, Converted,
+    IndexingError, PerPlatform,
     source::{Image, Kind, list_of},
 };
 use crate::{
     cli::{
-        layout::{LayoutError, OciLayout, json, write::Staging},
+        blobs::{BlobError, New, Sink, json},
+        layout::{LayoutError, OciLayout, write::Staging},
         output::Console,
     },
     oci::{Descriptor, Digest, Index, Manifest, annotation, media_type},
@@ -28,22 +29,13 @@ const MAX_BLOBS: usize = 1 << 20;
 pub struct Rewritten {
     /// Its index.
     pub target: Descriptor,
+    pub index: Index,
     /// New digest of each entry of the image's list, in its order.
     pub entries: Vec<Digest>,
-    /// `index.json` of the layout that is going to be written.
-    pub layout_index: Vec<u8>,
-    /// Every blob of the image.
-    pub reachable: BTreeSet<Digest>,
 }
 
-/// Makes the new index and stages it with the rewritten manifests.
-pub fn rewrite(
-    image: &Image,
-    converted: &[Converted<'_>],
-    layout: &OciLayout,
-    staging: &Staging,
-    console: &Console,
-) -> Result<Rewritten, ConvertError> {
+/// Makes the new index, and keeps the rewritten manifests and it.
+pub fn rewrite(image: &Image, converted: &[PerPlatform<'_>], sink: &dyn Sink) -> Result<Rewritten, IndexingError> {
     let mut index = image.base.clone();
     for (at, kind) in image.kinds.iter().enumerate() {
         let Kind::Image(manifest) = kind else { continue };
@@ -52,10 +44,8 @@ pub fn rewrite(
         let soci = converted.iter().find(|c| image.base.manifests[c.place].digest == original);
         let soci = soci.and_then(|c| c.index.as_ref());
         let manifest = rewritten_manifest(manifest, soci);
-        let bytes = manifest.to_canonical_json();
         let entry = &mut index.manifests[at];
-        entry.digest = staging.put(&bytes)?;
-        entry.size = bytes.len() as u64;
+        (entry.digest, entry.size) = sink.put(New::Manifest(&manifest))?;
         entry.media_type = media_type::OCI_MANIFEST.into();
         entry.annotations = manifest.annotations;
     }
@@ -75,13 +65,25 @@ pub fn rewrite(
             None => index.manifests.push(entry),
         }
     }
-    let bytes = index.to_canonical_json();
-    let target = Descriptor::new(media_type::OCI_INDEX, staging.put(&bytes)?, bytes.len() as u64);
-    let layout_index = list_of(vec![target.clone()]).to_canonical_json();
+    let (digest, size) = sink.put(New::List(&index))?;
+    Ok(Rewritten { target: Descriptor::new(media_type::OCI_INDEX, digest, size), index, entries })
+}
 
+/// `index.json` of a layout with this image.
+pub fn layout_index(target: &Descriptor) -> Vec<u8> {
+    list_of(vec![target.clone()]).to_canonical_json()
+}
+
+/// Every blob of the converted image that the new layout can have.
+pub fn reachable(
+    target: &Descriptor,
+    layout: &OciLayout,
+    staging: &Staging,
+    console: &Console,
+) -> Result<BTreeSet<Digest>, IndexingError> {
     let mut walk = Walk { layout, staging, console, reachable: BTreeSet::new() };
-    walk.visit(&target, 0)?;
-    Ok(Rewritten { target, entries, layout_index, reachable: walk.reachable })
+    walk.visit(target, 0)?;
+    Ok(walk.reachable)
 }
 
 fn rewritten_manifest(manifest: &Manifest, soci: Option<&Descriptor>) -> Manifest {
@@ -103,9 +105,9 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn visit(&mut self, descriptor: &Descriptor, depth: usize) -> Result<(), ConvertError> {
+    fn visit(&mut self, descriptor: &Descriptor, depth: usize) -> Result<(), IndexingError> {
         if depth > MAX_DEPTH {
-            return Err(ConvertError::TooMany { what: "levels of nested indexes", limit: MAX_DEPTH as u64 });
+            return Err(IndexingError::TooMany { what: "levels of nested indexes", limit: MAX_DEPTH as u64 });
         }
         if !self.note(descriptor)? {
             return Ok(());
@@ -126,7 +128,7 @@ impl Walk<'_> {
 
     /// Adds a blob; says whether it is new and present. One that is absent, of a platform that was not converted, is only warned
     /// about: it was absent before.
-    fn note(&mut self, descriptor: &Descriptor) -> Result<bool, ConvertError> {
+    fn note(&mut self, descriptor: &Descriptor) -> Result<bool, IndexingError> {
         let digest = descriptor.digest;
         if self.reachable.contains(&digest) {
             return Ok(false);
@@ -140,24 +142,24 @@ impl Walk<'_> {
                     }
                     return Ok(false);
                 }
-                Err(e) => return Err(e.into()),
+                Err(e) => return Err(BlobError::from(e).into()),
             }
         }
         if self.reachable.len() == MAX_BLOBS {
-            return Err(ConvertError::TooMany { what: "blobs", limit: MAX_BLOBS as u64 });
+            return Err(IndexingError::TooMany { what: "blobs", limit: MAX_BLOBS as u64 });
         }
         Ok(self.reachable.insert(digest))
     }
 
-    fn document<T: serde::de::DeserializeOwned>(&self, descriptor: &Descriptor) -> Result<T, ConvertError> {
+    fn document<T: serde::de::DeserializeOwned>(&self, descriptor: &Descriptor) -> Result<T, IndexingError> {
         match self.staging.blob(descriptor.digest) {
             Some(blob) => {
                 let mut bytes = Vec::new();
                 std::io::Read::read_to_end(&mut blob.reader(), &mut bytes)
-                    .map_err(|source| LayoutError::Read { what: descriptor.digest.to_string(), source })?;
+                    .map_err(|source| BlobError::Read { what: descriptor.digest.to_string(), source })?;
                 Ok(json(&descriptor.digest.to_string(), &bytes)?)
             }
-            None => Ok(self.layout.parsed(descriptor)?),
+            None => Ok(self.layout.parsed(descriptor).map_err(BlobError::from)?),
         }
     }
 }

@@ -4,14 +4,11 @@
 //! cannot be indexed is a result; only what makes the whole image wrong (a blob that is missing or has another size, an I/O
 //! error, Ctrl-C) ends the run.
 
-use super::{ConvertError, prefetch};
+use super::{IndexingError, prefetch};
 use crate::{
     cli::{
+        blobs::{BlobError, Blobs, New, Sink, digest_of},
         interrupt,
-        layout::{
-            LayoutError, OciLayout,
-            write::{Staging, digest_of},
-        },
         output::{Console, chain},
     },
     oci::{BUILD_TOOL, Descriptor, Digest},
@@ -20,12 +17,15 @@ use crate::{
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
         mpsc,
     },
     thread,
 };
+
+/// Name of the marker that makes a directory opaque.
+const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 
 /// A layer to index.
 pub struct Job {
@@ -35,9 +35,16 @@ pub struct Job {
 
 /// What is the same for all layers.
 pub struct Options<'a> {
+    /// What the image is called.
+    pub image: &'a str,
     pub span_size: u64,
     /// Paths whose spans are wanted.
     pub prefetch: &'a [String],
+    /// Whether zTOCs that are there already may be used.
+    pub reuse: super::Reuse,
+    /// Layers at a time, and the memory they may take together.
+    pub workers: usize,
+    pub memory: &'a Budget,
 }
 
 /// The zTOC of a layer, as far as it is still needed.
@@ -50,6 +57,8 @@ pub struct Built {
     pub prefetch: Vec<Option<prefetch::Range>>,
     /// What the builder had to say; the zTOC is good nevertheless.
     pub warnings: Vec<String>,
+    /// It was there before.
+    pub known: bool,
 }
 
 /// What became of a layer.
@@ -118,13 +127,13 @@ type JobResult = Result<Arc<Built>, String>;
 
 /// Results by job, in whatever order they are asked for.
 pub struct Results {
-    incoming: mpsc::Receiver<(usize, Result<JobResult, ConvertError>)>,
+    incoming: mpsc::Receiver<(usize, Result<JobResult, IndexingError>)>,
     arrived: Vec<Option<JobResult>>,
 }
 
 impl Results {
     /// Waits for the result of one job. `Ok(Err(why))` is a layer that cannot be indexed.
-    pub fn get(&mut self, job: usize) -> Result<JobResult, ConvertError> {
+    pub fn get(&mut self, job: usize) -> Result<JobResult, IndexingError> {
         loop {
             if let Some(result) = &self.arrived[job] {
                 return Ok(result.clone());
@@ -132,7 +141,7 @@ impl Results {
             // Workers end early only when the process should stop, or after sending why.
             let Ok((at, result)) = self.incoming.recv() else {
                 interrupt::check()?;
-                return Err(ConvertError::Thread(io::Error::other("a worker ended early")));
+                return Err(IndexingError::Thread(io::Error::other("a worker ended early")));
             };
             self.arrived[at] = Some(result?);
         }
@@ -143,22 +152,21 @@ impl Results {
 pub fn run(
     jobs: &[Job],
     options: &Options<'_>,
-    layout: &OciLayout,
-    staging: &Staging,
+    blobs: &dyn Blobs,
+    sink: &dyn Sink,
     console: &Console,
-    consume: impl FnOnce(&mut Results) -> Result<(), ConvertError>,
-) -> Result<(), ConvertError> {
+    consume: impl FnOnce(&mut Results) -> Result<(), IndexingError>,
+) -> Result<(), IndexingError> {
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (send, incoming) = mpsc::channel();
     thread::scope(|scope| {
-        let workers = thread::available_parallelism().map_or(2, usize::from).min(jobs.len());
-        for number in 0..workers {
+        for number in 0..options.workers.min(jobs.len()) {
             let (send, next, stop) = (send.clone(), &next, &stop);
             let work = move || {
                 while !stop.load(Relaxed) {
                     let at = next.fetch_add(1, Relaxed);
                     let Some(job) = jobs.get(at) else { break };
-                    let result = index(job, options, layout, staging, console, stop);
+                    let result = index(job, options, blobs, sink, console, stop);
                     if send.send((at, result)).is_err() {
                         break;
                     }
@@ -167,7 +175,7 @@ pub fn run(
             let worker = thread::Builder::new().name(format!("layer-{number}"));
             if let Err(e) = worker.spawn_scoped(scope, work) {
                 stop.store(true, Relaxed);
-                return Err(ConvertError::Thread(e));
+                return Err(IndexingError::Thread(e));
             }
         }
         drop(send);
@@ -181,14 +189,23 @@ pub fn run(
 fn index(
     job: &Job,
     options: &Options<'_>,
-    layout: &OciLayout,
-    staging: &Staging,
+    blobs: &dyn Blobs,
+    sink: &dyn Sink,
     console: &Console,
     stop: &AtomicBool,
-) -> Result<JobResult, ConvertError> {
+) -> Result<JobResult, IndexingError> {
     let layer = &job.layer;
-    let blob = layout.blob_of(layer).map_err(ConvertError::Layer)?;
-    let reader = Stoppable { reader: blob.reader(), stop };
+    let failed = |source: BlobError| super::failed(options.image, layer, source);
+    if options.reuse == super::Reuse::Allowed
+        && let Some(bytes) = sink.known_ztoc(layer, options.span_size).map_err(failed)?
+        && let Some(built) = reuse(&bytes, job, options)
+    {
+        // Once more, so that it stays until something refers to it.
+        sink.put(New::Blob(&bytes)).map_err(failed)?;
+        return Ok(Ok(Arc::new(built)));
+    }
+    let _share = options.memory.take(need(layer, options.span_size), stop)?;
+    let reader = Stoppable { reader: blobs.open(layer).map_err(failed)?, stop };
     let reader = console.progress(layer.digest.hex()[..12].to_owned(), layer.size, reader);
     let build = BuildOptions { span_size: options.span_size, build_tool: BUILD_TOOL.to_owned(), diff_id: DiffId::Skip };
     let built = match ztoc::build(reader, job.compression, &build) {
@@ -196,10 +213,10 @@ fn index(
         Err(e) => {
             interrupt::check()?;
             if let ztoc::BuildError::Io(source) = e {
-                return Err(ConvertError::Layer(LayoutError::Read { what: layer.digest.to_string(), source }));
+                return Err(failed(BlobError::Read { what: format!("layer {}", layer.digest), source }));
             }
             let why = chain(&e);
-            let digest = digest_of(&blob);
+            let digest = digest_of(blobs, layer);
             interrupt::check()?;
             return Ok(Err(match digest {
                 Ok(actual) if actual != layer.digest => {
@@ -219,9 +236,78 @@ fn index(
             Err(e) => return Ok(Err(chain(&e))),
         },
     };
-    let ztoc = staging.put(&built.bytes)?;
+    let (ztoc, size) = sink.put(New::Blob(&built.bytes)).map_err(failed)?;
     let needs_xattrs = built.has_xattrs || built.has_opaque;
-    Ok(Ok(Arc::new(Built { ztoc, size: built.bytes.len() as u64, needs_xattrs, prefetch, warnings: built.warnings })))
+    Ok(Ok(Arc::new(Built { ztoc, size, needs_xattrs, prefetch, warnings: built.warnings, known: false })))
+}
+
+/// What a zTOC from before says about its layer; `None` if it is not that layer's.
+fn reuse(bytes: &[u8], job: &Job, options: &Options<'_>) -> Option<Built> {
+    let ztoc = Ztoc::parse(bytes, &Limits::default()).ok()?;
+    let spans = ztoc.spans();
+    if spans.compressed_size != job.layer.size || spans.compression != job.compression {
+        return None;
+    }
+    Some(Built {
+        ztoc: Digest::of(bytes),
+        size: bytes.len() as u64,
+        needs_xattrs: ztoc.files().any(|file| file.xattrs().next().is_some() || file.name.ends_with(OPAQUE_MARKER)),
+        prefetch: prefetch::find(options.prefetch, &ztoc),
+        warnings: Vec::new(),
+        known: true,
+    })
+}
+
+/// What building the zTOC of a layer takes: the buffers of the builder and of what feeds it, and the zTOC, mostly 32 KiB for each
+/// span. How much a layer inflates to is not known before; layers of real images inflate to three or four times their size.
+fn need(layer: &Descriptor, span_size: u64) -> u64 {
+    const BUFFERS: u64 = 24 << 20;
+    const WINDOW: u64 = 33 << 10;
+    let spans = layer.size.saturating_mul(4) / span_size.max(64 << 10);
+    BUFFERS.saturating_add(spans.saturating_mul(2 * WINDOW))
+}
+
+/// Memory that layers share.
+#[derive(Debug)]
+pub struct Budget {
+    total: u64,
+    left: Mutex<u64>,
+    freed: Condvar,
+}
+
+impl Budget {
+    /// As much as that.
+    pub fn new(total: u64) -> Budget {
+        Budget { total, left: Mutex::new(total), freed: Condvar::new() }
+    }
+
+    /// Waits until there is enough. Who needs more than there is at all waits for all of it, and is then alone.
+    fn take(&self, need: u64, stop: &AtomicBool) -> Result<Share<'_>, IndexingError> {
+        let need = need.min(self.total);
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        while *left < need {
+            interrupt::check()?;
+            if stop.load(Relaxed) {
+                return Err(IndexingError::Thread(io::Error::other("another layer failed")));
+            }
+            let wait = self.freed.wait_timeout(left, std::time::Duration::from_millis(50));
+            left = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *left -= need;
+        Ok(Share { budget: self, taken: need })
+    }
+}
+
+struct Share<'a> {
+    budget: &'a Budget,
+    taken: u64,
+}
+
+impl Drop for Share<'_> {
+    fn drop(&mut self) {
+        *self.budget.left.lock().unwrap_or_else(PoisonError::into_inner) += self.taken;
+        self.budget.freed.notify_all();
+    }
 }
 
 /// Fails when another layer has failed the image.

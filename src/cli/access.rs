@@ -1,0 +1,166 @@
+//! The way to registries, as the command line says it: plain HTTP, logins, and patience for somebody who waits for the result.
+
+use super::args::{Access, Global};
+use crate::{
+    keychain::{Credential, DockerConfig, Keychain, Lookup, Query, Secret, Source},
+    oci::Reference,
+    registry::{HostSettings, HttpSettings, Kind, Limit, Mirror, Observer, Outcome, Registry, RegistryError, Security},
+};
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tempfile::TempDir;
+
+/// From a request to the headers of its answer: a registry answers the last piece of a layer when it has stored it.
+const ANSWER: Duration = Duration::from_secs(120);
+/// Without a byte of a body for this long, the body has failed.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// The login that `--user` gives, for the host of one image.
+struct Given {
+    host: String,
+    user: String,
+    password: Secret,
+}
+
+impl Given {
+    /// `user[:password]`; a leading colon does not end an empty name.
+    fn new(host: &str, text: &str) -> Given {
+        let colon = text.char_indices().skip(1).find(|(_, c)| *c == ':').map(|(at, _)| at);
+        let (user, password) = colon.map_or((text, ""), |at| (&text[..at], &text[at + 1..]));
+        Given { host: host.to_owned(), user: user.to_owned(), password: Secret::new(password) }
+    }
+}
+
+impl Source for Given {
+    fn name(&self) -> &str {
+        "--user"
+    }
+
+    fn lookup<'a>(&'a self, query: &'a Query<'a>) -> Lookup<'a> {
+        let found = (query.reference.host == self.host)
+            .then(|| Credential::Password { user: self.user.clone(), password: self.password.clone() });
+        Box::pin(async move { Ok(found.into_iter().collect()) })
+    }
+}
+
+/// What `--debug` prints: which host was asked for what and how it ended. Never an address: signed ones are capabilities.
+struct Trace;
+
+impl Observer for Trace {
+    fn request(&self, kind: Kind, host: &str, took: Duration, outcome: Outcome) {
+        let ended = match outcome {
+            Outcome::Answered(status) => status.to_string(),
+            Outcome::Failed => "no answer".to_owned(),
+        };
+        super::say(&format!("http {kind:?} {host}: {ended} in {} ms", took.as_millis()));
+    }
+}
+
+/// Quiet when nobody asked.
+struct Silent;
+
+impl Observer for Silent {
+    fn request(&self, _: Kind, _: &str, _: Duration, _: Outcome) {}
+}
+
+/// The way to registries, for as long as this lives.
+pub struct Way {
+    registry: Registry,
+    /// What the flags say about TLS, in the form that the hosts of images are configured in. Looked at again and again.
+    _flags: Option<TempDir>,
+}
+
+impl std::ops::Deref for Way {
+    type Target = Registry;
+    fn deref(&self) -> &Registry {
+        &self.registry
+    }
+}
+
+/// Why there is no way.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error("cannot keep what the flags say about TLS")]
+    Flags(#[source] io::Error),
+}
+
+/// The way to the registries of `images`; what the flags say is about the host of the last of them.
+pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Result<Way, AccessError> {
+    let http = HttpSettings {
+        header_timeout: Limit::After(ANSWER),
+        blob_timeout: Limit::Unlimited,
+        idle_timeout: IDLE,
+        ..HttpSettings::default()
+    };
+    let mut hosts = HostSettings::default();
+    if access.plain_http {
+        let plain = |image: &&Reference| {
+            let mirror = Mirror { host: image.host.clone(), security: Security::PlainHttp, ..Mirror::default() };
+            (image.host.clone(), vec![mirror])
+        };
+        hosts.mirrors = images.iter().map(plain).collect::<HashMap<_, _>>();
+    }
+    let flags = match images.last() {
+        Some(image) if !access.plain_http => about_tls(access, &image.host).map_err(AccessError::Flags)?,
+        _ => None,
+    };
+    hosts.directories = flags.iter().map(|dir| dir.path().to_owned()).chain(access.hosts_dir.iter().cloned()).collect();
+    let mut sources: Vec<Arc<dyn Source>> = Vec::new();
+    if let (Some(user), Some(image)) = (access.user.as_deref().filter(|u| !u.is_empty()), images.last()) {
+        sources.push(Arc::new(Given::new(&image.host, user)));
+    }
+    if let Some(docker) = DockerConfig::of_environment() {
+        sources.push(Arc::new(docker));
+    }
+    let observer: Arc<dyn Observer> = if global.debug { Arc::new(Trace) } else { Arc::new(Silent) };
+    let registry = Registry::observed(http, hosts, Arc::new(Keychain::new(sources)), observer)?;
+    Ok(Way { registry, _flags: flags })
+}
+
+/// A directory that says about `host` what `--skip-verify` and the `--tls…` flags say, if they do.
+fn about_tls(access: &Access, host: &str) -> io::Result<Option<TempDir>> {
+    let text = |path: &Path| format!("{:?}", path.to_string_lossy());
+    let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+    let (ca, cert, key) = (absolute(&access.tlscacert)?, absolute(&access.tlscert)?, absolute(&access.tlskey)?);
+    let mut lines = Vec::new();
+    if access.skip_verify {
+        lines.push("skip_verify = true".to_owned());
+    }
+    lines.extend(ca.map(|ca| format!("ca = {}", text(&ca))));
+    lines.extend(match (cert, key) {
+        (Some(cert), Some(key)) => Some(format!("client = [[{}, {}]]", text(&cert), text(&key))),
+        (Some(both), None) => Some(format!("client = {}", text(&both))),
+        (None, _) => None,
+    });
+    if lines.is_empty() {
+        return Ok(None);
+    }
+    let real = if host == "docker.io" { "registry-1.docker.io" } else { host };
+    let (dir, body) = (tempfile::tempdir()?, lines.join("\n"));
+    std::fs::create_dir(dir.path().join(host))?;
+    let toml = format!("server = \"https://{real}\"\n[host.\"https://{real}\"]\n{body}\n");
+    std::fs::write(dir.path().join(host).join("hosts.toml"), toml)?;
+    Ok(Some(dir))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_login_is_split_at_its_first_colon_but_not_at_a_leading_one() {
+        for (text, user, password) in
+            [("me:a:b", "me", "a:b"), ("me", "me", ""), (":token", ":token", ""), (":a:b", ":a", "b")]
+        {
+            let given = Given::new("h", text);
+            assert_eq!((given.user.as_str(), given.password.expose()), (user, password), "{text}");
+        }
+    }
+}
