@@ -167,7 +167,7 @@ fn title(kind: Kind) -> &'static str {
     match kind {
         Kind::Ctd2 | Kind::Ctd16 | Kind::Ctd2Par => "overlayfs",
         Kind::Docker => "Docker",
-        Kind::Ours | Kind::Ours16 => "soci-snapshotter",
+        Kind::Ours | Kind::Ours16 | Kind::Fallback => "soci-snapshotter",
     }
 }
 
