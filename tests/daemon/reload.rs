@@ -53,8 +53,9 @@ fn privileged_systemd_hears_when_the_daemon_is_ready_lives_and_stops() {
     let slot = Slot::take();
     let site = Site::new(&slot);
     let (manager, running) = start(&site, "");
+    // In either order.
+    eventually("a status", || manager.lines().iter().any(|line| line == "STATUS=ready; no image is loaded lazily"));
     manager.hears("READY", |line| line == "READY=1");
-    manager.hears("a status", |line| line == "STATUS=ready; no image is loaded lazily");
     manager.hears("a ping", |line| line == "WATCHDOG=1");
     manager.hears("another ping", |line| line == "WATCHDOG=1");
     assert_eq!(running.stop(Signal::SIGTERM).0.code(), Some(0));
