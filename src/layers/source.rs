@@ -32,6 +32,11 @@ pub trait Source: Send + Sync {
 
     /// Whether asking it is a request to a registry, for metrics.
     fn is_remote(&self) -> bool;
+
+    /// What is known to be wrong with it at the moment.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Bytes on their way.
@@ -67,6 +72,10 @@ impl Source for RegistrySource {
 
     fn is_remote(&self) -> bool {
         true
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.repository.trouble()
     }
 }
 
