@@ -165,6 +165,8 @@ fn write(document: &mut DocumentMut, wanted: &Wanted, is_second: bool) -> Result
         if let Some(disabled) = disabled_cri(document) {
             return Err(SettingsError::CriDisabled(disabled));
         }
+        // It takes these from there only, also in a file of version 2 (2.2.1 migrates the rest of the old section, and not these).
+        let schema = if is_second { Schema::Three } else { schema };
         let cri = table(document, cri(schema))?;
         set(cri, "snapshotter", NAME.into());
         set(cri, "disable_snapshot_annotations", false.into());
@@ -191,7 +193,6 @@ fn unpacks(document: &DocumentMut) -> bool {
 /// `text` without what [`apply`] puts in, for a file that was changed since.
 pub fn take_out(text: &str) -> Result<String, SettingsError> {
     let mut document = parse(text)?;
-    let schema = schema(&document);
     let mut emptied: Vec<&[&str]> = Vec::new();
     if find(&document, &["proxy_plugins", NAME]).is_some() {
         table(&mut document, &["proxy_plugins"])?.remove(NAME);
@@ -215,11 +216,14 @@ pub fn take_out(text: &str) -> Result<String, SettingsError> {
             });
         }
     }
-    if find(&document, cri(schema)).and_then(|t| t.get("snapshotter")).and_then(Item::as_str) == Some(NAME) {
-        let settings = table(&mut document, cri(schema))?;
-        settings.remove("snapshotter");
-        settings.remove("disable_snapshot_annotations");
-        emptied.push(cri(schema));
+    // Which containerd it was written for is not known any more.
+    for cri in [cri(Schema::Two), cri(Schema::Three)] {
+        if find(&document, cri).and_then(|t| t.get("snapshotter")).and_then(Item::as_str) == Some(NAME) {
+            let settings = table(&mut document, cri)?;
+            settings.remove("snapshotter");
+            settings.remove("disable_snapshot_annotations");
+            emptied.push(cri);
+        }
     }
     for path in emptied {
         if let (Some((last, above)), true) = (path.split_last(), find(&document, path).is_some_and(TableLike::is_empty))

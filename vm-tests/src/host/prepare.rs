@@ -190,6 +190,7 @@ fn images(payload: &Payload) -> Outcome {
         for n in 0 1 2 3; do head -c 6291456 /dev/urandom >app/data/$n; echo "$n:$(md5sum <app/data/$n | cut -c1-32)" >>sums; done
         head -c 16777216 /dev/urandom >late/data/late; head -c 50331648 /dev/urandom >huge/data/huge; md5sum <huge/data/huge | cut -c1-32 >huge-sum
         mkdir -p tight/data; head -c 50331648 /dev/urandom >tight/data/tight
+        mkdir -p last/data; head -c 8388608 /dev/urandom >last/data/last
         # No layer in common with the others, or there would be nothing to pull.
         cp -a base plain; echo plain >plain/hello
         cp -a base low; echo low >low/hello; mkdir -p low/data high/data; echo gone >low/data/gone; echo kept >low/data/kept
@@ -197,22 +198,22 @@ fn images(payload: &Payload) -> Outcome {
         : >high/data/.wh.gone; ln low/data/kept low/data/link; head -c 25165824 /dev/urandom >high/data/pulled
         md5sum <high/data/pulled | cut -c1-32 >pulled-sum
         tar -C low --numeric-owner --sort=name -cf low.tar .; tar -C high --owner=0 --group=0 --sort=name -cf high.tar .
-        for tree in base app late huge tight plain; do tar -C $tree --owner=0 --group=0 --sort=name -cf $tree.tar .; done
+        for tree in base app late huge tight last plain; do tar -C $tree --owner=0 --group=0 --sort=name -cf $tree.tar .; done
         make() {{ # make NAME LAYER…
             local name=$1; shift
             umoci init --layout $name.oci; umoci new --image $name.oci:latest
             for layer; do umoci raw add-layer --image $name.oci:latest $layer.tar; done
             umoci config --image $name.oci:latest --architecture amd64 --os linux --config.cmd /bin/sh --config.env PATH=/bin
         }}
-        make app base app; make late base late; make huge base huge; make tight base tight; make plain plain; make pulled low high
-        for name in app late huge tight; do {soci} convert --standalone $name.oci $name.soci --format oci-dir --min-layer-size 0; done
+        make app base app; make late base late; make huge base huge; make tight base tight; make last base last; make plain plain; make pulled low high
+        for name in app late huge tight last; do {soci} convert --standalone $name.oci $name.soci --format oci-dir --min-layer-size 0; done
         printf "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {at}/registry}}}}\nhttp: {{addr: '127.0.0.1:5999'}}\n" >config.yml
         docker-registry serve config.yml & registry=$!; trap 'kill $registry' EXIT
         for n in $(seq 50); do bash -c ': </dev/tcp/127.0.0.1/5999' 2>/dev/null && break; sleep 0.1; done
-        for name in app late huge tight; do skopeo copy -q --all --dest-tls-verify=false oci:$name.soci docker://127.0.0.1:5999/$name:1; done
+        for name in app late huge tight last; do skopeo copy -q --all --dest-tls-verify=false oci:$name.soci docker://127.0.0.1:5999/$name:1; done
         for name in plain pulled; do skopeo copy -q --dest-tls-verify=false oci:$name.oci docker://127.0.0.1:5999/$name:1; done
         htpasswd -Bbn somebody hush-hush >htpasswd
-        rm -rf base app late huge tight plain low high *.tar *.oci *.soci"#,
+        rm -rf base app late huge tight last plain low high *.tar *.oci *.soci"#,
         at = at.display(),
         soci = soci.display()
     );
