@@ -233,7 +233,8 @@ fn a_configuration_from_the_days_of_containerd_1_is_good_for_containerd_2() {
     };
     for target in ["containerd", "cri"] {
         soci(&["enable", target]);
-        let dump = crate::support::command::output(Command::new(&program).arg("-c").arg(&config).args(["config", "dump"]));
+        let dump =
+            crate::support::command::output(Command::new(&program).arg("-c").arg(&config).args(["config", "dump"]));
         // What "ctr images pull --snapshotter soci" needs, and what unpacked before.
         let unpacks: Vec<&str> = dump.split("unpack_config]]").skip(1).collect();
         assert_eq!(unpacks.len(), 2, "{dump}");

@@ -307,12 +307,7 @@ impl Dump {
     }
 
     /// Keys whose values differ from `before` with what is wanted put in: what a change would do beside what it is for.
-    pub fn side_effects(
-        &self,
-        before: &Dump,
-        wanted: &Wanted,
-        is_second: bool,
-    ) -> Result<Vec<String>, SettingsError> {
+    pub fn side_effects(&self, before: &Dump, wanted: &Wanted, is_second: bool) -> Result<Vec<String>, SettingsError> {
         let mut expected = before.0.clone();
         write(&mut expected, wanted, is_second)?;
         let mut out = Vec::new();

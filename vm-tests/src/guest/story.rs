@@ -1,7 +1,9 @@
 //! One life of a machine: what README tells people to do, and what happens to machines.
 
 use super::{
-    Next, Step, confined::{self, Watch}, probe, readme,
+    Next, Step,
+    confined::{self, Watch},
+    probe, readme,
     tools::{
         CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
         main_pid, processes, property, replaced, run, shell, status, text, within,
@@ -187,7 +189,10 @@ fn image_without_index(guest: &Guest) -> Outcome<Next> {
     let found = guest.container("soci", "plain", &["/bin/cat", "/hello"])?;
     ensure!(found == "plain\n", "the container wrote {found:?}");
     let said = described(guest, "plain")?;
-    ensure!(said.contains("1 layers: 0 lazy") && said.contains("0 pulled by the snapshotter, 1 by containerd"), "{said}");
+    ensure!(
+        said.contains("1 layers: 0 lazy") && said.contains("0 pulled by the snapshotter, 1 by containerd"),
+        "{said}"
+    );
     // It was asked for a byte or two of it, to have connections.
     let (to_containerd, to_us) = sent("plain")?;
     ensure!(to_containerd > 1_000_000 && to_us < 1000, "{to_containerd} bytes went to containerd, {to_us} to us");
@@ -204,7 +209,10 @@ fn pulled_image(guest: &Guest) -> Outcome<Next> {
     guest.pull("soci", "pulled")?;
     let seen = workers.end()?;
     let said = described(guest, "pulled")?;
-    ensure!(said.contains("2 layers: 0 lazy") && said.contains("2 pulled by the snapshotter, 0 by containerd"), "{said}");
+    ensure!(
+        said.contains("2 layers: 0 lazy") && said.contains("2 pulled by the snapshotter, 0 by containerd"),
+        "{said}"
+    );
     // containerd gets the image's configuration and no layer.
     let (to_containerd, to_us) = sent("pulled")?;
     ensure!(to_containerd < 10_000 && to_us > 25_165_824, "{to_containerd} bytes went to containerd, {to_us} to us");
@@ -412,12 +420,18 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     shell(&format!("fallocate -l {}M {ballast}", room.saturating_sub(16)))?;
     guest.pull("soci", "tight")?;
     let said = described(guest, "tight")?;
-    ensure!(said.contains("1 lazy") && said.contains("0 pulled by the snapshotter, 0 by containerd"), "with 16 MiB left: {said}: {}", journal(DAEMON, &["-n", "20"])?);
+    ensure!(
+        said.contains("1 lazy") && said.contains("0 pulled by the snapshotter, 0 by containerd"),
+        "with 16 MiB left: {said}: {}",
+        journal(DAEMON, &["-n", "20"])?
+    );
     // What can be fetched again does not take the last of the room: another image can be, too.
     edit("disable = true", "disable = false")?;
     run("systemctl", &["reload", DAEMON])?;
     let is_full = || property(DAEMON, "StatusText").contains("DISK FULL").then_some(());
-    let why = |error| format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default());
+    let why = |error| {
+        format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
+    };
     within(PATIENCE, "the background fills the disk, and the status line says so", is_full).map_err(why)?;
     guest.pull("soci", "last")?;
     let said = described(guest, "last")?;
