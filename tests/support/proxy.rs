@@ -583,7 +583,9 @@ fn answer(
         let mut send = got;
         match fault {
             Some(Fault::Corrupt(at)) if (start..end).contains(&at) => buffer[(at - start) as usize] ^= 0x55,
-            Some(Fault::Truncate(after) | Fault::Reset(after) | Fault::Freeze(after)) if after < end => send = (after - start) as usize,
+            Some(Fault::Truncate(after) | Fault::Reset(after) | Fault::Freeze(after)) if after < end => {
+                send = (after - start) as usize
+            }
             _ => (),
         }
         shared.pace(send, if let Some(Fault::Slow(rate)) = fault { rate } else { 0 });
