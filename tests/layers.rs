@@ -5,5 +5,6 @@ mod disk;
 mod faults;
 mod lab;
 mod large;
+mod quota;
 mod reads;
 mod store;

@@ -369,6 +369,44 @@ impl Codec for Size {
     }
 }
 
+/// The same as an upper limit; empty and zero are unlimited. A number without quotes is bytes.
+pub struct SizeLimit;
+
+impl Codec for SizeLimit {
+    type Value = Limit;
+    fn default(&self) -> Limit {
+        Limit::Unlimited
+    }
+    fn decode(&self, item: &Item, _: &mut Vec<Remark>) -> Result<Limit, Fault> {
+        let text = match item.as_integer() {
+            Some(number) => number.to_string(),
+            None => string(item)?.to_owned(),
+        };
+        if text.trim().is_empty() {
+            return Ok(Limit::Unlimited);
+        }
+        match parse_size(&text) {
+            Some(0) => Ok(Limit::Unlimited),
+            Some(bytes) => Ok(Limit::At(bytes)),
+            None => Err(Fault::Value(format!("invalid size {text:?}: digits and b, kb, mb or gb are expected, as in '20gb'"))),
+        }
+    }
+    fn encode(&self, value: &Limit) -> Text {
+        Text::Inline(match value {
+            Limit::Unlimited => quote(""),
+            Limit::At(bytes) => quote(&bytes.to_string()),
+        })
+    }
+}
+
+/// A share in percent, from 1 to 100: zero and negative are the default, more is 100.
+pub fn percent(default: u32) -> Number<u32> {
+    fn read(n: i64) -> u32 {
+        u32::try_from(n.clamp(1, 100)).unwrap_or(100)
+    }
+    number(i64::from(default), true, read, |share| i64::from(*share))
+}
+
 /// The bytes that `text` stands for, truncated to an integer.
 pub fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim().to_ascii_lowercase();

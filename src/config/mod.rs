@@ -264,6 +264,14 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
             reader.unusable.push(Problem { at, key: key.into(), message });
         }
     }
+    let store = &config.layer_store;
+    if store.low_water > store.high_water {
+        let key = "layer_store.low_water";
+        let at = reader.written.get(key).or_else(|| reader.written.get("layer_store.high_water"));
+        let at = at.map_or(Position { line: 1, column: 1 }, |written| written.at);
+        let message = format!("{} is above layer_store.high_water, {}: removing would never end", store.low_water, store.high_water);
+        reader.unusable.push(Problem { at, key: key.into(), message });
+    }
     let at = |key: &str| written(key).map_or(Position { line: 1, column: 1 }, |written| written.at);
     let (mut problems, mut warnings) = (Vec::new(), Vec::new());
     for fault in pull.faults() {

@@ -376,5 +376,14 @@ settings! {
     struct LayerStore {
         /// Mebibytes of memory for inflated spans.
         cache_memory_bytes: u64 = mebibytes(16) => "cache_memory_mb";
+        /// What fetched parts of layers may take on disk, compressed, such as '20gb' (b, kb, mb, gb; base 1024). What was
+        /// read longest ago is removed first, and fetched again when it is read. Never removed: what prefetch artifacts
+        /// name, and what serving layers without the network takes (indexes, tables of contents), which is not counted.
+        /// Empty or 0: unlimited.
+        max_size: Limit = SizeLimit => "max_size";
+        /// Percent of max_size at which removing begins.
+        high_water: u32 = percent(90) => "high_water";
+        /// Percent of max_size at which removing ends. The background fetches no further than this.
+        low_water: u32 = percent(80) => "low_water";
     }
 }

@@ -252,6 +252,9 @@ impl layers::Observer for Observers {
     fn background_failed(&self, layer: &Digest) {
         self.metrics.layer(*layer).count(Count::BackgroundSpanFetchFailure);
     }
+    fn evicted(&self, layer: &Digest, _bytes: u64) {
+        self.metrics.layer(*layer).count(Count::SpanEvicted);
+    }
     fn layer_complete(&self, layer: &Layer, took: Duration) {
         self.metrics.layer(layer.digest()).took(MillisecondOperation::BackgroundFetch, took);
     }

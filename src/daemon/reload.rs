@@ -45,6 +45,9 @@ const LIVE: &[&str] = &[
     "pull_modes.soci_v1",
     "pull_modes.soci_v2",
     "prefetch.enable",
+    "layer_store.max_size",
+    "layer_store.high_water",
+    "layer_store.low_water",
 ];
 
 fn is_live(key: &str) -> bool {

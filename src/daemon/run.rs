@@ -22,7 +22,7 @@ use crate::{
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{CriLogins, Keychain},
-    layers::{Ahead, InflatedCache, LayerStore, Pace, Persistence, Scheduler, Scratch, Settings, Shared, Spill},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Persistence, QuotaSettings, Scheduler, Scratch, Settings, Shared, Spill},
     layout::{Layout, SnapshotId},
     pull::{self, Pulls},
     registry::{self, Registry},
@@ -595,6 +595,12 @@ pub(super) fn scheduling(config: &Config) -> Settings {
         verification_retries: match blob.max_span_verification_retries {
             0 => blob.max_retries,
             retries => retries,
+        },
+        quota: match config.layer_store.max_size {
+            config::Limit::Unlimited => QuotaSettings::UNLIMITED,
+            config::Limit::At(bytes) => {
+                QuotaSettings::of(bytes, config.layer_store.high_water, config.layer_store.low_water)
+            }
         },
     }
 }

@@ -92,6 +92,7 @@ impl fmt::Display for Progress {
         match (self.background, self.incomplete) {
             (Background::NoRoom, _) => f.write_str("DISK FULL: nothing is kept, reads go to the network"),
             (_, 0) => f.write_str("all complete"),
+            (Background::AtQuota, n) => write!(f, "{} incomplete (quota reached)", count(n, "layer")),
             (Background::Streaming, n) => write!(f, "background: {} to complete", count(n, "layer")),
             (Background::Off, n) => write!(f, "{} incomplete (background fetch is off)", count(n, "layer")),
         }

@@ -14,7 +14,7 @@ use super::{
     receive::{Incoming, Outcome},
     scheduler::{OnTheirWay, Persistence, Scheduler, backoff},
     source::{Body, Remedy, Source, SourceError},
-    spans::Span,
+    spans::{Span, Ticket},
     split,
 };
 use crate::telemetry::catalog::say;
@@ -79,30 +79,37 @@ enum Urgency {
 pub(super) struct Taken {
     layer: Arc<Layer>,
     run: Range<usize>,
+    ticket: Ticket,
     /// Hosts that have failed it before.
     avoid: Vec<HostId>,
 }
 
 impl Taken {
+    /// `run` was taken a moment ago, by the caller.
     pub fn new(layer: Arc<Layer>, run: Range<usize>) -> Taken {
-        Taken { layer, run, avoid: Vec::new() }
+        let ticket = match layer.map().get(run.start) {
+            Span::Fetching(ticket) => ticket,
+            Span::Absent | Span::Present | Span::Evicting => Ticket::default(),
+        };
+        Taken { layer, run, ticket, avoid: Vec::new() }
     }
 
     pub fn layer(&self) -> &Arc<Layer> {
         &self.layer
     }
 
-    /// The smallest part of the run that holds everything of it that is not here yet.
+    /// The first spans of the run that are not here yet. What is here already is not touched again: it may be on its way out.
     fn left(&self) -> Option<Range<usize>> {
         let map = self.layer.map();
-        let first = self.run.clone().find(|span| map.get(*span) == Span::Fetching)?;
-        let last = self.run.clone().rev().find(|span| map.get(*span) == Span::Fetching)?;
-        Some(first..last + 1)
+        let is_ours = |span: &usize| map.get(*span) == Span::Fetching(self.ticket);
+        let first = self.run.clone().find(is_ours)?;
+        let end = (first..self.run.end).find(|span| !is_ours(span)).unwrap_or(self.run.end);
+        Some(first..end)
     }
 
     fn lose(&self, error: &ReadError) {
         for span in self.run.clone() {
-            if self.layer.map().get(span) == Span::Fetching {
+            if self.layer.map().get(span) == Span::Fetching(self.ticket) {
                 self.layer.lost(span, error);
             }
         }
@@ -111,8 +118,8 @@ impl Taken {
     /// Gives back what nobody waits for; what somebody does is taken still, by whoever gets the result.
     fn give_back(mut self, avoid: &[HostId]) -> Vec<Taken> {
         let run = std::mem::replace(&mut self.run, 0..0);
-        let wanted = self.layer.give_back(run);
-        let taken = |run| Taken { layer: self.layer.clone(), run, avoid: avoid.to_vec() };
+        let wanted = self.layer.give_back(run, self.ticket);
+        let taken = |run| Taken { layer: self.layer.clone(), run, ticket: self.ticket, avoid: avoid.to_vec() };
         wanted.into_iter().map(taken).collect()
     }
 }

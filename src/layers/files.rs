@@ -5,7 +5,7 @@
 //! | `ztoc`  | the zTOC as fetched | its digest is in `spans`, and compared whenever the layer is opened |
 //! | `toc`   | the flat table of contents | checksummed; rebuilt from `ztoc` when damaged |
 //! | `blob`  | the compressed layer at its own offsets, sparse | bytes of a present span matched the span's digest when written |
-//! | `spans` | header, then one byte per span: 1 = present | written after the span's bytes; a crash of the machine may lose or keep either |
+//! | `spans` | header, then one byte per span: 1 = present, 2 = pinned, 3 = both | written after the span's bytes; a crash of the machine may lose or keep either |
 //! | `data`  | large spans inflated, at their uncompressed offsets, sparse | none: it belongs to one process, the next one removes it |
 //!
 //! The promise of `spans` is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
@@ -16,12 +16,15 @@ use crate::{
     sys::map::Mapping,
     ztoc::Span,
 };
+use rustix::fs::FallocateFlags;
 use std::{
+    collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
+    ops::Range,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// Room that fetched data leaves on the disk, which can be fetched again: for indexes and records of layers to come, without which no other image
@@ -32,6 +35,12 @@ const RESERVE_PART: u64 = 64;
 const MAGIC: &[u8; 8] = b"SOCISPN1";
 /// Magic and the zTOC's digest.
 const HEADER: u64 = 8 + 32;
+/// Bits of a span's mark.
+const PRESENT: u8 = 1;
+/// See [`PRESENT`]. A daemon that does not know this bit takes the span for absent.
+const PINNED: u8 = 2;
+/// Holes are punched in whole blocks of this, the largest that filesystems of nodes use.
+const BLOCK: u64 = 4096;
 /// What is read at a time to be hashed or inflated: large enough that system calls don't show, small beside everything else.
 pub const PIECE: usize = 256 << 10;
 
@@ -41,6 +50,8 @@ pub struct LayerFiles {
     blob: File,
     presence: File,
     ztoc: Mapping,
+    /// Spans that are never evicted. Held while a mark is written, so that it has both bits right.
+    pins: Mutex<HashSet<usize>>,
     /// Made when the first large span is inflated. Locked for moments only.
     data: Mutex<Option<Arc<File>>>,
 }
@@ -120,6 +131,7 @@ impl LayerFiles {
             blob: options("blob")?,
             presence: options("spans")?,
             ztoc: map(&ztoc_path(directory))?,
+            pins: Mutex::default(),
             data: Mutex::default(),
         })
     }
@@ -142,7 +154,44 @@ impl LayerFiles {
         }
         let mut bytes = vec![0; count];
         self.presence.read_exact_at(&mut bytes, HEADER)?;
-        Ok(bytes.iter().enumerate().filter(|(_, b)| **b == 1).map(|(i, _)| i).collect())
+        let with = |bit: u8| bytes.iter().enumerate().filter(move |(_, b)| **b < 4 && **b & bit != 0).map(|(i, _)| i);
+        self.pins().extend(with(PINNED));
+        Ok(with(PRESENT).collect())
+    }
+
+    fn pins(&self) -> MutexGuard<'_, HashSet<usize>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn is_pinned(&self, span: usize) -> bool {
+        self.pins().contains(&span)
+    }
+
+    /// Says that `span` is never to be evicted.
+    pub fn pin(&self, span: usize) -> io::Result<()> {
+        let mut pins = self.pins();
+        if !pins.insert(span) {
+            return Ok(());
+        }
+        let mut mark = [0];
+        self.presence.read_exact_at(&mut mark, HEADER + span as u64)?;
+        self.presence.write_all_at(&[(mark[0] & PRESENT) | PINNED], HEADER + span as u64)
+    }
+
+    fn mark(&self, span: usize, present: u8) -> io::Result<()> {
+        let pins = self.pins();
+        let pinned = if pins.contains(&span) { PINNED } else { 0 };
+        self.presence.write_all_at(&[present | pinned], HEADER + span as u64)
+    }
+
+    /// Gives the disk back what `range` of the blob takes, but for the blocks at its ends, which it may share with others.
+    pub fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        let (start, end) = (range.start.next_multiple_of(BLOCK), range.end / BLOCK * BLOCK);
+        if start < end {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&self.blob, flags, start, end - start)?;
+        }
+        Ok(())
     }
 
     /// Writes bytes of the blob, unless that would take the last of the room: see [`RESERVE`].
@@ -158,12 +207,12 @@ impl LayerFiles {
 
     /// Says that `span` is present. Its bytes were written before.
     pub fn keep(&self, span: usize) -> io::Result<()> {
-        self.presence.write_all_at(&[1], HEADER + span as u64)
+        self.mark(span, PRESENT)
     }
 
     /// Says that `span` is not present.
     pub fn forget(&self, span: usize) -> io::Result<()> {
-        self.presence.write_all_at(&[0], HEADER + span as u64)
+        self.mark(span, 0)
     }
 
     /// Bytes of the blob.

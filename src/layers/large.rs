@@ -147,7 +147,8 @@ impl Layer {
             Err(error) => return Placed::Failed(error),
         };
         let was_on_disk = matches!(arrival, Arrival::OnDisk);
-        if was_on_disk && !self.is_good(span, entry) {
+        let held = self.hold(span);
+        if was_on_disk && (held.is_none() || !self.is_good(span, entry)) {
             return Placed::Damaged;
         }
         let whole = entry.uncompressed.end - entry.uncompressed.start;
@@ -202,7 +203,8 @@ impl Layer {
             let _memory = memory;
             let entry = layer.entry(span)?;
             let was_on_disk = matches!(arrival, Arrival::OnDisk);
-            if was_on_disk && !layer.is_good(span, entry) {
+            let held = layer.hold(span);
+            if was_on_disk && (held.is_none() || !layer.is_good(span, entry)) {
                 return Ok(None);
             }
             let mut excerpt = Excerpt::new(part);

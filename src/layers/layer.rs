@@ -29,7 +29,7 @@ use std::{
     ops::{Range, RangeInclusive},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -128,6 +128,10 @@ pub struct Layer {
     sources: RwLock<Vec<Arc<dyn Source>>>,
     order: Mutex<Order>,
     fetched: AtomicU64,
+    /// When each span was read from disk last; see `Quota::now`.
+    pub(super) read_at: Vec<AtomicU32>,
+    /// Spans that are being read from the blob, and how often. Leaf lock.
+    pub(super) held: Mutex<HashMap<usize, u32>>,
     /// Spans that could not be had a moment ago. Leaf lock.
     echoes: Mutex<HashMap<usize, (Instant, ReadError)>>,
     /// Large spans that were given up in the middle.
@@ -140,6 +144,8 @@ pub struct Layer {
     removed: AtomicBool,
     /// The whole blob was compared with the layer's digest.
     judged: AtomicBool,
+    /// It is being compared, so all of it has to stay. Changed under the map's lock.
+    judging: AtomicBool,
     shared: Arc<Shared>,
     me: Weak<Layer>,
 }
@@ -177,7 +183,7 @@ impl Layer {
             }
         }
         let fetched = parts.present.iter().map(|&span| share(&parts.table, span)).sum::<u64>();
-        Arc::new_cyclic(|me| Layer {
+        let layer = Arc::new_cyclic(|me| Layer {
             number: parts.number,
             digest: parts.digest,
             toc: parts.toc,
@@ -188,6 +194,8 @@ impl Layer {
             sources: RwLock::new(vec![parts.source]),
             order: Mutex::new(Order { ranked, cursor: 0, values }),
             fetched: AtomicU64::new(fetched),
+            read_at: (0..count).map(|_| AtomicU32::new(0)).collect(),
+            held: Mutex::default(),
             echoes: Mutex::default(),
             partials: Mutex::default(),
             placings: Placings::default(),
@@ -198,9 +206,37 @@ impl Layer {
             opened: Instant::now(),
             removed: AtomicBool::new(false),
             judged: AtomicBool::new(false),
+            judging: AtomicBool::new(false),
             shared,
             me: me.clone(),
-        })
+        });
+        layer.shared.scheduler.quota().add(Arc::downgrade(&layer), fetched);
+        layer.keep_quota();
+        layer
+    }
+
+    /// Evicts, in a thread of its own, if it is time to.
+    fn keep_quota(&self) {
+        let scheduler = self.shared.scheduler.clone();
+        if scheduler.quota().begin(&scheduler.settings().quota) {
+            self.shared.runtime.spawn_blocking(move || scheduler.quota().evict(&scheduler.settings().quota));
+        }
+    }
+
+    /// The value of each span.
+    pub(super) fn values(&self) -> Vec<f32> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner).values.clone()
+    }
+
+    pub(super) fn is_being_judged(&self) -> bool {
+        self.judging.load(Ordering::SeqCst)
+    }
+
+    /// `span` is not on disk any more.
+    pub(super) fn left(&self, span: usize) {
+        let bytes = share(&self.table, span);
+        self.fetched.fetch_sub(bytes, Ordering::Relaxed);
+        self.shared.scheduler.quota().shrank(bytes);
     }
 
     pub fn digest(&self) -> Digest {
@@ -327,6 +363,9 @@ impl Layer {
             let is_news = map.get(span) != spans::Span::Present;
             (map.arrived(span), is_news, map.missing())
         };
+        if !waiting.is_empty() {
+            self.touch(span);
+        }
         if waiting.is_empty()
             && self.table.compression == Compression::Gzip
             && let Some(spill) = &self.shared.spill
@@ -337,7 +376,10 @@ impl Layer {
             let _ = waiter.send(Ok(arrival.clone()));
         }
         if is_news {
-            self.fetched.fetch_add(share(&self.table, span), Ordering::Relaxed);
+            let bytes = share(&self.table, span);
+            self.fetched.fetch_add(bytes, Ordering::Relaxed);
+            self.shared.scheduler.quota().grew(bytes);
+            self.keep_quota();
             if missing == 0 {
                 self.completed();
             }
@@ -363,11 +405,11 @@ impl Layer {
     }
 
     /// Gives back the spans of `run` that were taken and that nobody waits for; returns those that somebody does.
-    pub(super) fn give_back(&self, run: Range<usize>) -> Vec<Range<usize>> {
+    pub(super) fn give_back(&self, run: Range<usize>, ticket: spans::Ticket) -> Vec<Range<usize>> {
         let mut wanted: Vec<Range<usize>> = Vec::new();
         let mut map = self.map();
         for span in run {
-            if map.give_back(span) || map.get(span) != spans::Span::Fetching {
+            if map.give_back(span, ticket) || map.get(span) != spans::Span::Fetching(ticket) {
                 continue;
             }
             match wanted.last_mut() {
@@ -380,7 +422,7 @@ impl Layer {
         wanted
     }
 
-    fn rewind(&self) {
+    pub(super) fn rewind(&self) {
         self.order.lock().unwrap_or_else(PoisonError::into_inner).cursor = 0;
     }
 
@@ -398,7 +440,7 @@ impl Layer {
             was_here
         };
         if was_here {
-            self.fetched.fetch_sub(share(&self.table, span), Ordering::Relaxed);
+            self.left(span);
             self.rewind();
             self.shared.scheduler.wake();
         }
@@ -452,9 +494,18 @@ impl Layer {
     }
 
     fn judge(&self) {
-        if self.is_removed() || !self.is_complete() || self.judged.load(Ordering::Relaxed) {
-            return;
+        let is_whole = {
+            let map = self.map();
+            self.judging.store(map.missing() == 0, Ordering::SeqCst);
+            map.missing() == 0
+        };
+        if is_whole && !self.is_removed() && !self.judged.load(Ordering::Relaxed) {
+            self.compare();
         }
+        self.judging.store(false, Ordering::SeqCst);
+    }
+
+    fn compare(&self) {
         match self.files.blob_digest(self.table.compressed_size) {
             Ok(Some(digest)) if digest == self.digest => {
                 tracing::debug!(layer = %self.digest, "layer complete, its digest matches");
@@ -507,6 +558,7 @@ fn share(table: &SpanTable, span: usize) -> u64 {
 
 impl Drop for Layer {
     fn drop(&mut self) {
+        self.shared.scheduler.quota().shrank(self.fetched.load(Ordering::Relaxed));
         self.shared.cache.forget(self.number);
         if let Some(scratch) = self.shared.scratch() {
             scratch.forget(self.number);

@@ -7,7 +7,7 @@
 //! leaves a directory that is either used or made again.
 //! Invariant: opening a layer that was opened before needs no network.
 //!
-//! Absent on purpose: snapshots, mounts, eviction of parts of a layer (a layer goes when its last snapshot goes).
+//! Absent on purpose: snapshots, mounts.
 #![forbid(unsafe_code)]
 
 mod ahead;
@@ -18,6 +18,7 @@ mod large;
 mod layer;
 mod passing;
 pub mod prior;
+mod quota;
 mod read;
 mod receive;
 mod scheduler;
@@ -32,6 +33,7 @@ mod window;
 pub use ahead::Ahead;
 pub use cache::InflatedCache;
 pub use layer::{Layer, Shared, Spill};
+pub use quota::QuotaSettings;
 pub use scheduler::{Background, Pace, Persistence, Scheduler, Settings};
 pub use scratch::Scratch;
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
@@ -48,6 +50,8 @@ pub trait Observer: Send + Sync {
     fn range_request(&self, _layer: &Digest, _took: Duration) {}
     fn background_fetched(&self, _layer: &Digest, _spans: usize) {}
     fn background_failed(&self, _layer: &Digest) {}
+    /// A span of `_bytes` compressed bytes was taken off the disk, because the quota was reached.
+    fn evicted(&self, _layer: &Digest, _bytes: u64) {}
     /// Every span is here, `_took` after the layer was opened.
     fn layer_complete(&self, _layer: &Layer, _took: Duration) {}
     /// The layer is here, every span of it matches its zTOC, and yet it is not the layer: the index is wrong.

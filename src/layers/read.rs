@@ -48,6 +48,11 @@ pub(super) fn stopping() -> ReadError {
     ReadError::Fetch { reason: "the daemon is stopping".into() }
 }
 
+/// It was evicted between two steps; the loop around them goes on.
+fn evicted(span: usize) -> ReadError {
+    ReadError::Storage { reason: format!("span {span} was evicted") }
+}
+
 pub(super) fn storage(error: &std::io::Error) -> ReadError {
     ReadError::Storage { reason: error.to_string() }
 }
@@ -97,6 +102,7 @@ impl Layer {
 
     /// Whether the bytes of `span`, which is present, are what they should be. Damaged ones are forgotten.
     pub(super) fn is_good(&self, span: usize, entry: &Span) -> bool {
+        let Some(_held) = self.hold(span) else { return false };
         if self.is_checked(span) {
             return true;
         }
@@ -203,6 +209,7 @@ impl Layer {
 
     /// The compressed bytes of a span that is present, checked when this process reads it for the first time. None if they are damaged.
     fn load(&self, span: usize, entry: &Span) -> Option<Bytes> {
+        let _held = self.hold(span)?;
         let mut bytes = vec![0; (entry.compressed.end - entry.compressed.start) as usize];
         let trouble = match self.files.read(entry.compressed.start, &mut bytes) {
             Ok(()) if self.is_checked(span) || Digest::of(&bytes) == entry.digest => {
@@ -265,6 +272,7 @@ impl Layer {
             }
             let read = self.blocking(move |layer| {
                 let mut out = vec![0; length];
+                let Some(_held) = layer.hold(span) else { return Err(evicted(span)) };
                 let result = layer.files.read(start + part.start, &mut out).map_err(|e| storage(&e));
                 if result.is_err() {
                     layer.discard(span);

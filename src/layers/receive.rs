@@ -214,7 +214,14 @@ fn verify(layer: Arc<Layer>, span: usize, start: u64, bytes: Bytes) -> JoinHandl
         if Digest::of(&body) != entry.digest {
             return Verdict::Wrong;
         }
-        match layer.files().write(start, &bytes).and_then(|()| layer.files().keep(span)) {
+        let written = match layer.shared().scheduler.has_quota(bytes.len() as u64) {
+            true => layer.files().write(start, &bytes),
+            false => Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                "[layer_store] max_size is used up, and what is here is in use or pinned",
+            )),
+        };
+        match written.and_then(|()| layer.files().keep(span)) {
             Ok(()) => {
                 layer.arrived(span, Arrival::Bytes(body));
                 Verdict::Kept

@@ -13,6 +13,7 @@
 use super::{
     fetch::{self, Taken},
     layer::Layer,
+    quota::{Quota, QuotaSettings},
     window::{MIN_BYTES, Window},
 };
 use crate::telemetry::catalog::say;
@@ -29,7 +30,7 @@ const MAX_NEAR: usize = 256;
 /// Ranges of prefetch artifacts kept; what does not fit is background like the rest. An artifact names a few files of a layer.
 const MAX_LISTED: usize = 4096;
 /// Largest background request. A request costs about a round trip of nobody's time, and a blocked read waits behind it.
-const MAX_REQUEST: u64 = 8 << 20;
+pub(super) const MAX_REQUEST: u64 = 8 << 20;
 
 /// How long another's download may hold the background back. A layer that is not worth an index (10 MB) needs seconds on a slow link.
 const MAKE_WAY: Duration = Duration::from_secs(20);
@@ -45,6 +46,8 @@ const MAX_SILENT: usize = 64;
 const MIN_FULL: Duration = Duration::from_secs(1);
 /// See [`MIN_FULL`].
 const MAX_FULL: Duration = Duration::from_secs(60);
+/// While the quota leaves no room for what nobody waits for, how often that is looked at: images are removed now and then.
+const QUOTA_CHECK: Duration = Duration::from_secs(5);
 /// Under a limit, requests are cut so that so many make a second's worth.
 const REQUESTS_PER_SECOND: u64 = 4;
 
@@ -74,6 +77,8 @@ pub enum Background {
     Streaming,
     /// It stays away until it is read.
     Off,
+    /// The layer store is as large as it may be without anybody's need: nothing is fetched ahead of reads.
+    AtQuota,
     /// Nothing can be kept on disk, so nothing is fetched ahead of reads.
     NoRoom,
 }
@@ -103,6 +108,7 @@ pub struct Settings {
     pub budget: Duration,
     /// Attempts after a span did not match its digest.
     pub verification_retries: u32,
+    pub quota: QuotaSettings,
 }
 
 struct Active {
@@ -148,6 +154,7 @@ struct Inner {
     state: Mutex<State>,
     wake: Notify,
     settings: RwLock<Arc<Settings>>,
+    quota: Quota,
 }
 
 /// The scheduler; cheap to clone.
@@ -164,7 +171,8 @@ enum Next {
 
 impl Scheduler {
     pub fn new(settings: Settings) -> Scheduler {
-        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings: RwLock::new(Arc::new(settings)) };
+        let settings = RwLock::new(Arc::new(settings));
+        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings, quota: Quota::new() };
         Scheduler { inner: Arc::new(inner) }
     }
 
@@ -174,6 +182,20 @@ impl Scheduler {
 
     pub(super) fn settings(&self) -> Arc<Settings> {
         self.inner.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn quota(&self) -> &Quota {
+        &self.inner.quota
+    }
+
+    /// Whether so many bytes more may be kept on disk.
+    pub(super) fn has_quota(&self, bytes: u64) -> bool {
+        self.inner.quota.admits(bytes, &self.settings().quota)
+    }
+
+    /// Bytes of spans that are on disk, and how many may be.
+    pub fn usage(&self) -> (u64, u64) {
+        (self.inner.quota.used(), self.settings().quota.max)
     }
 
     /// Other settings, from the next decision on.
@@ -189,8 +211,10 @@ impl Scheduler {
 
     /// What becomes of what is missing and nobody waits for.
     pub fn background(&self) -> Background {
-        match (&self.lock().disk, self.settings().pace) {
+        let settings = self.settings();
+        match (&self.lock().disk, settings.pace) {
             (Disk::Full { .. }, _) => Background::NoRoom,
+            _ if !self.inner.quota.has_room_ahead(&settings.quota) => Background::AtQuota,
             (Disk::HasRoom, Pace::Off) => Background::Off,
             (Disk::HasRoom, Pace::LineRate | Pace::Every { .. }) => Background::Streaming,
         }
@@ -222,6 +246,7 @@ impl Scheduler {
 
     /// `spans` of `layer` are wanted before anything else that nobody waits for.
     pub fn prefetch(&self, layer: &Arc<Layer>, spans: Range<usize>) {
+        layer.pin(spans.clone());
         let mut state = self.lock();
         if state.listed.len() < MAX_LISTED {
             state.listed.push_back((Arc::downgrade(layer), spans));
@@ -341,6 +366,9 @@ impl Scheduler {
         }
         if state.silent >= MAX_SILENT {
             return Next::Wait;
+        }
+        if !self.inner.quota.has_room_ahead(&settings.quota) {
+            return Next::WaitUntil(now + QUOTA_CHECK);
         }
         if let Disk::Full { until, .. } = state.disk
             && until > now

@@ -3,13 +3,16 @@
 //! ```text
 //!            taken                    verified
 //!   Absent ─────────▶ Fetching ─────────────────▶ Present
-//!     ▲                  │                           │
-//!     └──────────────────┴───────────────────────────┘
-//!       fetch or digest failed          found damaged
+//!     ▲                  │  ▲ a reader came          │
+//!     │                  │  └────────── Evicting ◀────┤
+//!     │                  │                 │          │
+//!     └──────────────────┴─────────────────┴──────────┘
+//!       fetch or digest failed          gone, found damaged
 //! ```
 //!
 //! Invariant: a span is `Present` only after its bytes matched the digest in the zTOC.
-//! Invariant: a span is taken by at most one fetch; later readers wait for that one.
+//! Invariant: a span is taken by at most one fetch, which its [`Ticket`] names; later readers wait for that one. Only who has taken a span
+//! writes its bytes, and only who evicts it removes them.
 //!
 //! Absent on purpose: I/O, and the lock around it (`Layer` holds one, for moments only).
 
@@ -19,9 +22,15 @@ use std::{collections::HashMap, ops::Range, ops::RangeInclusive};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Span {
     Absent,
-    Fetching,
+    Fetching(Ticket),
     Present,
+    /// Its bytes are being removed.
+    Evicting,
 }
+
+/// Names what was taken together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ticket(u32);
 
 /// The spans of one layer. `W` is what a waiting reader leaves behind to be woken.
 #[derive(Debug)]
@@ -29,12 +38,13 @@ pub struct SpanMap<W> {
     states: Vec<Span>,
     missing: usize,
     waiting: HashMap<usize, Vec<W>>,
+    tickets: u32,
 }
 
 impl<W> SpanMap<W> {
     /// A map of `count` spans, of which `present` are here.
     pub fn new(count: usize, present: impl Iterator<Item = usize>) -> SpanMap<W> {
-        let mut map = SpanMap { states: vec![Span::Absent; count], missing: count, waiting: HashMap::new() };
+        let mut map = SpanMap { states: vec![Span::Absent; count], missing: count, waiting: HashMap::new(), tickets: 0 };
         for span in present {
             map.arrived(span);
         }
@@ -50,14 +60,20 @@ impl<W> SpanMap<W> {
         self.states.get(span).copied().unwrap_or(Span::Absent)
     }
 
+    fn ticket(&mut self) -> Ticket {
+        self.tickets = self.tickets.wrapping_add(1);
+        Ticket(self.tickets)
+    }
+
     /// Takes every absent span of `wanted`, as runs of neighbours.
     pub fn take_wanted(&mut self, wanted: RangeInclusive<usize>) -> Vec<Range<usize>> {
+        let ticket = self.ticket();
         let mut runs: Vec<Range<usize>> = Vec::new();
         for span in wanted {
             if self.get(span) != Span::Absent || span >= self.states.len() {
                 continue;
             }
-            self.states[span] = Span::Fetching;
+            self.states[span] = Span::Fetching(ticket);
             match runs.last_mut() {
                 Some(run) if run.end == span => run.end += 1,
                 _ => runs.push(span..span + 1),
@@ -71,9 +87,10 @@ impl<W> SpanMap<W> {
         if first >= self.states.len() || self.get(first) != Span::Absent {
             return None;
         }
+        let ticket = self.ticket();
         let mut end = first;
         while end < self.states.len() && self.get(end) == Span::Absent && (end == first || fits(end)) {
-            self.states[end] = Span::Fetching;
+            self.states[end] = Span::Fetching(ticket);
             end += 1;
         }
         Some(first..end)
@@ -100,13 +117,35 @@ impl<W> SpanMap<W> {
         self.waiting.remove(&span).unwrap_or_default()
     }
 
-    /// Gives back a span that was taken, unless a reader has come to wait for it. Returns whether it did.
-    pub fn give_back(&mut self, span: usize) -> bool {
-        let idle = self.get(span) == Span::Fetching && !self.is_wanted(span);
+    /// Gives back a span that was taken with `ticket`, unless a reader has come to wait for it. Returns whether it did.
+    pub fn give_back(&mut self, span: usize, ticket: Ticket) -> bool {
+        let idle = self.get(span) == Span::Fetching(ticket) && !self.is_wanted(span);
         if idle {
             self.states[span] = Span::Absent;
         }
         idle
+    }
+
+    /// Begins to remove a span that is here. Whether it was.
+    pub fn evict(&mut self, span: usize) -> bool {
+        match self.states.get_mut(span) {
+            Some(state) if *state == Span::Present => {
+                *state = Span::Evicting;
+                self.missing += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The bytes of `span` are gone. If a reader has come to wait for it, it is taken and to be fetched.
+    pub fn evicted(&mut self, span: usize) -> bool {
+        let wanted = self.is_wanted(span);
+        let ticket = self.ticket();
+        if let Some(state) = self.states.get_mut(span) {
+            *state = if wanted { Span::Fetching(ticket) } else { Span::Absent };
+        }
+        wanted
     }
 
     /// The fetch of `span` came to nothing, or what was here is damaged. Returns who waited.
@@ -145,6 +184,19 @@ mod tests {
         assert_eq!(map.take_run(0, |_| true), Some(0..1));
         map.lost(1);
         assert_eq!(map.missing(), 4);
+    }
+
+    #[test]
+    fn a_span_that_is_evicted_is_taken_until_it_is_given_back() {
+        let mut map: SpanMap<u8> = SpanMap::new(2, [0, 1].into_iter());
+        assert!(map.evict(0) && !map.evict(0));
+        assert!(map.take_wanted(0..=1).is_empty(), "nobody fetches what is about to be removed");
+        map.wait(0, 7);
+        assert!(map.evicted(0), "a reader has come");
+        assert!(matches!(map.get(0), Span::Fetching(_)));
+        assert_eq!(map.arrived(0), vec![7]);
+        assert!(map.evict(1) && !map.evicted(1));
+        assert_eq!((map.get(1), map.missing()), (Span::Absent, 1));
     }
 
     #[test]

@@ -166,6 +166,10 @@ messages! {
         happened "Fetched data can be kept on disk again."
         means "Reads are as fast as before."
         act "Nothing.";
+    NotEvicted = "5f2f54b0a4d44b63a9f3c7c8c1a0d2e7" WARN Always "The layer store cannot be kept below its quota"
+        happened "The layer store is larger than [layer_store] max_size allows, and nothing could be evicted: @SOCI_ERROR@."
+        means "Containers go on. What does not fit is fetched from the registry again each time it is read."
+        act "See that the filesystem of the snapshotter's root directory can punch holes (ext4, xfs and btrfs can) and is not mounted read-only.";
     NoRoomForSpan = "5b32023df20347a1bbac1189d1bf911f" WARN Always "There is no room to unpack a large span"
         happened "Span @SOCI_SPAN@ of layer @SOCI_LAYER@ is too large for memory and the disk has no room for it: @SOCI_ERROR@."
         means "Each read in it inflates it from its start: slow, but right."

@@ -6,7 +6,7 @@ use flate2::{Compression as Level, write::GzEncoder};
 use futures::future::BoxFuture;
 use soci::{
     layers::{
-        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, Remedy, Scheduler,
+        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, QuotaSettings, Remedy, Scheduler,
         Scratch, Settings, Shared, Source, SourceError, Spill, Wanted,
     },
     layout::{Layout, SnapshotId},
@@ -290,6 +290,7 @@ pub fn quiet() -> Settings {
         max_wait: Duration::from_millis(20),
         budget: Duration::from_secs(20),
         verification_retries: 2,
+        quota: QuotaSettings::UNLIMITED,
     }
 }
 
@@ -303,11 +304,15 @@ pub struct Seen {
     pub complete: AtomicUsize,
     pub contradictions: AtomicUsize,
     pub background_failures: AtomicUsize,
+    pub evicted: AtomicUsize,
 }
 
 impl Observer for Seen {
     fn background_failed(&self, _: &Digest) {
         self.background_failures.fetch_add(1, Ordering::SeqCst);
+    }
+    fn evicted(&self, _: &Digest, _: u64) {
+        self.evicted.fetch_add(1, Ordering::SeqCst);
     }
     fn layer_complete(&self, _: &Layer, _: Duration) {
         self.complete.fetch_add(1, Ordering::SeqCst);

@@ -125,12 +125,14 @@ pub enum Count {
     ResolveCacheMiss,
     /// A layer that did not fit the pre-resolution queue (general).
     PreresolveQueueDrop,
+    /// A span that was taken off the disk because the layer store's quota was reached.
+    SpanEvicted,
     /// Any internal failure lately (general). Counted by [`super::LayerMetrics::failed`].
     FuseFailureState,
     Fuse(FuseFailure),
 }
 
-const PLAIN_COUNTS: [&str; 11] = [
+const PLAIN_COUNTS: [&str; 12] = [
     "synchronous_read_count",
     "synchronous_read_remote_registry_fetch_count",
     "fuse_mount_failure_count",
@@ -142,6 +144,7 @@ const PLAIN_COUNTS: [&str; 11] = [
     "resolve_cache_miss",
     "preresolve_queue_drop",
     "fuse_failure_state",
+    "layer_store_evicted_spans",
 ];
 pub(super) const COUNTS: usize = PLAIN_COUNTS.len() + FuseFailure::NUMBER;
 
@@ -164,6 +167,7 @@ impl Count {
             Count::ResolveCacheMiss => 8,
             Count::PreresolveQueueDrop => 9,
             Count::FuseFailureState => 10,
+            Count::SpanEvicted => 11,
             Count::Fuse(failure) => PLAIN_COUNTS.len() + failure.index(),
         }
     }
