@@ -32,6 +32,7 @@ mod eager;
 mod error;
 mod extract;
 mod lazy;
+mod mapped;
 mod model;
 mod record;
 mod snapshotter;
