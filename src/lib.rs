@@ -83,6 +83,11 @@
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
 //! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!     if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
+//! 14. **Containers in user namespaces get layers of their own.** The Prepare of such a container carries id mappings; each layer below it is
+//!     shown once more under a number of its own, a lazy one with owners translated in `fs`, an unpacked one copied by a worker of the custodian
+//!     (contents shared where the filesystem can). They are shared by all containers with the same mappings and outlive the daemon; the
+//!     Go daemon makes them per container and forgets the mappings when it ends. File capabilities are made those of the namespace,
+//!     ACLs are shown as they are. Id-mapped mounts would cost nothing, but take a kernel of 5.19 (6.12 for FUSE) and a privileged mount.
 //!
 //! # Who may name whom
 //!

@@ -260,7 +260,8 @@ mod tests {
                 Operation::Unpack { id, place, budget: Budget { bytes, inodes } }
             }),
             (id.clone(), parents).prop_map(|(id, parents)| Operation::Publish { id, parents }),
-            id.prop_map(|id| Operation::Discard { id }),
+            id.clone().prop_map(|id| Operation::Discard { id }),
+            (id.clone(), id).prop_map(|(id, from)| Operation::Copy { id, from }),
         ]
     }
 
