@@ -371,7 +371,9 @@ fn privileged_a_container_in_a_user_namespace_sees_its_own_owners_on_every_kind_
             assert!(done.status.success(), "{settings}: {}{}", text(&done.stdout), text(&done.stderr));
             text(&done.stdout)
         };
-        let inside = run("id -u; stat -c %u:%g /bin/busybox /bulk/ours; echo x > /bulk/new; stat -c %u /bulk/new; cat /proc/self/uid_map");
+        let inside = run(
+            "id -u; stat -c %u:%g /bin/busybox /bulk/ours; echo x > /bulk/new; stat -c %u /bulk/new; cat /proc/self/uid_map",
+        );
         let words: Vec<&str> = inside.split_whitespace().collect();
         assert_eq!(words, ["0", "0:0", "1000:1000", "0", "0", "12345", "1001"], "{settings}");
         // containerd has removed the container; what was made for it goes, the image stays.

@@ -193,9 +193,7 @@ impl Snapshotter {
                 to_the_end(async move { inner.extract(key, parent, labels, extraction, gone).await }).await
             }
             None => match mapped::wanted(&labels)? {
-                Some(maps) => {
-                    to_the_end(async move { inner.create_mapped(key, parent, labels, &maps).await }).await
-                }
+                Some(maps) => to_the_end(async move { inner.create_mapped(key, parent, labels, &maps).await }).await,
                 None => to_the_end(async move { inner.create(key, parent, labels, Kind::Active).await }).await,
             },
         }

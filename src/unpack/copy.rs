@@ -19,11 +19,7 @@ use rustix::{
     fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat},
     io::Errno,
 };
-use std::{
-    collections::HashMap,
-    ffi::CStr,
-    mem::MaybeUninit,
-};
+use std::{collections::HashMap, ffi::CStr, mem::MaybeUninit};
 
 /// Room for directory entries.
 const LISTING: usize = 32 << 10;
@@ -129,7 +125,8 @@ impl Walk<'_> {
         match entry.kind {
             Kind::Directory => {
                 let child = beneath::open_nofollow(directory, name)?;
-                entry.records = self.xattrs(|b| rustix::fs::flistxattr(&child, b), |k, b| rustix::fs::fgetxattr(&child, k, b))?;
+                entry.records =
+                    self.xattrs(|b| rustix::fs::flistxattr(&child, b), |k, b| rustix::fs::fgetxattr(&child, k, b))?;
                 applier.apply(&entry, &mut Nothing)?;
                 let mut mark = [0; 2];
                 if matches!(rustix::fs::fgetxattr(&child, OVERLAY_OPAQUE, &mut mark), Ok(1) if mark[0] == b'y') {
@@ -147,7 +144,8 @@ impl Walk<'_> {
             Kind::Regular => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
                 let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-                entry.records = self.xattrs(|b| rustix::fs::flistxattr(&file, b), |k, b| rustix::fs::fgetxattr(&file, k, b))?;
+                entry.records =
+                    self.xattrs(|b| rustix::fs::flistxattr(&file, b), |k, b| rustix::fs::fgetxattr(&file, k, b))?;
                 applier.apply(&entry, &mut Source(file))?;
             }
             kind => {
@@ -156,7 +154,8 @@ impl Walk<'_> {
                 }
                 // There is no llistxattrat before Linux 6.13: a single component, relative to the directory we go to.
                 rustix::process::fchdir(directory)?;
-                entry.records = self.xattrs(|b| rustix::fs::llistxattr(name, b), |k, b| rustix::fs::lgetxattr(name, k, b))?;
+                entry.records =
+                    self.xattrs(|b| rustix::fs::llistxattr(name, b), |k, b| rustix::fs::lgetxattr(name, k, b))?;
                 applier.apply(&entry, &mut Nothing)?;
             }
         }
@@ -282,7 +281,9 @@ impl Content for Source {
             let piece = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
             let copied = match rustix::fs::copy_file_range(&self.0, None, file, None, piece) {
                 // Filesystems that cannot, and kernels that do not know the call (before 4.5).
-                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::XDEV | Errno::PERM) => self.through(file)?,
+                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::XDEV | Errno::PERM) => {
+                    self.through(file)?
+                }
                 Err(Errno::INTR) => continue,
                 other => other?,
             };

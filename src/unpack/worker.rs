@@ -79,8 +79,8 @@ fn make(order: &Order, source: OwnedFd, work: OwnedFd, mappings: Option<OwnedFd>
             (Place::Above, Some(text.parse::<IdMaps>().map_err(|e| invalid(e.to_string()))?))
         }
     };
-    let applier = Applier::new(work, place, order.budget)
-        .map_err(|e| failed(e.raw_os_error(), "opening the directory"))?;
+    let applier =
+        Applier::new(work, place, order.budget).map_err(|e| failed(e.raw_os_error(), "opening the directory"))?;
     match maps {
         None => apply::unpack(source.as_fd(), applier),
         Some(maps) => copy::copy(source, &maps, applier),
@@ -88,12 +88,7 @@ fn make(order: &Order, source: OwnedFd, work: OwnedFd, mappings: Option<OwnedFd>
 }
 
 /// From most to least power: each step needs what the next one takes away.
-fn confine(
-    order: &Order,
-    given: &Given,
-    spawner: Pid,
-    alone: &SingleThread,
-) -> io::Result<()> {
+fn confine(order: &Order, given: &Given, spawner: Pid, alone: &SingleThread) -> io::Result<()> {
     rustix::thread::set_name(c"soci-unpack")?;
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     if rustix::process::getppid() != Some(spawner) {

@@ -73,7 +73,8 @@ async fn privileged_mapped_layers_go_with_the_last_container_that_uses_them() {
 #[tokio::test]
 async fn mappings_that_are_none_are_refused_and_leave_nothing() {
     let lab = with_two_lazy_layers().await;
-    for (uids, gids) in [("", GIDS), (UIDS, "0:1"), ("0:5:0", GIDS), ("0:5:10,3:50:1", GIDS), (UIDS, "0:4294967295:1")] {
+    for (uids, gids) in [("", GIDS), (UIDS, "0:1"), ("0:5:0", GIDS), ("0:5:10,3:50:1", GIDS), (UIDS, "0:4294967295:1")]
+    {
         let labels = labels(&[(label::UID_MAPPING, uids), (label::GID_MAPPING, gids)]);
         assert_eq!(lab.prepare_labelled("c", "two", labels).await, Err(Code::InvalidArgument), "{uids} {gids}");
     }
@@ -82,7 +83,10 @@ async fn mappings_that_are_none_are_refused_and_leave_nothing() {
     assert_eq!(lab.prepare_labelled("c", "", rootless).await, Err(Code::Unknown));
     // One label alone asks for nothing.
     let half = labels(&[(label::UID_MAPPING, UIDS)]);
-    assert_eq!(lab.prepare_labelled("half", "two", half).await.unwrap().options[2], format!("lowerdir={}:{}", lab.fs(2), lab.fs(1)));
+    assert_eq!(
+        lab.prepare_labelled("half", "two", half).await.unwrap().options[2],
+        format!("lowerdir={}:{}", lab.fs(2), lab.fs(1))
+    );
     lab.remove("half").await.unwrap();
     lab.cleanup().await.unwrap();
     assert_eq!(lab.directories(), ["1", "2"]);
