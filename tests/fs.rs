@@ -507,8 +507,8 @@ fn server_to_be_killed() {
     tree.add(layer(7, &tar, &source)).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let device = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    let journal = (!init.can_resend())
-        .then(|| Journal::open(&std::io::stderr().as_fd().try_clone_to_owned().unwrap()).unwrap());
+    let journal =
+        (!init.can_resend()).then(|| Journal::open(&std::io::stderr().as_fd().try_clone_to_owned().unwrap()).unwrap());
     let options = SessionOptions { connection, journal, ..SessionOptions::default() };
     let session = Session::start(device, init, tree, runtime.handle().clone(), options).unwrap();
     runtime.block_on(session.closed());

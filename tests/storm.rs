@@ -121,7 +121,8 @@ struct Supervisor {
 
 impl Supervisor {
     fn start(command: impl Fn(&Path) -> Command + Send + 'static, log: &Path, program: PathBuf) -> Supervisor {
-        let (pid, stop, program) = (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default(), Arc::new(Mutex::new(program)));
+        let (pid, stop, program) =
+            (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default(), Arc::new(Mutex::new(program)));
         let sink = File::options().append(true).open(log).unwrap();
         let thread = std::thread::spawn({
             let (pid, stop, program) = (pid.clone(), stop.clone(), program.clone());
@@ -202,7 +203,8 @@ fn storm(way: Way) {
     node.containerd.pull("soci", &reference).unwrap();
     assert_eq!(node.daemon.layers().lazy, 4);
 
-    let mut workers: Vec<Worker> = MODES.iter().enumerate().map(|(n, mode)| Worker::start(&node, &reference, mode, n)).collect();
+    let mut workers: Vec<Worker> =
+        MODES.iter().enumerate().map(|(n, mode)| Worker::start(&node, &reference, mode, n)).collect();
     let started = Instant::now();
     node.daemon.kill();
     let counts = {
@@ -299,8 +301,7 @@ impl Worker {
         let mut command = node.containerd.run_command("soci", reference, &name, &arguments);
         let out = node.root.join(&format!("worker-{number}"));
         let sink = File::create(&out).unwrap();
-        let child =
-            command.stdin(Stdio::null()).stdout(sink.try_clone().unwrap()).stderr(sink).spawn().unwrap();
+        let child = command.stdin(Stdio::null()).stdout(sink.try_clone().unwrap()).stderr(sink).spawn().unwrap();
         let worker = Worker { mode, name, child, out };
         let begun = Instant::now();
         while !worker.said().contains("READY") {

@@ -140,8 +140,9 @@ impl Session {
         }
         for number in 0..options.threads.clamp(1, journal::LANDINGS) {
             let (shared, poll) = (shared.clone(), Poll::new(&shared)?);
-            let thread =
-                std::thread::Builder::new().name(format!("fuse-{number}")).spawn(move || shared.serve(number, &poll))?;
+            let thread = std::thread::Builder::new()
+                .name(format!("fuse-{number}"))
+                .spawn(move || shared.serve(number, &poll))?;
             session.threads.push(thread);
         }
         if resumed && init.can_resend() {

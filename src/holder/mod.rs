@@ -98,7 +98,9 @@ pub fn main() -> ExitCode {
     let result = match (args.unmount, args.detach) {
         (true, _) => unmount(&layout),
         (false, true) => start_detached(&layout),
-        (false, false) => hold(&layout, args.new_session, if args.no_resend { Resend::Unwanted } else { Resend::Wanted }),
+        (false, false) => {
+            hold(&layout, args.new_session, if args.no_resend { Resend::Unwanted } else { Resend::Wanted })
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

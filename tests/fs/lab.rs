@@ -4,8 +4,8 @@ use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags};
 use soci::fs::wire::{Resend, answer_init};
 use soci::fs::{
-    Connection, HeaderCheck, InitParams, Journal, LayerData, LazyLayer, Nobody, Observer, OpaqueMark, ReadError, Session,
-    SessionOptions, Tree, Xattrs,
+    Connection, HeaderCheck, InitParams, Journal, LayerData, LazyLayer, Nobody, Observer, OpaqueMark, ReadError,
+    Session, SessionOptions, Tree, Xattrs,
 };
 use soci::layers::toc::{self, Entry, EntryKind, Toc};
 use soci::layout::SnapshotId;

@@ -357,7 +357,8 @@ fn the_store_is_as_good(kernel: &[&str]) {
         "exec 3<&1 4<&0 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS={number} exec {HOLDER} --root {}",
         lab.layout.root().display()
     );
-    let _next = Killed(Command::new("sh").args(["-c", &script]).stdout(device).stdin(journal_fd).spawn().expect("spawn"));
+    let _next =
+        Killed(Command::new("sh").args(["-c", &script]).stdout(device).stdin(journal_fd).spawn().expect("spawn"));
     let second = lab.obtain();
     assert!(!second.first, "the mount is the old one");
     assert_eq!(second.init, first.init);

@@ -21,8 +21,7 @@ struct Known {
     reports: BTreeMap<PathBuf, Vec<String>>,
 }
 
-static KNOWN: Mutex<Known> =
-    Mutex::new(Known { connections: BTreeMap::new(), reports: BTreeMap::new() });
+static KNOWN: Mutex<Known> = Mutex::new(Known { connections: BTreeMap::new(), reports: BTreeMap::new() });
 
 fn known() -> MutexGuard<'static, Known> {
     KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -81,7 +80,12 @@ pub fn remaining(dir: &Path) -> Vec<String> {
     );
     let connections: BTreeSet<u32> = {
         let known = known();
-        known.connections.iter().filter(|(path, _)| path.starts_with(dir)).flat_map(|(_, minors)| minors.clone()).collect()
+        known
+            .connections
+            .iter()
+            .filter(|(path, _)| path.starts_with(dir))
+            .flat_map(|(_, minors)| minors.clone())
+            .collect()
     };
     let alive: Vec<u32> = connections
         .into_iter()

@@ -26,8 +26,7 @@ impl Node {
 
     /// As [`Node::new`], with `content` in the table `content_store`.
     pub fn with_content(slot: &Slot, version: Version, more: &str, content: &str) -> Node {
-        let settings =
-            Settings { more: more.to_string(), content_store: content.to_string(), ..Settings::default() };
+        let settings = Settings { more: more.to_string(), content_store: content.to_string(), ..Settings::default() };
         Node::with_settings(slot, version, settings)
     }
 
