@@ -46,15 +46,15 @@ impl SharedMemory {
         memmap2::MmapRaw::map_raw(fd.as_raw_fd()).map(SharedMemory)
     }
 
-    /// In words.
-    pub fn len(&self) -> usize {
+    /// How many words it has.
+    pub fn words(&self) -> usize {
         self.0.len() / WORD
     }
 
     /// # Panics
     /// If there are not so many words.
     pub fn word(&self, index: usize) -> &AtomicU64 {
-        assert!(index < self.len(), "word {index} of {}", self.len());
+        assert!(index < self.words(), "word {index} of {}", self.words());
         // SAFETY: in bounds by the assertion; a mapping starts at a page, so words are aligned; the seals keep the file as long as it was when it
         // was mapped; everybody who touches these bytes does so through atomics of this size, or lets the kernel write them (`fill`), which for
         // this purpose is another process.
@@ -66,7 +66,7 @@ impl SharedMemory {
     /// # Panics
     /// If there are not so many words.
     pub fn fill(&self, device: impl AsFd, first: usize, words: usize) -> io::Result<usize> {
-        assert!(first.checked_add(words).is_some_and(|end| end <= self.len()), "{words} words from {first}");
+        assert!(first.checked_add(words).is_some_and(|end| end <= self.words()), "{words} words from {first}");
         // SAFETY: the range is inside the mapping by the assertion, and the mapping is as long as `self`, which is borrowed. No reference to
         // these bytes exists but to atomics.
         let read = unsafe {

@@ -162,7 +162,7 @@ impl Journal {
     /// Uses `file`, which is as `sys::shared::create` made it with [`SIZE`], or as an earlier process left it.
     pub fn open(file: &OwnedFd) -> Result<Journal, JournalError> {
         let words = SharedMemory::map(file.as_fd())?;
-        match words.len() * size_of::<AtomicU64>() {
+        match words.words() * size_of::<AtomicU64>() {
             found if found < SIZE => Err(JournalError::Size { found }),
             _ => Journal::adopt(words),
         }
