@@ -440,7 +440,7 @@ impl LazyLayers for Arc<LazyMounts> {
                 let layer = me.open(id, &record).await?;
                 let (layout, written, lent) = (me.layout.clone(), record.clone(), implied.clone());
                 let write = tokio::task::spawn_blocking(move || written.write(&layout, id, &lent)).await;
-                write.map_err(io::Error::other).flatten().map_err(|e| e.to_string())?;
+                write.map_err(io::Error::other).and_then(|written| written).map_err(|e| e.to_string())?;
                 me.show(id, &record, implied, layer).map_err(|e| e.to_string())
             };
             shown.await.inspect_err(|_| me.let_go(id))

@@ -136,7 +136,7 @@ fn copier_rules() -> io::Result<Rules> {
 /// What copying takes besides.
 fn copying() -> io::Result<Rules> {
     let mut rules = calls(COPIER);
-    let share = condition(1, SeccompCmpOp::Eq, libc::FICLONE as u64)?;
+    let share = condition(1, SeccompCmpOp::Eq, libc::FICLONE)?;
     rules.insert(libc::SYS_ioctl, vec![rule(vec![share])?]);
     Ok(rules)
 }
