@@ -1,7 +1,7 @@
 //! Where the compressed bytes of a layer come from.
 
 use crate::oci::Digest;
-use crate::registry::{HostId, RangeBody, Repository};
+use crate::registry::{HostId, RangeBody, RegistryError, Repository};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::{ops::Range, time::Duration};
@@ -21,6 +21,8 @@ pub enum Remedy {
     Retry(Option<Duration>),
     /// This source will not have it, another one may.
     OtherSource,
+    /// This source has trouble and was asked often enough for now. Another one may do; and time may heal it.
+    Later,
 }
 
 /// Something that has a layer's blob.
@@ -52,13 +54,29 @@ impl Source for RegistrySource {
             match self.repository.blob_range(self.blob, range, avoid).await {
                 Ok(body) => Ok(Box::new(body) as Box<dyn Body>),
                 // The registry client has tried every host as often as the settings say.
-                Err(error) => Err(SourceError { reason: error.to_string(), remedy: Remedy::OtherSource }),
+                Err(error) => Err(SourceError { reason: error.to_string(), remedy: remedy(&error) }),
             }
         })
     }
 
     fn is_remote(&self) -> bool {
         true
+    }
+}
+
+/// Logins are renewed, certificates too, and mirrors get their blobs back; what the registry does not have or do stays so.
+fn remedy(error: &RegistryError) -> Remedy {
+    match error {
+        RegistryError::Unavailable { .. }
+        | RegistryError::Unauthorized { .. }
+        | RegistryError::Untrusted { .. }
+        | RegistryError::Malformed { .. }
+        | RegistryError::DigestMismatch { .. } => Remedy::Later,
+        RegistryError::NotFound { .. }
+        | RegistryError::TooLarge { .. }
+        | RegistryError::RangesUnsupported { .. }
+        | RegistryError::Refused { .. }
+        | RegistryError::Setup { .. } => Remedy::OtherSource,
     }
 }
 
