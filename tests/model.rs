@@ -53,7 +53,10 @@ fn random_tar(random: &mut Random) -> Tar {
                 members.push(Member::link(&name, EntryKind::Hardlink, to));
                 continue;
             }
-            4 => Member { device: (1 + random.below(200) as u32, random.below(70_000) as u32), ..Member::new(&name, EntryKind::Char) },
+            4 => Member {
+                device: (1 + random.below(200) as u32, random.below(70_000) as u32),
+                ..Member::new(&name, EntryKind::Char)
+            },
             5 => Member::new(&name, EntryKind::Fifo),
             _ => {
                 files.push(name.clone());

@@ -277,7 +277,10 @@ fn detach_predecessors(layout: &Layout) {
         }
     }
     if detached > 0 {
-        complain(format_args!("detached {detached} dead mounts that a Go snapshotter had left below {}", snapshots.display()));
+        complain(format_args!(
+            "detached {detached} dead mounts that a Go snapshotter had left below {}",
+            snapshots.display()
+        ));
     }
 }
 

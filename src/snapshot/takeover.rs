@@ -158,9 +158,9 @@ fn grounded(mut found: BTreeMap<String, Info>, refused: &mut Vec<Refused>) -> Ve
             infos.push(info);
         }
     }
-    let rest = found.into_values().map(|info| {
-        Refused { name: info.name, why: NotImported::Parent(info.parent.unwrap_or_default()) }
-    });
+    let rest = found
+        .into_values()
+        .map(|info| Refused { name: info.name, why: NotImported::Parent(info.parent.unwrap_or_default()) });
     refused.extend(rest);
     infos
 }

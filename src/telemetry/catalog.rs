@@ -214,7 +214,7 @@ messages! {
         means "What it made is not known here: containers cannot be started from that."
         act "Remove from containerd what was pulled or made meanwhile, and pull it again; or, with the daemon stopped, move metadata.redb beside it \
              away: the next start takes over anew, and forgets what was made with this snapshotter.";
-    StaleMount = "f7b8a6d95c3e4d21a0c4e2b1d9f68375" WARN Always "A directory of a lazily loaded layer is still the Go snapshotter's mount"
+    StaleMount = "f7b8a6d95c3e4d21a0c4e2b1d9f68375" WARN Always "A lazily loaded layer is still mounted by the Go snapshotter"
         happened "Something is mounted on the directory of snapshot @SOCI_SNAPSHOT@, which only soci-mount may take away, at its start."
         means "Containers cannot be started from the image."
         act "Stop the Go snapshotter if it still runs, then:\n\n    systemctl restart soci-mount soci-snapshotter";

@@ -296,7 +296,8 @@ fn privileged_a_daemon_on_gos_root_serves_its_snapshots_and_keeps_its_database()
     assert_eq!(left, ["1_5"], "what cannot be taken over is left alone");
     let next = snapshots::prepare(&client, "default/9/next", "", HashMap::new()).unwrap();
     assert!(next[0].source.ends_with("/fs"), "{next:?}");
-    let number: u32 = Path::new(&next[0].source).parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let number: u32 =
+        Path::new(&next[0].source).parent().unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
     assert!(number > 6, "{number} was somebody's");
     assert_eq!(std::fs::read(site.layout().go_snapshot_db()).unwrap(), database, "kept for the way back");
 }
@@ -313,12 +314,15 @@ fn privileged_a_go_snapshotter_that_still_runs_and_a_database_that_cannot_be_rea
         let log = site.refused();
         assert!(log.contains("Go snapshotter that was here before is still running"), "{log}");
     }
-    for (what, bytes) in [("not a bbolt database", vec![b'x'; 4096]), ("meta pages", {
-        let mut torn = good.clone();
-        torn[40] ^= 1;
-        torn[4096 + 40] ^= 1;
-        torn
-    })] {
+    for (what, bytes) in [
+        ("not a bbolt database", vec![b'x'; 4096]),
+        ("meta pages", {
+            let mut torn = good.clone();
+            torn[40] ^= 1;
+            torn[4096 + 40] ^= 1;
+            torn
+        }),
+    ] {
         std::fs::write(&path, &bytes).unwrap();
         let log = site.refused();
         assert!(log.contains("metadata.db") && log.contains(what) && log.contains("pull them again"), "{log}");

@@ -87,7 +87,9 @@ impl Taken {
         loop {
             match self.node.sums(&self.lazy) {
                 Ok(sums) => return assert_eq!(sums, self.sums[0]),
-                Err(error) => assert!(start.elapsed() < Duration::from_secs(120), "{error}\n{}", self.node.daemon.log()),
+                Err(error) => {
+                    assert!(start.elapsed() < Duration::from_secs(120), "{error}\n{}", self.node.daemon.log())
+                }
             }
             std::thread::sleep(Duration::from_millis(300));
         }
