@@ -109,7 +109,7 @@ fn at_every_change(half: &str, seed: u64, steps: u64, check: impl Fn(&Path, &[St
                     if n >= ended.load(Ordering::SeqCst) {
                         return;
                     }
-                    let cut = if (n + seed) % 2 == 0 { Cut::Torn } else { Cut::Before };
+                    let cut = if (n + seed).is_multiple_of(2) { Cut::Torn } else { Cut::Before };
                     let place = tempfile::Builder::new().prefix("crash-").tempdir().unwrap();
                     let job = Job { place: place.path().to_owned(), seed, steps };
                     let (said, whole) = killed_at(half, &job, n, cut);

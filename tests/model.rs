@@ -124,13 +124,13 @@ impl World {
 
     fn start(&mut self, seed: u64) {
         self.lives += 1;
-        let settings = if seed % 3 == 0 { streaming() } else { quiet() };
+        let settings = if seed.is_multiple_of(3) { streaming() } else { quiet() };
         // Enough tries that bad weather is survived, as it is within the budget of a real daemon.
         let settings = soci::layers::Settings { retries: 60, verification_retries: 60, ..settings };
         let source = source(&self.image, &self.weather, seed);
         let (home, image) = (self.home.path(), &self.image);
         let (lab, layer) = self.mount.runtime.block_on(async {
-            let lab = if seed % 2 == 0 { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
+            let lab = if seed.is_multiple_of(2) { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
             let layer = lab.try_open(image, source, ID).await.unwrap();
             (lab, layer)
         });
