@@ -30,6 +30,7 @@ mod registry_hosts;
 mod registry_login;
 mod registry_real;
 mod registry_tls;
+mod storm;
 mod support;
 mod takeover;
 mod units;
