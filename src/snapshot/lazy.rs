@@ -135,7 +135,9 @@ pub trait LazyLayers: Send + Sync {
     ) -> BoxFuture<'a, Result<(), NotLazyReason>>;
 
     /// Makes the lazy layer `of` readable at `lazy/<id>` too, durably, with the owners that `maps` gives; or says why not.
-    fn map<'a>(&'a self, of: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, Result<(), String>>;
+    fn map<'a>(&'a self, of: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move { Err(format!("layer {of} cannot be shown as {id} with the owners {maps}")) })
+    }
 
     /// Whether reads of this layer can be answered. Never waits long for the network.
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool>;
