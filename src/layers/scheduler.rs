@@ -211,6 +211,11 @@ impl Scheduler {
         self.inner.wake.notify_one();
     }
 
+    /// So many requests at once, or as many as the operator allows.
+    pub fn within_limit(&self, requests: usize) -> usize {
+        self.inner.throttle.ceiling().map_or(requests, |most| requests.min(most))
+    }
+
     /// Fetches what was taken, because a reader waits.
     pub(super) fn demand(&self, taken: Taken) {
         let (scheduler, since) = (self.clone(), Instant::now());

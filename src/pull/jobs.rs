@@ -126,7 +126,7 @@ struct State {
 struct Inner {
     shop: Workshop,
     places: OnceLock<Arc<dyn Places>>,
-    /// Leaf lock. A `Use` is never dropped while it is held.
+    /// Only the store of snapshots is asked while it is held. A `Use` is never dropped then.
     state: Mutex<State>,
     images: Mutex<HashMap<Digest, Arc<OnceCell<Arc<Image>>>>>,
 }
@@ -352,13 +352,18 @@ impl Pulls {
         }
     }
 
+    fn is_committed(&self, key: &Key) -> bool {
+        self.0.places.get().is_some_and(|places| places.is_committed(&key.chain_id))
+    }
+
     /// The job for `key`, begun if there is none.
     fn use_job(&self, key: Key, order: Order) -> Use {
         let mut state = self.0.lock();
         if let Some(entry) = state.jobs.get_mut(&key) {
             let is_stale = match &*entry.result.borrow() {
                 Some((Err(_), at)) => at.elapsed() > BELIEF,
-                Some((Ok(pulled), _)) => is_taken(pulled),
+                // As long as it is there, whoever asks is told so; another job is for when it was removed.
+                Some((Ok(pulled), _)) => is_taken(pulled) && !self.is_committed(&key),
                 None => false,
             };
             if !is_stale {

@@ -146,6 +146,11 @@ impl Throttle {
         Throttle(Arc::new(inner))
     }
 
+    /// What the operator allows, if that was said.
+    pub fn ceiling(&self) -> Option<usize> {
+        self.0.is_limited.then(|| self.lock().climb.most)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

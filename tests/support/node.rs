@@ -26,15 +26,18 @@ impl Node {
 
     /// As [`Node::new`], with `content` in the table `content_store`.
     pub fn with_content(slot: &Slot, version: Version, more: &str, content: &str) -> Node {
+        Node::with(slot, version, Settings { more: more.into(), content_store: content.into(), ..Settings::default() })
+    }
+
+    /// As [`Node::new`], with a daemon of these settings; it is told of the proxy and of containerd.
+    pub fn with(slot: &Slot, version: Version, settings: Settings) -> Node {
         let root = slot.root();
         let registry = Registry::start(Kind::Docker28, &root);
         let proxy = Proxy::start(&registry.host);
         let settings = Settings {
             plain_http: vec![proxy.host.clone()],
             containerd: Some(root.join("ctd/sock")),
-            more: more.to_string(),
-            content_store: content.to_string(),
-            ..Settings::default()
+            ..settings
         };
         let daemon = Daemon::start(&root, &settings);
         let pause_layout = root.join("pause");
