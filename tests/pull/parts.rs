@@ -6,7 +6,7 @@ use crate::support::daemon::Settings;
 /// A node that says in how many parts a layer was inflated.
 fn node(slot: &Slot, more: &str) -> Node {
     let settings = Settings { more: more.into(), log_level: "debug".into(), ..Settings::default() };
-    Node::with(slot, Version::V22, settings)
+    Node::with_settings(slot, Version::V22, settings)
 }
 
 /// Parts that helpers made of the layers pulled so far, of those of at least so many megabytes.
