@@ -14,7 +14,9 @@ use crate::{
     layout::{Layout, SnapshotId},
     oci::{Descriptor, Digest, Reference},
     pull::{
-        self, Budget, Contents, Depth, Indexed, Ingest, Keep, Known, ProgramError, Programs, Settings, UnpackFailure, Unpacker},
+        self, Budget, Contents, Depth, Indexed, Ingest, Keep, Known, ProgramError, Programs, Settings, UnpackFailure,
+        Unpacker,
+    },
     registry,
     snapshot::{Extent, NotPulled, Usage, chain},
     sys::map::Mapping,
@@ -77,8 +79,7 @@ pub fn indexed(layout: Layout) -> Indexed {
             window: span.window.start as u64..span.window.end as u64,
         };
         let table = ztoc.spans();
-        (table.compression == Compression::Gzip)
-            .then(|| Known::new(file, table.spans.iter().map(point).collect()))
+        (table.compression == Compression::Gzip).then(|| Known::new(file, table.spans.iter().map(point).collect()))
     })
 }
 

@@ -18,10 +18,7 @@ use super::{
     layer::Layer,
     window::{MIN_BYTES, Window},
 };
-use crate::{
-    registry::Throttle,
-    telemetry::catalog::say,
-};
+use crate::{registry::Throttle, telemetry::catalog::say};
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,

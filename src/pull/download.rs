@@ -243,7 +243,9 @@ impl Downloads {
                         let known = length - new;
                         // Less than the chunk's length.
                         let mut chunk = chunk.split_off(known as usize);
-                        chunk.truncate(usize::try_from(wanted.range.end.saturating_sub(delivered)).unwrap_or(usize::MAX));
+                        chunk.truncate(
+                            usize::try_from(wanted.range.end.saturating_sub(delivered)).unwrap_or(usize::MAX),
+                        );
                         if !sink.put(chunk).await {
                             return Err(DownloadError::NotWanted);
                         }

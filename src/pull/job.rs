@@ -161,12 +161,7 @@ impl Drop for Unpacking {
     }
 }
 
-async fn attempt(
-    shop: &Workshop,
-    places: &dyn Places,
-    order: &Order,
-    how: Try<'_>,
-) -> Result<Box<dyn Place>, Failed> {
+async fn attempt(shop: &Workshop, places: &dyn Places, order: &Order, how: Try<'_>) -> Result<Box<dyn Place>, Failed> {
     let layer = order.layer();
     let digest = layer.blob.digest;
     let trouble =
@@ -247,12 +242,7 @@ fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
     Ok((read, write))
 }
 
-async fn bring(
-    shop: &Workshop,
-    order: &Order,
-    how: &Try<'_>,
-    feed: &mut Feed,
-) -> Result<Vec<HostId>, DownloadError> {
+async fn bring(shop: &Workshop, order: &Order, how: &Try<'_>, feed: &mut Feed) -> Result<Vec<HostId>, DownloadError> {
     let blob = &order.layer().blob;
     match how.origin {
         Origin::Contents => {

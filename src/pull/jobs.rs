@@ -13,8 +13,8 @@
 use super::{
     Contents, Keep, Observer, Settings, Unpacker,
     download::Downloads,
-    image::{self, CONFIG_MAX, Image, MANIFEST_MAX},
     flights::Flights,
+    image::{self, CONFIG_MAX, Image, MANIFEST_MAX},
     job::{self, Order, Workshop},
     parts::Crew,
     shelf::Shelf,

@@ -414,7 +414,9 @@ mod tests {
         let path = directory.path().join(one.hex());
         let good = std::fs::read(&path).unwrap();
         let second = 12 + 17 + 32_768;
-        for (at, what) in [(second, 1), (second + 1, 7), (second + 16, 1), (second + 17 + 32_767, 1), (second + 17, 0x55), (12, 3)] {
+        for (at, what) in
+            [(second, 1), (second + 1, 7), (second + 16, 1), (second + 17 + 32_767, 1), (second + 17, 0x55), (12, 3)]
+        {
             let mut bad = good.clone();
             bad[at] ^= what;
             std::fs::write(&path, &bad).unwrap();

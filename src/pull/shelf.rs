@@ -147,7 +147,9 @@ impl Shelf {
         let known = kept.ok().or_else(|| (self.indexed)(layer)).filter(|known| known.len() > 1);
         let draft = match known {
             Some(_) => None,
-            None => self.draft(*layer).inspect_err(|error| tracing::debug!(%error, "no checkpoints are written down")).ok(),
+            None => {
+                self.draft(*layer).inspect_err(|error| tracing::debug!(%error, "no checkpoints are written down")).ok()
+            }
         };
         Inflating::Helped { known, draft }
     }

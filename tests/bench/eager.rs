@@ -56,10 +56,11 @@ impl Bounds {
             assert!(command.status().unwrap().success(), "{command:?}");
             start.elapsed().as_secs_f64()
         };
-        let link = timed(Command::new("curl").args(["--silent", "--fail", "-o", "/dev/null"]).arg(format!(
-            "http://{}/v2/{image}/blobs/{}",
-            registry.host, layer.digest
-        )));
+        let link = timed(
+            Command::new("curl")
+                .args(["--silent", "--fail", "-o", "/dev/null"])
+                .arg(format!("http://{}/v2/{image}/blobs/{}", registry.host, layer.digest)),
+        );
         let to = |path: &std::path::Path| std::fs::File::create(path).unwrap();
         let gunzip = || {
             let mut command = Command::new("gzip");
@@ -258,7 +259,15 @@ fn row(image: &str, engines: &[Kind], curl: f64, bounds: Bounds, runs: &[Vec<Run
 fn summary(runs: usize, engines: &[Kind], shape: Shape, body: &[Vec<String>]) -> String {
     let mut head = vec!["image".to_string(), "MB".to_string(), "curl".to_string()];
     head.extend(engines.iter().map(|e| e.name().to_string()));
-    head.extend(["÷ docker (≤ 0.5)", "÷ ctd2 (≤ 0.6)", "÷ curl (or ≤ 1.1)", "largest layer: share of what it needs at least (≥ 90 %)"].map(String::from));
+    head.extend(
+        [
+            "÷ docker (≤ 0.5)",
+            "÷ ctd2 (≤ 0.6)",
+            "÷ curl (or ≤ 1.1)",
+            "largest layer: share of what it needs at least (≥ 90 %)",
+        ]
+        .map(String::from),
+    );
     let link = if shape.mbit == 0 { "unshaped".to_string() } else { shape.to_string() };
     format!(
         "## Images without an index; {link}; medians of {runs}\n\nPull + run = ready, seconds; memory of all processes of the engine together at most (our daemon and workers: ≤ 150 MB); CPU of the pull per compressed GB, workers included\n\n{}",

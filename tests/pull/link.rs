@@ -54,7 +54,8 @@ fn privileged_a_container_that_reads_is_not_starved_by_a_pull_and_the_pull_goes_
     let slot = Slot::take();
     // Nothing streams by itself, so each read is a demand.
     let more = format!("{FALLBACK}[background_fetch]\ndisable = true\n");
-    let node = Node::with_settings(&slot, Version::V22, Settings { more, log_level: "debug".into(), ..Settings::default() });
+    let node =
+        Node::with_settings(&slot, Version::V22, Settings { more, log_level: "debug".into(), ..Settings::default() });
     let (_, _, lazy) = node.publish("lazy", &app(83, 12));
     let layers = (0..6).map(|n| bulk(&format!("bulk{n}"), 84 + n, 20));
     let (_, plain) = node.publish_plain("plain", &Image::new(layers.collect()));

@@ -135,8 +135,7 @@ fn privileged_removing_an_image_gives_up_what_only_it_needed() {
     let image = Image::new(vec![busybox(), bulk("bulk", 58, 24), bulk("more", 59, 24)]);
     let (layout, reference) = node.publish_plain("removed", &image);
     let (manifest, document) = image_manifest(&layout);
-    let config: serde_json::Value =
-        crate::support::registry::read_json(&blob_path(&layout, &document.config.digest));
+    let config: serde_json::Value = crate::support::registry::read_json(&blob_path(&layout, &document.config.digest));
     let chain = config["rootfs"]["diff_ids"][0].as_str().unwrap().to_string();
     node.proxy.share_line(2_000_000);
     // As a client does that is about to prepare the other layers, and then is told to remove the image.
