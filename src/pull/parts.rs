@@ -177,7 +177,7 @@ impl Cuts {
     /// Whether more bytes may bring another part.
     pub fn is_hopeful(&self) -> bool {
         match self {
-            Cuts::Known { known, next } => *next < known.len(),
+            Cuts::Known { known, next } => *next < known.count(),
             Cuts::Guessed(guesses) => guesses.fruitless < UNPLANNED / 2,
             Cuts::None => false,
         }
@@ -194,13 +194,13 @@ impl Cuts {
                     *next += 1;
                 }
                 let start = known.at(*next)?;
-                let after = (*next + 1..known.len()).find(|i| known.at(*i).is_some_and(|at| at >= start + KNOWN_MIN));
+                let after = (*next + 1..known.count()).find(|i| known.at(*i).is_some_and(|at| at >= start + KNOWN_MIN));
                 let end = match after {
                     Some(after) => known.at(after).filter(|end| *end <= held.end())?,
                     None if ended && held.end() > start => held.end(),
                     None => return None,
                 };
-                let index = std::mem::replace(next, after.unwrap_or(known.len()));
+                let index = std::mem::replace(next, after.unwrap_or(known.count()));
                 Some((known.entry(index)?, start..end))
             }
             Cuts::Guessed(guesses) => {

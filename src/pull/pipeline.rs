@@ -368,7 +368,7 @@ mod tests {
     #[tokio::test]
     async fn layers_of_many_members_or_frames_are_inflated_in_parts_and_come_out_the_same() {
         let tar = large();
-        let members: Vec<u8> = tar.chunks(65_000).flat_map(|piece| gzip(piece)).collect();
+        let members: Vec<u8> = tar.chunks(65_000).flat_map(gzip).collect();
         let frames: Vec<u8> = tar.chunks(300_000).flat_map(|piece| zstd::encode_all(piece, 1).unwrap()).collect();
         let independent = flushed(&tar, flate2::FlushCompress::Full);
         for (name, layer) in [("members", &members), ("frames", &frames), ("pigz -i", &independent)] {

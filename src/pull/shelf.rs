@@ -55,7 +55,7 @@ impl Known {
         Known { file, points }
     }
 
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.points.len()
     }
 
@@ -144,7 +144,7 @@ impl Shelf {
             return Inflating::Helped { known: None, draft: None };
         }
         let kept = File::open(self.path(layer)).and_then(read);
-        let known = kept.ok().or_else(|| (self.indexed)(layer)).filter(|known| known.len() > 1);
+        let known = kept.ok().or_else(|| (self.indexed)(layer)).filter(|known| known.count() > 1);
         let draft = match known {
             Some(_) => None,
             None => {
@@ -275,7 +275,7 @@ mod tests {
         assert_eq!(first.files().len(), 1);
         let second = shelf(directory.path());
         let there = known(second.inflating(&layer, size)).unwrap();
-        assert_eq!((there.len(), there.at(1)), (3, Some(2_000_000)));
+        assert_eq!((there.count(), there.at(1)), (3, Some(2_000_000)));
         let window = [&[1u8; 768][..], &[2; 32_000]].concat();
         assert_eq!(there.entry(1), Entry::block(3, window));
         assert_eq!(there.entry(0), Entry::block(0, Vec::new()));

@@ -49,7 +49,8 @@ fn privileged_a_layer_that_is_pulled_again_is_inflated_in_parts_and_wrong_checkp
     assert_eq!(differences(&node, &layout, &reference), Vec::<String>::new());
     // Windows, positions, bits; and checkpoints of something else.
     let record = 17 + 32_768;
-    let damages: [&dyn Fn(&mut Vec<u8>); 4] = [
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let damages: [Damage<'_>; 4] = [
         &|bytes| (1..bytes.len() / record).for_each(|n| bytes[12 + n * record + 17 + 20_000] ^= 0xff),
         &|bytes| (1..bytes.len() / record).for_each(|n| bytes[12 + n * record] ^= 0x10),
         &|bytes| (1..bytes.len() / record).for_each(|n| bytes[12 + n * record + 16] ^= 1),
