@@ -1,6 +1,7 @@
 //! Every way a snapshot operation can fail. `grpc::status` says which gRPC code each one is.
 
 use crate::layout::SnapshotId;
+use crate::oci::InvalidIdMap;
 use std::io;
 use std::path::PathBuf;
 
@@ -18,7 +19,7 @@ pub enum SnapshotError {
     TargetExists(String),
     #[error("parent {0:?} is not committed snapshot: invalid argument")]
     ParentNotCommitted(String),
-    #[error("{what} must have 1 to {max} bytes: invalid argument")]
+    #[error("{what} must have 1 to {max} bytes and not start with \".mapped/\": invalid argument")]
     InvalidName { what: &'static str, max: usize },
     #[error("cannot update {field:?} field on snapshot {name:?}: invalid argument")]
     ImmutableField { field: String, name: String },
@@ -35,8 +36,12 @@ pub enum SnapshotError {
     Refused(String),
     #[error("context has no namespace attached")]
     NoNamespace,
-    #[error("id-mapped snapshots (user namespaces) are not supported yet: not implemented")]
-    IdMapping,
+    /// In the labels of a Prepare for a container in a user namespace.
+    #[error("label {label}: invalid argument")]
+    IdMapping { label: &'static str, source: InvalidIdMap },
+    /// A layer cannot be shown with a user namespace's owners.
+    #[error("layer {id} for a user namespace: {why}")]
+    NotMapped { id: SnapshotId, why: String },
     #[error("snapshot numbers are used up")]
     IdsExhausted,
     #[error("directory of snapshot {id}")]
@@ -65,6 +70,19 @@ pub enum StoreError {
         path.display()
     )]
     Damaged { path: PathBuf, what: String },
+    #[error(
+        "the Go snapshotter that was here before is still running: it has its database {} open. Stop it, then start this one; \
+         nothing was changed",
+        path.display()
+    )]
+    PredecessorRuns { path: PathBuf },
+    /// As with [`StoreError::Damaged`]: containerd's records name the snapshots in it.
+    #[error(
+        "the database {} of the Go snapshotter that was here before cannot be read: {what}. Nothing was taken over or changed: bring \
+         back a copy, or remove the images of this snapshotter from containerd, move the file away and pull them again",
+        path.display()
+    )]
+    PredecessorDamaged { path: PathBuf, what: String },
     #[error("record of snapshot {name:?} is damaged")]
     DamagedRecord { name: String, source: serde_json::Error },
     #[error("the records of snapshots contradict each other: {0}")]
@@ -73,6 +91,8 @@ pub enum StoreError {
     File { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Database(#[from] Box<redb::Error>),
+    #[error("cannot sync the directories of new snapshots to disk")]
+    Unsettled(#[source] io::Error),
     /// A transaction shared by several operations failed; this is what the first one said.
     #[error("transaction failed: {0}")]
     Batch(String),

@@ -226,6 +226,11 @@ impl Drop for Containerd {
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "kill", "-s", "SIGKILL", task]));
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "rm", "-f", task]));
             }
+            // What a client leases while it pulls or starts something must be given back when that has failed, too.
+            let leases = attempt(self.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
+            for lease in text(&leases.stdout).lines() {
+                super::leaks::report(&self.dir, format!("lease {lease} of namespace {namespace}"));
+            }
         }
     }
 }
@@ -296,6 +301,9 @@ fn config(version: Version, options: &Options, dir: &Path) -> String {
     }
     if let Some(socket) = &options.soci {
         out += &format!("[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{}\"\n", socket.display());
+        if version == Version::V22 {
+            out += "  capabilities = [\"remap-ids\", \"multi-remap-ids\"]\n";
+        }
         out += "  [proxy_plugins.soci.exports]\n    enable_remote_snapshot_annotations = \"true\"\n";
     }
     if let Some(pause) = &options.pause {
