@@ -388,7 +388,9 @@ impl Codec for SizeLimit {
         match parse_size(&text) {
             Some(0) => Ok(Limit::Unlimited),
             Some(bytes) => Ok(Limit::At(bytes)),
-            None => Err(Fault::Value(format!("invalid size {text:?}: digits and b, kb, mb or gb are expected, as in '20gb'"))),
+            None => Err(Fault::Value(format!(
+                "invalid size {text:?}: digits and b, kb, mb or gb are expected, as in '20gb'"
+            ))),
         }
     }
     fn encode(&self, value: &Limit) -> Text {

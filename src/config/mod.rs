@@ -269,7 +269,10 @@ fn settle(config: &mut Config, reader: &mut Reader<'_>) {
         let key = "layer_store.low_water";
         let at = reader.written.get(key).or_else(|| reader.written.get("layer_store.high_water"));
         let at = at.map_or(Position { line: 1, column: 1 }, |written| written.at);
-        let message = format!("{} is above layer_store.high_water, {}: removing would never end", store.low_water, store.high_water);
+        let message = format!(
+            "{} is above layer_store.high_water, {}: removing would never end",
+            store.low_water, store.high_water
+        );
         reader.unusable.push(Problem { at, key: key.into(), message });
     }
     let at = |key: &str| written(key).map_or(Position { line: 1, column: 1 }, |written| written.at);

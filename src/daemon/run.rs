@@ -23,7 +23,9 @@ use crate::{
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{CriLogins, Keychain},
-    layers::{Ahead, InflatedCache, LayerStore, Pace, Persistence, QuotaSettings, Scheduler, Scratch, Settings, Shared, Spill},
+    layers::{
+        Ahead, InflatedCache, LayerStore, Pace, Persistence, QuotaSettings, Scheduler, Scratch, Settings, Shared, Spill,
+    },
     layout::{Layout, SnapshotId},
     pull::{self, Pulls},
     registry::{self, Registry},

@@ -149,7 +149,13 @@ impl Quota {
             }
         }
         let (used, max) = (self.used(), settings.max);
-        tracing::info!(evicted, freed = before.saturating_sub(used), used, max, "layer store above its high mark, spans evicted");
+        tracing::info!(
+            evicted,
+            freed = before.saturating_sub(used),
+            used,
+            max,
+            "layer store above its high mark, spans evicted"
+        );
         if let Some(error) = &trouble {
             say!(NotEvicted, %error, "cannot evict from the layer store");
         }

@@ -44,7 +44,8 @@ pub struct SpanMap<W> {
 impl<W> SpanMap<W> {
     /// A map of `count` spans, of which `present` are here.
     pub fn new(count: usize, present: impl Iterator<Item = usize>) -> SpanMap<W> {
-        let mut map = SpanMap { states: vec![Span::Absent; count], missing: count, waiting: HashMap::new(), tickets: 0 };
+        let mut map =
+            SpanMap { states: vec![Span::Absent; count], missing: count, waiting: HashMap::new(), tickets: 0 };
         for span in present {
             map.arrived(span);
         }

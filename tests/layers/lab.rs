@@ -6,8 +6,8 @@ use flate2::{Compression as Level, write::GzEncoder};
 use futures::future::BoxFuture;
 use soci::{
     layers::{
-        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, QuotaSettings, Remedy, Scheduler,
-        Scratch, Settings, Shared, Source, SourceError, Spill, Wanted,
+        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, QuotaSettings, Remedy,
+        Scheduler, Scratch, Settings, Shared, Source, SourceError, Spill, Wanted,
     },
     layout::{Layout, SnapshotId},
     oci::Digest,
