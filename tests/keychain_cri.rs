@@ -26,7 +26,7 @@ fn privileged_kubelets_logins_pass_through_and_serve_lazy_layers() {
 
         let containerd_socket = root.join("ctd/sock");
         let more = format!(
-            "[cri_keychain]\nenable_keychain = true\nimage_service_path = \"unix://{}\"\n",
+            "[background_fetch]\ndisable = true\n[cri_keychain]\nenable_keychain = true\nimage_service_path = \"unix://{}\"\n",
             containerd_socket.display()
         );
         let settings = Settings {
@@ -36,7 +36,7 @@ fn privileged_kubelets_logins_pass_through_and_serve_lazy_layers() {
             env: vec![("DOCKER_CONFIG".into(), root.join("none").display().to_string())],
             ..Settings::default()
         };
-        let daemon = Daemon::start(&root, &settings);
+        let mut daemon = Daemon::start(&root, &settings);
         let client = daemon.client();
         // containerd is not there yet: what is wrong is said, and mended by itself.
         let absent = cri::list_images(&client).unwrap_err();
@@ -58,10 +58,24 @@ fn privileged_kubelets_logins_pass_through_and_serve_lazy_layers() {
         let found = Command::new("grep").args(["-rlE", "dTpw"]).arg(&daemon.root).output().unwrap();
         assert_eq!(text(&found.stdout), "", "nothing of the login is on disk");
 
+        // The next daemon was told nothing, and what is missing needs a login: after a crash, and after a holder that was replaced.
+        daemon.crash_and_restart();
+        assert!(daemon.log().contains("logins that kubelet sent to an earlier daemon are known again"), "{}", daemon.log());
+        assert_eq!(bytes_below(&daemon.lazy(), "bulk"), 4 << 20, "{}", daemon.log());
+        let found = Command::new("grep").args(["-rlaE", "dTpw|SOCILOG1"]).arg(&daemon.root).output().unwrap();
+        assert_eq!(text(&found.stdout), "", "nothing of the login is on disk");
+        let client = daemon.client();
         cri::remove_image(&client, &reference).unwrap();
         assert_eq!(cri::image_status(&client, &reference).unwrap(), None);
         drop(containerd);
     }
+}
+
+/// Bytes of all files in the directories `name` of lazy layers, read.
+fn bytes_below(lazy: &std::path::Path, name: &str) -> usize {
+    let layers = std::fs::read_dir(lazy).unwrap().map(|entry| entry.unwrap().path().join(name));
+    let files = layers.filter_map(|directory| std::fs::read_dir(directory).ok()).flatten();
+    files.map(|file| std::fs::read(file.unwrap().path()).unwrap().len()).sum()
 }
 
 #[test]

@@ -285,6 +285,10 @@ async fn serve(
     let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
+    if let Some(logins) = &cri_logins {
+        inherit_logins(&layout, logins);
+        tokio::spawn(keep_logins(layout.clone(), logins.clone()));
+    }
     let unpacker = Arc::new(eager::Custodian::new(disk.clone(), layout.clone()));
     let parts = Parts { tree: tree.clone(), observers: observers.clone(), unpacker: unpacker.clone() };
     let lazy = Arc::new(lazy_side(&layout, config, pulling, parts, cri_logins.clone())?);
@@ -365,7 +369,7 @@ async fn serve(
         Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
         served => served?,
     }
-    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone()));
+    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone(), cri_logins.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
@@ -489,8 +493,42 @@ fn journal(file: Option<&OwnedFd>, init: &holder::InitParams) -> Option<lazyfs::
     None
 }
 
+/// The logins that kubelet sent to an earlier daemon. Without them layers that need one wait for the next pull of their image.
+fn inherit_logins(layout: &Layout, logins: &CriLogins) {
+    let kept = match holder::kept_logins(layout) {
+        Ok(kept) => kept,
+        Err(error) => return tracing::info!(%error, "soci-mount gives no registry logins back"),
+    };
+    let text = kept.as_ref().and_then(|kept| kept.strip_prefix(holder::LOGINS_MAGIC));
+    match text.map(|text| logins.restore(text)) {
+        Some(Some(count)) => tracing::info!(count, "registry logins that kubelet sent to an earlier daemon are known again"),
+        Some(None) => tracing::info!("the registry logins of an earlier daemon cannot be understood"),
+        None => {}
+    }
+}
+
+/// Hands them on, whenever they change.
+async fn keep_logins(layout: Layout, logins: Arc<CriLogins>) {
+    loop {
+        logins.changed().await;
+        let (layout, sealed) = (layout.clone(), logins.sealed(holder::LOGINS_MAGIC));
+        let kept = tokio::task::spawn_blocking(move || holder::keep_logins(&layout, &sealed)).await;
+        if let Ok(Err(error)) = kept {
+            tracing::info!(%error, "soci-mount does not keep registry logins for the next daemon");
+            tokio::time::sleep(HOLDER_CHECK).await;
+            logins.touch();
+        }
+    }
+}
+
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
+async fn keep_held(
+    layout: Layout,
+    held: Held,
+    how: How,
+    condition: Arc<Condition>,
+    logins: Option<Arc<CriLogins>>,
+) {
     let held = Arc::new(held);
     let mut failed = 0;
     loop {
@@ -503,7 +541,12 @@ async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Conditio
             Ok(Err(_)) | Err(_) => failed + 1,
         };
         match kept {
-            Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
+            Ok(Ok(holder::Keeping::HandedIn)) => {
+                say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount");
+                if let Some(logins) = &logins {
+                    logins.touch();
+                }
+            }
             Ok(Err(error)) if failed == HOLDER_PATIENCE => {
                 say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
             }

@@ -10,6 +10,7 @@ use crate::{
     sys::{
         process,
         seqpacket::{self, Patience},
+        shared,
     },
 };
 use std::{
@@ -19,6 +20,7 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
+use zeroize::Zeroizing;
 
 /// How long the holder may take to answer one question; it does nothing that waits.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -126,6 +128,27 @@ pub fn ensure_kept(layout: &Layout, held: &Held, how: How) -> Result<Keeping, Ho
         Ok((Reply::Done, ..)) => Ok(Keeping::HandedIn),
         Ok((other, ..)) => Err(HolderError::Protocol(unexpected(other))),
         Err(error) => Err(HolderError::Protocol(error)),
+    }
+}
+
+/// Has the holder keep `logins`, which begin with [`super::LOGINS_MAGIC`], for the next daemon: in sealed memory, never on disk.
+pub fn keep_logins(layout: &Layout, logins: &[u8]) -> io::Result<()> {
+    let file = shared::sealed("soci-logins", logins)?;
+    match converse(layout, &Request::KeepLogins.encode(), &[file.as_fd()])? {
+        (Reply::Done, ..) => Ok(()),
+        (other, ..) => Err(unexpected(other)),
+    }
+}
+
+/// What an earlier daemon had kept.
+pub fn kept_logins(layout: &Layout) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
+    match converse(layout, &Request::GiveLogins.encode(), &[])? {
+        (Reply::Logins, _, fds) => match fds.first() {
+            Some(fd) => shared::unseal(fd.as_fd(), super::MAX_LOGINS).map(|bytes| Some(Zeroizing::new(bytes))),
+            None => Err(unexpected(Reply::Logins)),
+        },
+        (Reply::Done | Reply::Refused, ..) => Ok(None),
+        (other, ..) => Err(unexpected(other)),
     }
 }
 

@@ -34,7 +34,7 @@ mod protocol;
 mod server;
 mod store;
 
-pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
+pub use client::{Held, keep_logins, kept_logins, HolderError, How, Keeping, ensure_kept, obtain};
 
 use crate::{
     fs::journal,
@@ -153,7 +153,8 @@ fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
     };
     detach_predecessors(layout);
     let store = Store::open();
-    let holding = match still_held(layout)? {
+    let (kept, logins) = store::inherited(layout)?;
+    let holding = match still_held(layout, kept)? {
         Some(holding) => holding,
         None => match mount_state(&layout.lazy())? {
             MountState::Served => {
@@ -169,6 +170,9 @@ fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
     if let Holding::Fresh(kept) | Holding::Used(kept) = &holding {
         store.put(kept);
     }
+    if let Some(logins) = &logins {
+        store.put_logins(logins.as_fd());
+    }
     let listener = listen(layout)?;
     sys::process::shield_from_oom_killer();
     std::env::set_current_dir("/")?;
@@ -180,7 +184,7 @@ fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
         let_go_of_stderr()?;
     }
     sys::seccomp::confine(sys::seccomp::Role::Holder, &sys::process::SingleThread::prove()?)?;
-    let ended = Server::new(listener, holding, store).serve();
+    let ended = Server::new(listener, holding, logins, store).serve();
     drop(lock);
     ended
 }
@@ -250,14 +254,23 @@ fn unmount(layout: &Layout) -> io::Result<()> {
 }
 
 /// What systemd kept while we were gone, if it belongs to what is mounted.
-fn still_held(layout: &Layout) -> io::Result<Option<Holding>> {
-    let Some(kept) = store::inherited(layout)? else { return Ok(None) };
+fn still_held(layout: &Layout, kept: Option<Kept>) -> io::Result<Option<Holding>> {
+    let Some(kept) = kept else { return Ok(None) };
     let mount = mountinfo::mount_at(&absolute(&layout.lazy())?)?;
     if mount.is_none_or(|mount| mount.fstype != fuse::FSTYPE) {
         return Ok(None);
     }
     complain(format_args!("systemd has kept the FUSE descriptor of {}", layout.lazy().display()));
     Ok(Some(Holding::Used(kept)))
+}
+
+/// How a file of logins begins: what tells it from others that systemd gives back without names.
+pub const LOGINS_MAGIC: &[u8; 8] = b"SOCILOG1";
+/// Largest file of logins: some kB for each of the images that are remembered.
+const MAX_LOGINS: usize = 32 << 20;
+
+fn are_logins(fd: BorrowedFd<'_>) -> bool {
+    shared::unseal(fd, MAX_LOGINS).is_ok_and(|bytes| zeroize::Zeroizing::new(bytes).starts_with(LOGINS_MAGIC))
 }
 
 /// What a daemon needs to go on where another one stopped.

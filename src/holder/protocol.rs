@@ -2,8 +2,12 @@
 //!
 //! ```text
 //! request  "soci" | version u8 | what u8     then, for Keep: the parameters as JSON, and device and journal attached
+//!                                            for KeepLogins: nothing, and a sealed file attached
 //! reply    "soci" | version u8 | what u8     then, for First and Resumed: the parameters as JSON, and device and journal attached
 //! ```
+//!
+//! Logins are opaque to the holder: a sealed anonymous file that it keeps and gives back. A holder of an earlier release refuses the two
+//! requests, and then a daemon starts without them.
 //!
 //! The journal is there only where the kernel cannot repeat requests (`crate::fs::journal`).
 #![forbid(unsafe_code)]
@@ -26,6 +30,10 @@ pub(super) enum Request {
     Keep,
     /// The holder to end.
     Stop,
+    /// To hand in what registry logins there are, instead of those handed in before.
+    KeepLogins,
+    /// What was handed in last.
+    GiveLogins,
 }
 
 /// Whether a holder has what it is there for.
@@ -43,6 +51,8 @@ pub(super) enum Reply {
     /// The descriptor of a mount that somebody served before.
     Resumed,
     Is(Status),
+    /// The logins, attached.
+    Logins,
     /// Understood and done.
     Done,
     /// Not understood, or not possible now.
@@ -56,6 +66,8 @@ impl Request {
             Request::Status => 2,
             Request::Keep => 3,
             Request::Stop => 4,
+            Request::KeepLogins => 5,
+            Request::GiveLogins => 6,
         })
     }
 
@@ -67,6 +79,8 @@ impl Request {
             2 => Request::Status,
             3 => Request::Keep,
             4 => Request::Stop,
+            5 => Request::KeepLogins,
+            6 => Request::GiveLogins,
             _ => return None,
         };
         // Only Keep has something to add.
@@ -83,6 +97,7 @@ impl Reply {
             Reply::Is(Status::Empty) => 4,
             Reply::Done => 5,
             Reply::Refused => 6,
+            Reply::Logins => 7,
         })
     }
 
@@ -95,6 +110,7 @@ impl Reply {
             4 => Reply::Is(Status::Empty),
             5 => Reply::Done,
             6 => Reply::Refused,
+            7 => Reply::Logins,
             _ => return None,
         };
         Some((reply, rest))

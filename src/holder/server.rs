@@ -32,6 +32,7 @@ pub(super) enum Holding {
 pub(super) struct Server {
     listener: OwnedFd,
     holding: Holding,
+    logins: Option<OwnedFd>,
     store: Store,
 }
 
@@ -45,8 +46,8 @@ enum Next {
 }
 
 impl Server {
-    pub(super) fn new(listener: OwnedFd, holding: Holding, store: Store) -> Server {
-        Server { listener, holding, store }
+    pub(super) fn new(listener: OwnedFd, holding: Holding, logins: Option<OwnedFd>, store: Store) -> Server {
+        Server { listener, holding, logins, store }
     }
 
     pub(super) fn serve(mut self) -> io::Result<()> {
@@ -95,6 +96,28 @@ impl Server {
             Some((Request::Keep, parameters)) => {
                 let reply = self.keep(fds, parameters);
                 answer(peer, reply)?;
+                Ok(Next::Serve)
+            }
+            Some((Request::KeepLogins, _)) => {
+                let reply = match <[OwnedFd; 1]>::try_from(fds) {
+                    Ok([logins]) => {
+                        self.store.put_logins(logins.as_fd());
+                        self.logins = Some(logins);
+                        Reply::Done
+                    }
+                    Err(_) => Reply::Refused,
+                };
+                answer(peer, reply)?;
+                Ok(Next::Serve)
+            }
+            Some((Request::GiveLogins, _)) => {
+                match &self.logins {
+                    Some(logins) => {
+                        let message = Reply::Logins.encode();
+                        seqpacket::send_with_fds(peer, &message, &[logins.as_fd()], seqpacket::Send::Wait)?;
+                    }
+                    None => answer(peer, Reply::Done)?,
+                }
                 Ok(Next::Serve)
             }
             Some((Request::Stop, _)) => {

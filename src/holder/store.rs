@@ -21,6 +21,8 @@ use std::{
 /// Puts a descriptor there. The names are for people (`systemd-analyze fdstore`); systemd 219 ignores them.
 const PUT_DEVICE: &[u8] = b"FDSTORE=1\nFDNAME=fuse";
 const PUT_JOURNAL: &[u8] = b"FDSTORE=1\nFDNAME=requests";
+const PUT_LOGINS: &[u8] = b"FDSTORE=1\nFDNAME=logins";
+const FORGET_LOGINS: &[u8] = b"FDSTOREREMOVE=1\nFDNAME=logins";
 /// Removes those of connections that are gone; systemd removes dead devices itself. 219 does not know how, and keeps some empty files.
 const FORGET_JOURNALS: &[u8] = b"FDSTOREREMOVE=1\nFDNAME=requests";
 
@@ -51,26 +53,38 @@ impl Store {
         }
     }
 
-    pub(super) fn put(&self, kept: &Kept) {
+    fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) {
         let Some(notify) = &self.notify else { return };
-        let send = |message: &[u8], fds: &[BorrowedFd<'_>]| {
-            if let Err(error) = seqpacket::send_with_fds(notify.as_fd(), message, fds, seqpacket::Send::OrFail) {
-                complain(format_args!("leaving a copy of the FUSE descriptor with systemd: {error}"));
-            }
-        };
-        send(PUT_DEVICE, &[kept.device.as_fd()]);
-        if let Some(journal) = &kept.journal {
-            send(FORGET_JOURNALS, &[]);
-            send(PUT_JOURNAL, &[journal.as_fd()]);
+        if let Err(error) = seqpacket::send_with_fds(notify.as_fd(), message, fds, seqpacket::Send::OrFail) {
+            complain(format_args!("leaving a copy of a descriptor with systemd: {error}"));
         }
+    }
+
+    pub(super) fn put(&self, kept: &Kept) {
+        self.send(PUT_DEVICE, &[kept.device.as_fd()]);
+        if let Some(journal) = &kept.journal {
+            self.send(FORGET_JOURNALS, &[]);
+            self.send(PUT_JOURNAL, &[journal.as_fd()]);
+        }
+    }
+
+    /// systemd 219 cannot forget and stops taking more at some point: then it has older logins than the holder.
+    pub(super) fn put_logins(&self, logins: BorrowedFd<'_>) {
+        self.send(FORGET_LOGINS, &[]);
+        self.send(PUT_LOGINS, &[logins]);
     }
 }
 
-/// What an earlier holder left with systemd, if its connection is alive.
-pub(super) fn inherited(layout: &Layout) -> io::Result<Option<Kept>> {
+/// What an earlier holder left with systemd: its connection, if that is alive, and logins.
+pub(super) fn inherited(layout: &Layout) -> io::Result<(Option<Kept>, Option<OwnedFd>)> {
     let (devices, others): (Vec<_>, Vec<_>) =
         process::inherited_descriptors()?.into_iter().partition(|fd| fuse::is_device(fd.as_fd()));
+    let (logins, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|fd| super::are_logins(fd.as_fd()));
     // The last one is the youngest.
+    Ok((connection(layout, devices, others)?, logins.into_iter().next_back()))
+}
+
+fn connection(layout: &Layout, devices: Vec<OwnedFd>, others: Vec<OwnedFd>) -> io::Result<Option<Kept>> {
     let Some(device) = devices.into_iter().rfind(|fd| fuse::is_connected(fd.as_fd())) else { return Ok(None) };
     let path = layout.holder_parameters();
     let parameters = std::fs::read(&path).and_then(|text| serde_json::from_slice(&text).map_err(io::Error::other));

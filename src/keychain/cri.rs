@@ -1,14 +1,20 @@
 //! Logins that kubelet sent with a pull, kept while the image is: in memory, for the image and the registry they were sent for.
 //!
+//! They are sent once, with the pull, and an image that is not here yet needs them for as long as it takes. So they outlive the daemon:
+//! [`CriLogins::sealed`] is what its successor reads with [`CriLogins::restore`]. Where that is kept is not known here; it is never a disk.
+//!
 //! They are what the pod's `imagePullSecrets` and kubelet's own providers know. Nothing tells when they end; a pull of the same image
 //! renews them. They are shown to the registry that the image names (or the server they name), never to a mirror.
 
 use super::{Credential, Lookup, Query, Secret, Source};
 use crate::oci::Reference;
 use std::{
+    borrow::Cow,
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
 };
+use tokio::sync::Notify;
+use zeroize::Zeroizing;
 
 /// Images remembered. kubelet collects images long before a node has as many.
 const CAPACITY: usize = 4096;
@@ -35,11 +41,72 @@ struct Login {
 
 /// The logins of all images that were pulled.
 #[derive(Default)]
-pub struct CriLogins(Mutex<(u64, HashMap<String, Login>)>);
+pub struct CriLogins {
+    state: Mutex<(u64, HashMap<String, Login>)>,
+    changed: Notify,
+}
+
+/// One login as a successor reads it. A daemon of another release that has other fields takes what it knows.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Kept<'a> {
+    image: Cow<'a, str>,
+    #[serde(default)]
+    server: Option<Cow<'a, str>>,
+    kind: Cow<'a, str>,
+    #[serde(default)]
+    user: Cow<'a, str>,
+    secret: Secret,
+}
 
 impl CriLogins {
     fn lock(&self) -> MutexGuard<'_, (u64, HashMap<String, Login>)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when logins have come or gone since the last call.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Says that they have to be kept anew.
+    pub fn touch(&self) {
+        self.changed.notify_one();
+    }
+
+    /// All of them, behind `head`, for [`CriLogins::restore`] of the next daemon. Secrets are in it as they are.
+    pub fn sealed(&self, head: &[u8]) -> Zeroizing<Vec<u8>> {
+        let state = self.lock();
+        let mut logins: Vec<_> = state.1.iter().collect();
+        logins.sort_by_key(|(_, login)| login.age);
+        let kept: Vec<_> = logins.into_iter().map(|(image, login)| kept(image, login)).collect();
+        // One allocation: what a growing buffer leaves behind would not be wiped.
+        let room = kept.iter().map(|k| 6 * (k.image.len() + k.user.len() + k.secret.expose().len()) + 2048).sum::<usize>();
+        let mut out = Zeroizing::new(Vec::with_capacity(head.len() + room + 16));
+        out.extend_from_slice(head);
+        // Strings and a vector: there is nothing in it that JSON does not have.
+        let _ = serde_json::to_writer(&mut *out, &kept);
+        out
+    }
+
+    /// Takes over what an earlier daemon had, beside what is known already; how many there were. None if they make no sense.
+    pub fn restore(&self, text: &[u8]) -> Option<usize> {
+        let kept: Vec<Kept<'_>> = serde_json::from_slice(text).ok()?;
+        let mut state = self.lock();
+        let (clock, logins) = &mut *state;
+        let mut count = 0;
+        for Kept { image, server, kind, user, secret } in kept.into_iter().take(CAPACITY) {
+            let credential = match &*kind {
+                "password" => Credential::Password { user: user.into_owned(), password: secret },
+                "identity" => Credential::Identity(secret),
+                "registry" => Credential::Registry(secret),
+                _ => continue,
+            };
+            *clock += 1;
+            let login = Login { credential, server: server.map(Cow::into_owned), age: *clock };
+            logins.entry(image.into_owned()).or_insert(login);
+            count += 1;
+        }
+        Some(count)
     }
 
     /// Keeps what was sent with the pull of `image`. A pull without a login leaves what is known: the image may be served still.
@@ -54,14 +121,27 @@ impl CriLogins {
             oldest.map(|oldest| logins.remove(&oldest));
         }
         logins.insert(key, Login { credential, server, age: *clock });
+        drop(state);
+        self.touch();
     }
 
     /// Forgets what was sent for `image`.
     pub fn forget(&self, image: &str) {
         if let Ok(reference) = Reference::familiar(image) {
             self.lock().1.remove(&key(&reference));
+            self.touch();
         }
     }
+}
+
+fn kept<'a>(image: &'a str, login: &'a Login) -> Kept<'a> {
+    let (kind, user, secret) = match &login.credential {
+        Credential::Password { user, password } => ("password", user.as_str(), password),
+        Credential::Identity(secret) => ("identity", "", secret),
+        Credential::Registry(secret) => ("registry", "", secret),
+    };
+    let server = login.server.as_deref().map(Cow::Borrowed);
+    Kept { image: image.into(), server, kind: kind.into(), user: user.into(), secret: secret.clone() }
 }
 
 /// The reference as containerd puts it on snapshots: the tag does not count beside a digest.
@@ -168,6 +248,27 @@ mod tests {
         let digest = crate::oci::Digest::of(b"x");
         logins.remember(&format!("r.example/a:1@{digest}"), auth("u", "d"));
         assert_eq!(lookup(&logins, "r.example", &format!("r.example/a@{digest}")).await, password("u", "d"));
+    }
+
+    #[tokio::test]
+    async fn a_successor_knows_what_was_sent_and_nonsense_is_no_login() {
+        let logins = CriLogins::default();
+        logins.remember("r.example/a:1", auth("u", "p\"\u{1}"));
+        logins.remember("r.example/b:1", CriAuth { identity_token: "t".into(), ..CriAuth::default() });
+        let server_address = "https://r.example".to_owned();
+        let token = CriAuth { registry_token: "r".into(), server_address, ..CriAuth::default() };
+        logins.remember("r.example/c:1", token);
+        let sealed = logins.sealed(b"HEAD");
+        let next = CriLogins::default();
+        assert_eq!(next.restore(&sealed[4..]), Some(3));
+        for image in ["r.example/a:1", "r.example/b:1", "r.example/c:1"] {
+            let found = lookup(&next, "r.example", image).await;
+            assert!(found.len() == 1 && found == lookup(&logins, "r.example", image).await, "{image}");
+        }
+        for nonsense in [&b""[..], b"{}", b"[{}]", &sealed[..], &sealed[4..20]] {
+            assert_eq!(CriLogins::default().restore(nonsense), None);
+        }
+        assert_eq!(next.restore(br#"[{"image":"x","kind":"of tomorrow","secret":"s"}]"#), Some(0));
     }
 
     #[tokio::test]

@@ -28,6 +28,33 @@ pub fn is_shared(fd: BorrowedFd<'_>) -> bool {
     rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SEALS))
 }
 
+/// An anonymous file with `bytes`, which nobody can change any more.
+pub fn sealed(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut at = 0;
+    while at < bytes.len() {
+        at += rustix::io::pwrite(&fd, &bytes[at..], at as u64)?;
+    }
+    rustix::fs::fcntl_add_seals(&fd, SEALS | SealFlags::WRITE)?;
+    Ok(fd)
+}
+
+/// The content of a file that [`sealed`] could have made, if it has `max` bytes at most.
+pub fn unseal(fd: BorrowedFd<'_>, max: usize) -> io::Result<Vec<u8>> {
+    let is_sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SEALS | SealFlags::WRITE));
+    let size = rustix::fs::fstat(fd)?.st_size;
+    let size = usize::try_from(size).ok().filter(|size| is_sealed && *size <= max);
+    let size = size.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a sealed anonymous file of sensible size"))?;
+    let (mut bytes, mut at) = (vec![0; size], 0);
+    while at < size {
+        match rustix::io::pread(fd, &mut bytes[at..], at as u64)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => at += read,
+        }
+    }
+    Ok(bytes)
+}
+
 /// What tells one such file from another as long as the machine runs.
 pub fn identity(fd: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(rustix::fs::fstat(fd)?.st_ino)
@@ -124,6 +151,15 @@ mod tests {
         assert!(!is_shared(file.as_fd()) && SharedMemory::map(file.as_fd()).is_err());
         let null = std::fs::File::open("/dev/null").expect("null");
         assert!(SharedMemory::map(null.as_fd()).is_err());
+    }
+
+    #[test]
+    fn what_is_sealed_is_read_back_and_cannot_be_changed() {
+        let fd = sealed("test", b"secret").expect("memfd");
+        assert_eq!(unseal(fd.as_fd(), 6).expect("read"), b"secret");
+        assert!(unseal(fd.as_fd(), 5).is_err(), "too large");
+        assert!(rustix::io::pwrite(&fd, b"x", 0).is_err());
+        assert!(unseal(create("test", 4096).expect("memfd").as_fd(), 4096).is_err(), "that one can be written");
     }
 
     #[test]
