@@ -55,8 +55,6 @@ enum CommandError {
     #[error(transparent)]
     Create(#[from] create::CreateError),
     #[error(transparent)]
-    Convert(#[from] convert::ConvertError),
-    #[error(transparent)]
     Push(#[from] push::PushError),
     #[error(transparent)]
     Index(#[from] index::IndexError),

@@ -12,7 +12,7 @@ use super::{
     directory::{self, Certificates, DirectoryError, Stamp},
     endpoint::{Endpoint, Endpoints, Health, HostId},
     hosts_file::{Capabilities, Entry},
-    settings::{HostSettings, Mirror, MirrorTimeout, Security},
+    settings::{HostSettings, Mirror, MirrorTimeout, Security, TlsFlags},
     transport::{Dialing, Transport},
     url::{authority, is_loopback},
 };
@@ -206,9 +206,14 @@ impl Hosts {
 
     /// The registry itself, asked as the certificates that are there for it suggest.
     fn origin(&self, image_host: &str, certificates: Certificates) -> Result<Endpoint, HostsError> {
-        let security = if certificates == Certificates::default() { Security::Tls } else { Security::TlsEverywhere };
+        let security = if self.about_tls(&certificates) { Security::TlsEverywhere } else { Security::Tls };
         let how = How { certificates, ..How::plain(None, Capabilities::ALL) };
         self.endpoint(origin(image_host, security)?, how)
+    }
+
+    /// Whether somebody speaks of TLS: then it is used on the loopback, too.
+    fn about_tls(&self, certificates: &Certificates) -> bool {
+        *certificates != Certificates::default() || self.settings.every_host != TlsFlags::default()
     }
 
     fn of_file(
@@ -222,7 +227,7 @@ impl Hosts {
         let mut out: Vec<Arc<Endpoint>> = Vec::new();
         for entry in entries {
             let certificates = directory::certificates(entry, stamp)?;
-            let about_tls = entry.skip_verify || certificates != Certificates::default();
+            let about_tls = entry.skip_verify || self.about_tls(&certificates);
             let base = match &entry.base {
                 Some(base) => base.clone(),
                 None if about_tls => origin(image_host, Security::TlsEverywhere)?,
@@ -274,10 +279,14 @@ impl Hosts {
                 )
             }
         };
+        let every = directory::named(&self.settings.every_host)?;
         let trust = Trust {
-            authorities: how.certificates.authorities,
-            identities: how.certificates.identities,
-            verification: if how.skip_verify { Verification::Skipped } else { Verification::Required },
+            authorities: how.certificates.authorities.into_iter().chain(every.authorities).collect(),
+            identities: how.certificates.identities.into_iter().chain(every.identities).collect(),
+            verification: match how.skip_verify || self.settings.every_host.skip_verify {
+                true => Verification::Skipped,
+                false => Verification::Required,
+            },
             ..Trust::default()
         };
         let clients = self.transport.clients(&Dialing { trust, timeout: how.dial_timeout })?;

@@ -25,6 +25,7 @@ mod endpoint;
 mod error;
 mod hosts;
 mod hosts_file;
+mod proving;
 mod proxy;
 mod push;
 mod redirect;
@@ -39,9 +40,10 @@ pub use endpoint::HostId;
 pub use error::{Class, RegistryError, Request};
 pub use hosts::{DecidedBy, HostReport};
 pub use hosts_file::Capabilities;
+pub use proxy::unusable_proxies;
 pub use push::{Pushed, Upload};
 pub use retry::RetrySettings;
-pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
+pub use settings::{DEFAULT_DIRECTORIES, HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security, TlsFlags};
 pub use transport::{Kind, Observer, Outcome};
 
 use crate::{
