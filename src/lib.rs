@@ -81,7 +81,10 @@
 //!     `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
 //! 12. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
-//! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
+//! 13. **What containerd needs to reach a registry is not written down twice.** `[registry] config_path` and `soci --hosts-dir` are by default
+//!     `/etc/containerd/certs.d:/etc/docker/certs.d`, as in containerd 2.2. The Go product reads neither; on a node that has none nothing changes,
+//!     and where both speak of one registry `config check` says who is heard.
+//! 14. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!     if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
 //!
 //! # Who may name whom
@@ -98,7 +101,7 @@
 //!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
 //! `telemetry` is named by all that have something to say to an operator: its catalog gives each message its identity and level. `cli` names
-//! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings.
+//! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings; and `sys` for the allocator's settings.
 //! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
 //! its `layers::toc`; `snapshot` takes its settings in the types of `config`, because a copy of each enum would only be translated.
 //!

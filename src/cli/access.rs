@@ -72,7 +72,8 @@ pub enum AccessError {
     KeyAlone,
 }
 
-/// The way to the registries of `images`. What the flags say about TLS is about all of them; the login is for the last.
+/// The way to the registries of `images`. What the flags say about TLS is about all of them, and that there is TLS at all, also on the
+/// loopback, about the last; so is the login.
 pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Result<Registry, AccessError> {
     let http = HttpSettings {
         header_timeout: Limit::After(ANSWER),
@@ -89,7 +90,7 @@ pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Resu
         hosts.mirrors = images.iter().map(plain).collect::<HashMap<_, _>>();
     }
     if !access.plain_http {
-        hosts.every_host = tls_flags(access)?;
+        hosts.every_host = tls_flags(access, images.last().map(|image| image.host.as_str()))?;
     }
     hosts.directories = access.hosts_dir.iter().filter(|dir| !dir.as_os_str().is_empty()).cloned().collect();
     let mut sources: Vec<Arc<dyn Source>> = Vec::new();
@@ -106,14 +107,17 @@ pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Resu
     Ok(Registry::observed(http, hosts, Arc::new(Keychain::new(sources)), observer)?)
 }
 
-fn tls_flags(access: &Access) -> Result<TlsFlags, AccessError> {
+fn tls_flags(access: &Access, host: Option<&str>) -> Result<TlsFlags, AccessError> {
     let identity = match (&access.tlscert, &access.tlskey) {
         (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
         (Some(both), None) => Some((both.clone(), both.clone())),
         (None, None) => None,
         (None, Some(_)) => return Err(AccessError::KeyAlone),
     };
-    Ok(TlsFlags { skip_verify: access.skip_verify, authorities: access.tlscacert.iter().cloned().collect(), identity })
+    let authorities: Vec<_> = access.tlscacert.iter().cloned().collect();
+    let said = access.skip_verify || !authorities.is_empty() || identity.is_some();
+    let host = host.filter(|_| said).map(str::to_owned);
+    Ok(TlsFlags { skip_verify: access.skip_verify, authorities, identity, host })
 }
 
 #[cfg(test)]

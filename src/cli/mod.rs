@@ -80,6 +80,7 @@ enum CommandError {
 
 /// Runs `soci`.
 pub fn main() -> ExitCode {
+    crate::sys::process::tame_allocator();
     match args::parse(std::env::args_os().skip(1)) {
         Ok(args) => finish(run(&args)),
         Err(NotACommand::Print(text)) => {

@@ -38,8 +38,8 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 /// Layers on their way at a time, at least: one alone does not fill a link.
 const TRANSFERS: usize = 4;
-/// Pieces of a layer that wait to be sent on, while the builder has them already.
-const BEHIND: usize = 64;
+/// Pieces of a layer that wait to be sent on, while the builder has them already. A piece is what came at once: some 100 KB.
+const BEHIND: usize = 16;
 /// How often a transfer is taken up again where it broke off, without a byte in between.
 const RESUMES: u32 = 8;
 /// Largest zTOC that is used again: what the reader of zTOCs accepts.

@@ -355,7 +355,7 @@ settings! {
         /// (its own default since 2.2) and Docker, so that what they need to reach a registry is not to be written down again.
         /// Set to '' for none, as in the Go daemon. A registry's own hosts.toml there wins over [resolver.host], and that over
         /// _default; `config check` says who decides. Changes below it are in force for the next request.
-        config_path: String = Words("/etc/containerd/certs.d:/etc/docker/certs.d") => "config_path";
+        config_path: String = Verbatim("/etc/containerd/certs.d:/etc/docker/certs.d") => "config_path";
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     directory::{self, Certificates, DirectoryError, Stamp},
     endpoint::{Endpoint, Endpoints, Health, HostId},
     hosts_file::{Capabilities, Entry},
-    settings::{HostSettings, Mirror, MirrorTimeout, Security, TlsFlags},
+    settings::{HostSettings, Mirror, MirrorTimeout, Security},
     transport::{Dialing, Transport},
     url::{authority, is_loopback},
 };
@@ -206,14 +206,14 @@ impl Hosts {
 
     /// The registry itself, asked as the certificates that are there for it suggest.
     fn origin(&self, image_host: &str, certificates: Certificates) -> Result<Endpoint, HostsError> {
-        let security = if self.about_tls(&certificates) { Security::TlsEverywhere } else { Security::Tls };
+        let security = if self.about_tls(image_host, &certificates) { Security::TlsEverywhere } else { Security::Tls };
         let how = How { certificates, ..How::plain(None, Capabilities::ALL) };
         self.endpoint(origin(image_host, security)?, how)
     }
 
-    /// Whether somebody speaks of TLS: then it is used on the loopback, too.
-    fn about_tls(&self, certificates: &Certificates) -> bool {
-        *certificates != Certificates::default() || self.settings.every_host != TlsFlags::default()
+    /// Whether somebody speaks of TLS where this registry is concerned: then it is used on the loopback, too.
+    fn about_tls(&self, image_host: &str, certificates: &Certificates) -> bool {
+        *certificates != Certificates::default() || self.settings.every_host.host.as_deref() == Some(image_host)
     }
 
     fn of_file(
@@ -227,7 +227,7 @@ impl Hosts {
         let mut out: Vec<Arc<Endpoint>> = Vec::new();
         for entry in entries {
             let certificates = directory::certificates(entry, stamp)?;
-            let about_tls = entry.skip_verify || self.about_tls(&certificates);
+            let about_tls = entry.skip_verify || self.about_tls(image_host, &certificates);
             let base = match &entry.base {
                 Some(base) => base.clone(),
                 None if about_tls => origin(image_host, Security::TlsEverywhere)?,
@@ -321,7 +321,7 @@ impl Hosts {
         names.sort();
         names.dedup();
         let mut out: Vec<_> = names.iter().map(|name| self.report_of(name, name)).collect();
-        if !self.settings.directories.is_empty() {
+        if self.settings.directories.iter().any(|directory| directory.is_dir()) {
             // No registry has this name: what is in force for it is in force for all that nothing is said about.
             out.push(self.report_of("_default", "host.invalid"));
         }
@@ -535,6 +535,7 @@ mod tests {
                 ("only.example".to_owned(), mirror("https://r.example")),
             ]),
             directories: vec![dir.path().to_owned()],
+            ..HostSettings::default()
         };
         let hosts = hosts(settings);
         let id = |base: &str| format!("{base}/v2");

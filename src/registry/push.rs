@@ -296,6 +296,10 @@ impl Upload {
     /// Adds bytes. They are sent when there is a piece of them.
     pub async fn write(&mut self, mut bytes: Bytes) -> Result<(), RegistryError> {
         while !bytes.is_empty() {
+            if self.piece.capacity() == 0 {
+                // At once: growing would hold two of them for a moment, and copy it all several times.
+                self.piece.reserve(PIECE);
+            }
             let room = PIECE - self.piece.len();
             self.piece.extend_from_slice(&bytes.split_to(room.min(bytes.len())));
             // The last piece goes up with the end of the upload.

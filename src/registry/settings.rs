@@ -113,4 +113,6 @@ pub struct TlsFlags {
     pub authorities: Vec<PathBuf>,
     /// Files with our certificate and its key; one file may have both. Shown to hosts that ask for one.
     pub identity: Option<(PathBuf, PathBuf)>,
+    /// The image host that was thought of: it is asked over TLS also on the loopback.
+    pub host: Option<String>,
 }
