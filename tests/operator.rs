@@ -219,6 +219,33 @@ fn privileged_a_file_of_its_own_is_used_where_the_configuration_imports_one_unle
 }
 
 #[test]
+fn a_configuration_from_the_days_of_containerd_1_is_good_for_containerd_2() {
+    let root = tempfile::tempdir().unwrap();
+    let config = root.path().join("config.toml");
+    let original = "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/x\"\n";
+    std::fs::write(&config, original).unwrap();
+    let program = crate::support::tool("c2/containerd");
+    let soci = |words: &[&str]| {
+        let mut command = Command::new(SOCI);
+        command.args(words).args(["--address", "/nonexistent"]).arg("--containerd").arg(&program);
+        let done = attempt(command.arg("--containerd-config").arg(&config));
+        assert!(done.status.success(), "{words:?}: {}", text(&done.stderr));
+    };
+    for target in ["containerd", "cri"] {
+        soci(&["enable", target]);
+        let dump =
+            crate::support::command::output(Command::new(&program).arg("-c").arg(&config).args(["config", "dump"]));
+        // What "ctr images pull --snapshotter soci" needs, and what unpacked before.
+        let unpacks: Vec<&str> = dump.split("unpack_config]]").skip(1).collect();
+        assert_eq!(unpacks.len(), 2, "{dump}");
+        assert!(unpacks[0].contains("'overlayfs'") && unpacks[1].contains("'soci'"), "{dump}");
+        assert!(dump.contains("'/x'"), "{dump}");
+        soci(&["disable", target]);
+        assert_eq!(std::fs::read_to_string(&config).unwrap(), original);
+    }
+}
+
+#[test]
 fn enable_says_what_is_in_the_way_and_changes_nothing() {
     let root = tempfile::tempdir().unwrap();
     let config = root.path().join("config.toml");

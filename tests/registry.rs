@@ -106,6 +106,37 @@ async fn trouble_of_the_registry_is_waited_out() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sick_registry_is_not_stormed_however_many_wait_for_it_and_found_well_again_soon() {
+    let (digest, bytes) = blob();
+    let (sick, served) = (Arc::new(std::sync::atomic::AtomicBool::new(true)), bytes.clone());
+    let is_sick = sick.clone();
+    let server = FaultRegistry::start(move |r| match is_sick.load(Ordering::SeqCst) {
+        true => Reply::new(503),
+        false => Reply::blob(r, &served),
+    });
+    let retry = RetrySettings { max_retries: 1000, min_wait: 30 * MS, max_wait: 300_000 * MS };
+    let repository = with_settings(&server, &[], HttpSettings { blob_retry: retry, ..settings() });
+    let readers: Vec<_> = (0..100)
+        .map(|_| {
+            let repository = repository.clone();
+            tokio::spawn(async move { range(&repository, digest, 10..20).await })
+        })
+        .collect();
+    tokio::time::sleep(1000 * MS).await;
+    let at_first = server.requests().len();
+    tokio::time::sleep(4000 * MS).await;
+    let later = server.requests().len() - at_first;
+    assert!(at_first <= 110, "{at_first} requests in the first second: one of each reader, and some to see");
+    assert!((1..=8).contains(&later), "{later} requests in 4 s to a registry that answers 503");
+    sick.store(false, Ordering::SeqCst);
+    let healed = Instant::now();
+    for reader in readers {
+        assert_eq!(reader.await.unwrap().unwrap(), bytes[10..20]);
+    }
+    assert!(healed.elapsed() < Duration::from_secs(15), "{:?}", healed.elapsed());
+}
+
 #[tokio::test]
 async fn when_trouble_does_not_end_the_caller_is_told_that_it_may_ask_again() {
     let server = FaultRegistry::start(|_| Reply::new(502));

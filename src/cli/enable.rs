@@ -152,16 +152,16 @@ fn plan(node: &Node, wanted: &Wanted) -> Result<Change, EnableError> {
     };
     let before = read(config)?;
     let text = before.clone().unwrap_or_default();
-    // Plugins of 1.x have no exports, and its parser complains of what it does not know.
-    let exports = node.major >= 2;
-    let newest = if node.major >= 2 { 3 } else { 2 };
+    // 1.x knows neither exports nor the transfer service, and its parser complains of what it does not know.
+    let is_second = node.major >= 2;
+    let newest = if is_second { 3 } else { 2 };
     let in_effect = node.dump(config)?;
     let parent = config.parent().unwrap_or(Path::new("/"));
     if let Some(directory) = settings::imported_directories(&text, config).map_err(of(config))?.first() {
         let path = directory.join(DROP_IN);
         let version = settings::version(&text).map_err(of(config))?.unwrap_or(newest);
         let ours = read(&path)?;
-        let after = settings::drop_in(version, wanted, exports);
+        let after = settings::drop_in(version, wanted, is_second);
         if let Ok(after) = after
             && directory.is_dir()
         {
@@ -169,15 +169,15 @@ fn plan(node: &Node, wanted: &Wanted) -> Result<Change, EnableError> {
             let imported = trial(directory, &after)?;
             let importing = settings::importing(&text, imported.path()).map_err(of(config))?;
             let dump = node.dump(trial(parent, &importing)?.path())?;
-            let harmless = dump.side_effects(&in_effect, wanted, exports).map_err(of(config))?.is_empty();
+            let harmless = dump.side_effects(&in_effect, wanted, is_second).map_err(of(config))?.is_empty();
             if harmless && dump.has(wanted) {
                 return Ok(Change { path, before: ours, after });
             }
         }
     }
-    let after = settings::apply(&text, newest, wanted, exports).map_err(of(config))?;
+    let after = settings::apply(&text, newest, wanted, is_second).map_err(of(config))?;
     let dump = node.dump(trial(parent, &after)?.path())?;
-    let keys = dump.side_effects(&in_effect, wanted, exports).map_err(of(config))?;
+    let keys = dump.side_effects(&in_effect, wanted, is_second).map_err(of(config))?;
     match (dump.has(wanted), keys.is_empty()) {
         (true, true) => Ok(Change { path: config.clone(), before, after }),
         (true, false) => Err(EnableError::SideEffects { path: config.clone(), keys }),

@@ -141,9 +141,11 @@ settings! {
         /// Accepted for compatibility; no effect here because nobody has to be asked whether a layer is available: what
         /// serving it takes is on local disk.
         valid_interval: Duration = delay_s(60) => "valid_interval";
-        /// Seconds for one request. Negative: no limit.
+        /// Seconds for one request, and for everything that is tried for one read: when they are over, the program that
+        /// reads gets an I/O error, and its next read tries again. Negative: no limit.
         fetching_timeout: Timeout = timeout_s(300) => "fetching_timeout_sec";
-        /// Retries after the first attempt. Negative: none. 0: as http.MaxRetries.
+        /// Retries after the first attempt. The number below, which the Go snapshotter's sample file lists too, means as
+        /// often as fetching_timeout_sec allows; any other is obeyed. Negative: none. 0: as http.MaxRetries.
         max_retries: u32 = retries(8) => "max_retries";
         /// Milliseconds before the first retry. 0: as http.MinWaitMsec.
         min_wait: Duration = delay_ms(30) => "min_wait_msec";
@@ -153,7 +155,7 @@ settings! {
         check_always: bool = Flag(false) => "check_always";
         /// Accepted for compatibility; no effect here because one request always asks for one range.
         force_single_range_mode: bool = Flag(false) => "force_single_range_mode";
-        /// Further fetches of a span whose digest was wrong. Negative: 3. 0: none.
+        /// Further fetches of a span whose digest was wrong. Negative: 3. 0: as max_retries.
         max_span_verification_retries: u32 = span_retries() => "max_span_verification_retries";
     }
 }

@@ -47,6 +47,9 @@ struct Mounted {
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another, each within a second.
 const CLAIM: Duration = Duration::from_secs(120);
 
+/// How soon a claim that is not needed any more is let go.
+const CLAIM_CHECK: Duration = Duration::from_millis(500);
+
 /// Connections to open at first: as many as the first seconds of an image use.
 const CONNECTIONS: usize = 5;
 
@@ -146,15 +149,25 @@ impl LazyMounts {
                     }
                 }
             }
-            tokio::time::sleep(CLAIM).await;
-            me.state.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
-            for layer in opened {
-                let digest = layer.digest();
-                drop(layer);
-                if let Err(error) = me.store.release(digest, claim).await {
-                    say!(NotRemoved, layer = %digest, %error, "cannot remove the layer from disk");
+            let until = Instant::now() + CLAIM;
+            while !opened.is_empty() {
+                tokio::time::sleep(CLAIM_CHECK).await;
+                let is_over = Instant::now() >= until;
+                // Whose Prepare has come, and what was removed since, is not kept from here any longer: open files keep their space.
+                let (kept, given_up): (Vec<_>, Vec<_>) = opened
+                    .into_iter()
+                    .partition(|layer: &Arc<Layer>| !is_over && me.store.is_kept_by(&layer.digest(), claim));
+                opened = kept;
+                for layer in given_up {
+                    let digest = layer.digest();
+                    drop(layer);
+                    if let Err(error) = me.store.release(digest, claim).await {
+                        say!(NotRemoved, layer = %digest, %error, "cannot remove the layer from disk");
+                    }
                 }
             }
+            tokio::time::sleep_until(until.into()).await;
+            me.state.ahead.lock().unwrap_or_else(PoisonError::into_inner).remove(&index);
         });
     }
 

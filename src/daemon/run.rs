@@ -22,7 +22,7 @@ use crate::{
     holder::{self, Held, How},
     index::{self, ContentStore, DiscoverySettings, Indexes},
     keychain::{CriLogins, Keychain},
-    layers::{Ahead, InflatedCache, LayerStore, Pace, Scheduler, Scratch, Settings, Shared, Spill},
+    layers::{Ahead, InflatedCache, LayerStore, Pace, Persistence, Scheduler, Scratch, Settings, Shared, Spill},
     layout::{Layout, SnapshotId},
     pull::{self, Pulls},
     registry::{self, Registry},
@@ -585,10 +585,17 @@ pub(super) fn scheduling(config: &Config) -> Settings {
             config::Limit::At(bytes) => Some(bytes),
         },
         retries: blob.max_retries,
+        persistence: match blob.max_retries == config::Blob::default().max_retries {
+            true => Persistence::WholeBudget,
+            false => Persistence::Retries,
+        },
         min_wait: blob.min_wait,
         max_wait: blob.max_wait,
         budget: blob.fetching_timeout.duration().unwrap_or(Duration::from_secs(24 * 3600)),
-        verification_retries: blob.max_span_verification_retries,
+        verification_retries: match blob.max_span_verification_retries {
+            0 => blob.max_retries,
+            retries => retries,
+        },
     }
 }
 

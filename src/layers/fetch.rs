@@ -5,13 +5,14 @@
 //! * a body that ends early or cannot be read is continued behind the last whole span, after a while if nothing came;
 //! * wrong bytes are asked for again from another host, or from another source;
 //! * a source that does not have the blob is asked last from then on;
+//! * sources that have trouble, all of them, are asked again from the first until the reader's time is up, ever more rarely;
 //! * a background request that is silent while a reader waits for it is made again as that reader's;
 //! * what does not fit on the disk is given to who waits, and forgotten.
 
 use super::{
     layer::Layer,
     receive::{Incoming, Outcome},
-    scheduler::{OnTheirWay, Scheduler, backoff},
+    scheduler::{OnTheirWay, Persistence, Scheduler, backoff},
     source::{Body, Remedy, Source, SourceError},
     spans::Span,
     split,
@@ -28,6 +29,13 @@ use std::{
 
 /// So many bytes of a large span are worth going on at once.
 const USEFUL: u64 = 1 << 20;
+/// A failure that took so long is the answer to whatever the kernel asks right after it (`layer::ECHO`).
+const WORTH_REMEMBERING: Duration = Duration::from_secs(1);
+/// Between two rounds through all sources, at most: how late a recovery may be noticed. Requests that a sick host would not get are
+/// not sent (`registry::endpoint`), so this is not about its load.
+const MAX_ROUND: Duration = Duration::from_secs(5);
+/// See [`MAX_ROUND`].
+const MIN_ROUND: Duration = Duration::from_millis(100);
 
 /// Why an attempt ended early.
 enum Failure {
@@ -38,8 +46,8 @@ enum Failure {
     },
     /// A span that is too large for memory does not fit on the disk.
     Storage(io::Error),
-    /// A reader waits, and the other side has sent nothing for too long.
-    Silent,
+    /// A reader waits, and the other side has sent nothing for too long; why, if that is known.
+    Silent(Option<String>),
     /// Nobody needs it any more.
     Removed,
 }
@@ -50,7 +58,9 @@ impl Failure {
             Failure::Source(error) => ReadError::Fetch { reason: error.reason.clone() },
             Failure::Digest { span } => ReadError::Digest { span: *span },
             Failure::Storage(error) => ReadError::Storage { reason: error.to_string() },
-            Failure::Silent => ReadError::Fetch { reason: "the other side has stopped sending".into() },
+            Failure::Silent(why) => ReadError::Fetch {
+                reason: why.clone().unwrap_or_else(|| "the other side has stopped sending".to_owned()),
+            },
             Failure::Removed => ReadError::Removed,
         }
     }
@@ -128,7 +138,11 @@ pub(super) async fn demand(scheduler: &Scheduler, taken: Taken, since: Instant) 
     let (first, spans, took) = (taken.run.start, taken.run.len(), since.elapsed());
     tracing::debug!(layer = %layer.digest(), first, spans, ?took, rate, window, waiting, "demand");
     if let Err(failure) = result {
-        taken.lose(&failure.as_read_error());
+        let error = failure.as_read_error();
+        if took >= WORTH_REMEMBERING {
+            layer.remember_failure(taken.run.clone(), &error);
+        }
+        taken.lose(&error);
     }
 }
 
@@ -143,7 +157,7 @@ pub(super) async fn background(scheduler: &Scheduler, taken: Taken, ticket: OnTh
             layer.shared().observer.background_fetched(&layer.digest(), spans);
         }
         Err(failure) => {
-            if !matches!(failure, Failure::Silent | Failure::Removed) {
+            if !matches!(failure, Failure::Silent(_) | Failure::Removed) {
                 scheduler.failed(&layer);
                 layer.shared().observer.background_failed(&layer.digest());
             }
@@ -170,13 +184,29 @@ struct Attempts<'a> {
     /// Failures of this source in a row without anything of use.
     failures: u32,
     mismatches: u32,
+    /// Rounds through all sources.
+    rounds: u32,
+    /// A source of this round had trouble that time may heal.
+    may_heal: bool,
 }
 
 impl<'a> Attempts<'a> {
     fn new(scheduler: &'a Scheduler, taken: &'a Taken, urgency: Urgency) -> Attempts<'a> {
         let (layer, avoid) = (&taken.layer, taken.avoid.clone());
         let sources = layer.sources();
-        Attempts { scheduler, layer, urgency, sources, source: 0, host: None, avoid, failures: 0, mismatches: 0 }
+        Attempts {
+            scheduler,
+            layer,
+            urgency,
+            sources,
+            source: 0,
+            host: None,
+            avoid,
+            failures: 0,
+            mismatches: 0,
+            rounds: 0,
+            may_heal: false,
+        }
     }
 
     async fn run(&mut self, taken: &Taken, mut ticket: Option<OnTheirWay>) -> Result<(), Failure> {
@@ -238,6 +268,10 @@ impl<'a> Attempts<'a> {
         }
         let wait = match failure {
             Failure::Source(SourceError { remedy: Remedy::OtherSource, .. }) => self.next_source(),
+            Failure::Source(SourceError { remedy: Remedy::Later, .. }) => {
+                self.may_heal = true;
+                self.next_source()
+            }
             Failure::Source(SourceError { remedy: Remedy::Retry(hint), .. }) => match self.urgency {
                 Urgency::Nobody => None,
                 Urgency::Reader { .. } if useful => Some(Duration::ZERO),
@@ -246,7 +280,10 @@ impl<'a> Attempts<'a> {
                     let wait = backoff(settings.min_wait, settings.max_wait, self.failures);
                     Some(hint.unwrap_or(wait).min(settings.max_wait))
                 }
-                Urgency::Reader { .. } => self.next_source(),
+                Urgency::Reader { .. } => {
+                    self.may_heal = true;
+                    self.next_source()
+                }
             },
             Failure::Digest { .. } => {
                 self.mismatches += 1;
@@ -260,22 +297,39 @@ impl<'a> Attempts<'a> {
                     _ => (self.mismatches <= settings.verification_retries.max(1)).then_some(wait),
                 }
             }
-            Failure::Storage(_) | Failure::Silent | Failure::Removed => None,
+            Failure::Storage(_) | Failure::Silent(_) | Failure::Removed => None,
         };
-        wait.filter(|wait| match self.urgency {
-            Urgency::Reader { since } => since.elapsed() + *wait < settings.budget,
-            Urgency::Nobody => true,
-        })
+        match self.urgency {
+            // A last attempt at the very end of the time rather than none.
+            Urgency::Reader { since } => {
+                let left = settings.budget.saturating_sub(since.elapsed());
+                wait.filter(|_| !left.is_zero()).map(|wait| wait.min(left))
+            }
+            Urgency::Nobody => wait,
+        }
     }
 
-    /// Goes on to the next source at once, if there is one.
+    /// Goes on to the next source at once; after the last one, to the first after a while, if a reader waits and time may help.
     fn next_source(&mut self) -> Option<Duration> {
         if let Some(source) = self.sources.get(self.source) {
             self.layer.demote(source);
         }
         self.source += 1;
         self.failures = 0;
-        (self.source < self.sources.len()).then_some(Duration::ZERO)
+        if self.source < self.sources.len() {
+            return Some(Duration::ZERO);
+        }
+        let again = self.may_heal && self.scheduler.settings().persistence == Persistence::WholeBudget;
+        match self.urgency {
+            Urgency::Reader { .. } if again => {
+                // Images that were prepared meanwhile may have brought others.
+                self.sources = self.layer.sources();
+                (self.source, self.may_heal) = (0, false);
+                self.rounds += 1;
+                Some(backoff(MIN_ROUND, MAX_ROUND, self.rounds))
+            }
+            Urgency::Reader { .. } | Urgency::Nobody => None,
+        }
     }
 
     /// One request.
@@ -325,7 +379,14 @@ impl<'a> Attempts<'a> {
         ticket: &mut OnTheirWay,
     ) -> Result<T, Failure> {
         loop {
-            if let Ok(result) = tokio::time::timeout(self.scheduler.patience(), &mut step).await {
+            let patience = match self.urgency {
+                Urgency::Reader { since } => {
+                    let left = self.scheduler.settings().budget.saturating_sub(since.elapsed());
+                    self.scheduler.patience().min(left)
+                }
+                Urgency::Nobody => self.scheduler.patience(),
+            };
+            if let Ok(result) = tokio::time::timeout(patience, &mut step).await {
                 return result.map_err(Failure::Source);
             }
             ticket.silent();
@@ -340,7 +401,7 @@ impl<'a> Attempts<'a> {
                 }
             };
             if give_up {
-                return Err(Failure::Silent);
+                return Err(Failure::Silent(self.sources.get(self.source).and_then(|source| source.trouble())));
             }
         }
     }

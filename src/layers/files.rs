@@ -24,6 +24,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+/// Room that fetched data leaves on the disk, which can be fetched again: for indexes and records of layers to come, without which no other image
+/// could be made lazy, and for what containers write. Of a small disk, a part.
+const RESERVE: u64 = 32 << 20;
+const RESERVE_PART: u64 = 64;
+
 const MAGIC: &[u8; 8] = b"SOCISPN1";
 /// Magic and the zTOC's digest.
 const HEADER: u64 = 8 + 32;
@@ -140,8 +145,14 @@ impl LayerFiles {
         Ok(bytes.iter().enumerate().filter(|(_, b)| **b == 1).map(|(i, _)| i).collect())
     }
 
-    /// Writes bytes of the blob.
+    /// Writes bytes of the blob, unless that would take the last of the room: see [`RESERVE`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let stat = rustix::fs::fstatvfs(&self.blob)?;
+        let unit = stat.f_frsize;
+        let reserve = RESERVE.min(stat.f_blocks.saturating_mul(unit) / RESERVE_PART);
+        if stat.f_bavail.saturating_mul(unit) < reserve.saturating_add(bytes.len() as u64) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         self.blob.write_all_at(bytes, offset)
     }
 

@@ -32,7 +32,7 @@ mod window;
 pub use ahead::Ahead;
 pub use cache::InflatedCache;
 pub use layer::{Layer, Shared, Spill};
-pub use scheduler::{Background, Pace, Scheduler, Settings};
+pub use scheduler::{Background, Pace, Persistence, Scheduler, Settings};
 pub use scratch::Scratch;
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
 pub use store::LayerStore;

@@ -78,14 +78,25 @@ pub enum Background {
     NoRoom,
 }
 
+/// How long a reader's fetch goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Persistence {
+    /// Until every source has failed as often as `retries` says.
+    Retries,
+    /// Until the budget ends, whatever `retries` says, as long as time may heal what is wrong.
+    WholeBudget,
+}
+
 /// Retries and limits of fetching.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub pace: Pace,
     /// Bytes per second that near and background requests may use together.
     pub max_bytes_per_sec: Option<u64>,
-    /// Attempts after the first, of a fetch somebody waits for.
+    /// Attempts after the first at one source, of a fetch somebody waits for.
     pub retries: u32,
+    /// What happens when all sources have failed so often.
+    pub persistence: Persistence,
     pub min_wait: Duration,
     pub max_wait: Duration,
     /// A reader waits no longer than this for a span.

@@ -6,7 +6,7 @@
 use super::{
     HostId, RegistryError,
     endpoint::Endpoint,
-    error::{Failure, Request},
+    error::{Advice, Failure, Request},
     transport::{chain, within},
 };
 use bytes::{Bytes, BytesMut};
@@ -133,7 +133,10 @@ impl RangeBody {
             Ok(chunk) => Ok(chunk),
             Err(failure) => {
                 self.body = None;
-                self.endpoint.failed(None);
+                match failure.advice {
+                    Advice::Corrupt => self.endpoint.lied(),
+                    Advice::Later(_) | Advice::Elsewhere => self.endpoint.failed(None),
+                }
                 Err(failure.error)
             }
         }
@@ -150,6 +153,10 @@ impl RangeBody {
                 let length = chunk.len() as u64;
                 if length <= self.remaining {
                     self.remaining -= length;
+                    if self.remaining == 0 {
+                        // Who asked need not come back for the end.
+                        self.endpoint.succeeded();
+                    }
                     return Ok(Some(chunk));
                 }
                 if self.excess == Excess::Error {
@@ -163,6 +170,7 @@ impl RangeBody {
             }
             None if self.remaining == 0 => {
                 self.body = None;
+                self.endpoint.succeeded();
                 Ok(None)
             }
             None => {

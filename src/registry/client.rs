@@ -14,7 +14,7 @@ use super::{
     RegistryError,
     auth::Auth,
     body::Body,
-    endpoint::{Endpoint, Endpoints, HostId, Need, Standing},
+    endpoint::{Endpoint, Endpoints, Held, HostId, Need, Standing, TRIAL_MAX},
     error::{Advice, Failure, Request},
     hosts::Hosts,
     proving::Proving,
@@ -123,22 +123,16 @@ impl Site {
                     reserve.push(host);
                     continue;
                 }
-                match attempt(host.clone(), places).await {
-                    Ok(answer) => {
-                        host.succeeded();
-                        return Ok(answer);
-                    }
-                    Err(failure) => pass.failed(host, at == last, failure),
+                match admitted(host, &attempt, places).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(tried) => pass.failed(host, at == last, tried.within(retry.max_wait)),
                 }
             }
             if pass.last_had_trouble {
                 for host in reserve {
-                    match attempt(host.clone(), places).await {
-                        Ok(answer) => {
-                            host.succeeded();
-                            return Ok(answer);
-                        }
-                        Err(failure) => pass.failed(host, false, failure),
+                    match admitted(host, &attempt, places).await {
+                        Ok(answer) => return Ok(answer),
+                        Err(tried) => pass.failed(host, false, tried.within(retry.max_wait)),
                     }
                 }
             }
@@ -151,7 +145,10 @@ impl Site {
                 Verdict::Trouble(error, asked) => (error, asked),
             };
             tracing::debug!(error = %error, "retrying request");
-            tokio::time::sleep(retry.wait(number, asked, retry::random())).await;
+            // What a host that stays sick is spared is its circuit's business; whoever waits is to notice soon that it is well.
+            let patience = retry.max_wait.min(TRIAL_MAX.max(retry.min_wait));
+            let spaced = RetrySettings { max_wait: if asked.is_some() { retry.max_wait } else { patience }, ..*retry };
+            tokio::time::sleep(spaced.wait(number, asked, retry::random())).await;
         }
         unreachable!("attempts are counted to a limit")
     }
@@ -367,6 +364,49 @@ impl Site {
     }
 }
 
+/// One attempt at a host, unless its circuit is open.
+async fn admitted<T, F, A>(host: &Arc<Endpoint>, attempt: &A, places: Places) -> Result<T, Tried>
+where
+    A: Fn(Arc<Endpoint>, Places) -> F,
+    F: Future<Output = Result<T, Failure>>,
+{
+    if let Err(Held { wait, failures }) = host.admit() {
+        return Err(Tried::Not(left_alone(host, wait, failures)));
+    }
+    match attempt(host.clone(), places).await {
+        Ok(answer) => {
+            host.answers();
+            Ok(answer)
+        }
+        Err(failure) => Err(Tried::InVain(failure)),
+    }
+}
+
+/// Whether a failed host was asked at all.
+enum Tried {
+    InVain(Failure),
+    Not(Failure),
+}
+
+impl Tried {
+    /// No delay that a host names is longer than the settings allow.
+    fn within(mut self, max_wait: Duration) -> Tried {
+        let (Tried::InVain(failure) | Tried::Not(failure)) = &mut self;
+        if let Advice::Later(Some(after)) = &mut failure.advice {
+            *after = (*after).min(max_wait);
+        }
+        self
+    }
+}
+
+fn left_alone(host: &Endpoint, wait: Duration, failures: u32) -> Failure {
+    let what = format!("left alone for {wait:.1?} after {failures} failure(s) in a row");
+    match host.probe_url() {
+        Ok(url) => Failure::later(&Request::new("GET", &url), what, Some(wait)),
+        Err(error) => Failure::elsewhere(RegistryError::Setup { what: format!("{}: {error}", host.id) }),
+    }
+}
+
 /// What a request of that kind does with the repository.
 fn need(kind: Kind) -> Need {
     match kind {
@@ -390,8 +430,23 @@ enum Verdict {
 }
 
 impl Pass {
-    fn failed(&mut self, host: &Endpoint, is_last: bool, failure: Failure) {
-        let Failure { error, advice } = failure;
+    fn failed(&mut self, host: &Endpoint, is_last: bool, tried: Tried) {
+        let Failure { error, advice } = match tried {
+            Tried::InVain(failure) => {
+                if failure.advice != Advice::Elsewhere {
+                    host.set_trouble(failure.error.to_string());
+                }
+                failure
+            }
+            Tried::Not(failure) => {
+                let Failure { error, advice } = failure;
+                let after = if let Advice::Later(after) = advice { after } else { None };
+                // What it said when it was asked says more.
+                self.trouble.get_or_insert((error, after));
+                self.last_had_trouble |= is_last;
+                return;
+            }
+        };
         match advice {
             Advice::Elsewhere => {
                 host.succeeded();
@@ -403,7 +458,7 @@ impl Pass {
                 self.trouble = Some((error, after));
             }
             Advice::Corrupt => {
-                host.failed(None);
+                host.lied();
                 self.last_was_corrupt |= is_last;
                 self.trouble = Some((error, Some(Duration::ZERO)));
             }

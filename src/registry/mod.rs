@@ -295,6 +295,12 @@ impl Repository {
         .await
     }
 
+    /// What was wrong with its hosts when they were asked last; none if they answered, or were not asked. Asks nobody.
+    pub fn trouble(&self) -> Option<String> {
+        let hosts = self.site.hosts(Need::Pull).ok()?;
+        hosts.iter().rev().find_map(|host| host.trouble()).map(String::from)
+    }
+
     /// Opens up to `connections` connections to where `digest` is served from, and gets whatever proof is needed, so that
     /// the first reads find them open. Failures are left for those reads to find.
     pub async fn warm(&self, digest: Digest, connections: usize) {

@@ -3,7 +3,7 @@
 use super::lab::*;
 use soci::{
     fs::{LayerData, ReadError},
-    layers::{Layer, Remedy, Settings, Source},
+    layers::{Layer, Persistence, Remedy, Settings, Source},
     registry::HostId,
 };
 use std::{
@@ -69,6 +69,42 @@ async fn readers_wait_no_longer_than_their_budget() {
         assert!(image.spans.len() > 16 && stuck.requests().len() <= image.spans.len());
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_time_may_heal_is_tried_until_the_budget_ends_and_what_it_may_not_is_not() {
+    let image = Image::gzip(11, 50_000);
+    let settings = Settings { retries: 0, persistence: Persistence::WholeBudget, ..quiet() };
+    for trouble in [Remedy::Later, Remedy::Retry(None)] {
+        let source = Script::new(&image, move |request| Act {
+            refuse: (request.number < 6).then_some(trouble),
+            ..Act::default()
+        });
+        // One more that says no for ever does not end it.
+        let absent = Script::new(&image, |_| Act { refuse: Some(Remedy::OtherSource), ..Act::default() });
+        with(settings.clone(), &image, source.clone(), async |_, layer| {
+            layer.add_source(absent);
+            let bytes = layer.read(image.of_span(1)).await.unwrap();
+            assert!(bytes == image.bytes(image.of_span(1)));
+        })
+        .await;
+        assert_eq!(source.requests().len(), 7);
+    }
+    let absent = Script::new(&image, |_| Act { refuse: Some(Remedy::OtherSource), ..Act::default() });
+    with(settings.clone(), &image, absent.clone(), async |_, layer| {
+        assert!(layer.read(image.of_span(1)).await.is_err());
+    })
+    .await;
+    assert_eq!(absent.requests().len(), 1, "time does not bring back what is gone");
+    let dead = Script::new(&image, |_| Act { refuse: Some(Remedy::Later), ..Act::default() });
+    let budget = Duration::from_millis(1500);
+    with(Settings { budget, ..settings }, &image, dead.clone(), async |_, layer| {
+        let begun = Instant::now();
+        assert!(layer.read(image.of_span(1)).await.is_err());
+        assert!(begun.elapsed() >= budget, "{:?}", begun.elapsed());
+    })
+    .await;
+    assert!((4..8).contains(&dead.requests().len()), "{}", dead.requests().len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

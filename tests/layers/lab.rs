@@ -6,8 +6,8 @@ use flate2::{Compression as Level, write::GzEncoder};
 use futures::future::BoxFuture;
 use soci::{
     layers::{
-        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Remedy, Scheduler, Scratch, Settings,
-        Shared, Source, SourceError, Spill, Wanted,
+        Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, Remedy, Scheduler,
+        Scratch, Settings, Shared, Source, SourceError, Spill, Wanted,
     },
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -285,6 +285,7 @@ pub fn quiet() -> Settings {
         pace: Pace::Off,
         max_bytes_per_sec: None,
         retries: 3,
+        persistence: Persistence::Retries,
         min_wait: Duration::from_millis(2),
         max_wait: Duration::from_millis(20),
         budget: Duration::from_secs(20),

@@ -117,27 +117,29 @@ fn set(table: &mut dyn TableLike, key: &str, to: toml_edit::Value) {
     }
 }
 
-/// `text` with everything that is wanted. `text` may be empty; then it begins with `version`.
-pub fn apply(text: &str, version: u32, wanted: &Wanted, knows_exports: bool) -> Result<String, SettingsError> {
+/// `text` with everything that is wanted. `text` may be empty; then it begins with `version`. `is_second`: containerd is 2.x, which reads version 2
+/// as well, and knows a plugin's exports.
+pub fn apply(text: &str, version: u32, wanted: &Wanted, is_second: bool) -> Result<String, SettingsError> {
     let mut document = parse(text)?;
     if document.as_table().is_empty() && document.get("version").is_none() {
         document.insert("version", value(i64::from(version)));
     }
-    write(&mut document, wanted, knows_exports)?;
+    write(&mut document, wanted, is_second)?;
     Ok(document.to_string())
 }
 
-fn write(document: &mut DocumentMut, wanted: &Wanted, knows_exports: bool) -> Result<(), SettingsError> {
+fn write(document: &mut DocumentMut, wanted: &Wanted, is_second: bool) -> Result<(), SettingsError> {
     let schema = schema(document);
     let plugin = table(document, &["proxy_plugins", NAME])?;
     set(plugin, "type", "snapshot".into());
     set(plugin, "address", wanted.address.as_str().into());
-    if knows_exports {
+    if is_second {
         let exports = table(document, &["proxy_plugins", NAME, "exports"])?;
         set(exports, "root", wanted.root.as_str().into());
         set(exports, "enable_remote_snapshot_annotations", "true".into());
     }
-    if schema == Schema::Three && !unpacks(document) {
+    // Its transfer service unpacks, whichever version its configuration is written in.
+    if (is_second || schema == Schema::Three) && !unpacks(document) {
         let is_first = find(document, &["plugins", TRANSFER]).and_then(|t| t.get("unpack_config")).is_none();
         let transfer = table(document, &["plugins", TRANSFER])?;
         let item = transfer.entry("unpack_config").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
@@ -163,6 +165,8 @@ fn write(document: &mut DocumentMut, wanted: &Wanted, knows_exports: bool) -> Re
         if let Some(disabled) = disabled_cri(document) {
             return Err(SettingsError::CriDisabled(disabled));
         }
+        // It takes these from there only, also in a file of version 2 (2.2.1 migrates the rest of the old section, and not these).
+        let schema = if is_second { Schema::Three } else { schema };
         let cri = table(document, cri(schema))?;
         set(cri, "snapshotter", NAME.into());
         set(cri, "disable_snapshot_annotations", false.into());
@@ -189,7 +193,6 @@ fn unpacks(document: &DocumentMut) -> bool {
 /// `text` without what [`apply`] puts in, for a file that was changed since.
 pub fn take_out(text: &str) -> Result<String, SettingsError> {
     let mut document = parse(text)?;
-    let schema = schema(&document);
     let mut emptied: Vec<&[&str]> = Vec::new();
     if find(&document, &["proxy_plugins", NAME]).is_some() {
         table(&mut document, &["proxy_plugins"])?.remove(NAME);
@@ -213,11 +216,14 @@ pub fn take_out(text: &str) -> Result<String, SettingsError> {
             });
         }
     }
-    if find(&document, cri(schema)).and_then(|t| t.get("snapshotter")).and_then(Item::as_str) == Some(NAME) {
-        let settings = table(&mut document, cri(schema))?;
-        settings.remove("snapshotter");
-        settings.remove("disable_snapshot_annotations");
-        emptied.push(cri(schema));
+    // Which containerd it was written for is not known any more.
+    for cri in [cri(Schema::Two), cri(Schema::Three)] {
+        if find(&document, cri).and_then(|t| t.get("snapshotter")).and_then(Item::as_str) == Some(NAME) {
+            let settings = table(&mut document, cri)?;
+            settings.remove("snapshotter");
+            settings.remove("disable_snapshot_annotations");
+            emptied.push(cri);
+        }
     }
     for path in emptied {
         if let (Some((last, above)), true) = (path.split_last(), find(&document, path).is_some_and(TableLike::is_empty))
@@ -250,8 +256,8 @@ pub fn importing(text: &str, path: &Path) -> Result<String, SettingsError> {
 }
 
 /// A drop-in with what is wanted and nothing else.
-pub fn drop_in(version: u32, wanted: &Wanted, knows_exports: bool) -> Result<String, SettingsError> {
-    let settings = apply("", version, wanted, knows_exports)?;
+pub fn drop_in(version: u32, wanted: &Wanted, is_second: bool) -> Result<String, SettingsError> {
+    let settings = apply("", version, wanted, is_second)?;
     Ok(format!(
         "# Written by soci enable; soci disable takes it away again. containerd reads it when it starts.\n{settings}"
     ))
@@ -301,14 +307,9 @@ impl Dump {
     }
 
     /// Keys whose values differ from `before` with what is wanted put in: what a change would do beside what it is for.
-    pub fn side_effects(
-        &self,
-        before: &Dump,
-        wanted: &Wanted,
-        knows_exports: bool,
-    ) -> Result<Vec<String>, SettingsError> {
+    pub fn side_effects(&self, before: &Dump, wanted: &Wanted, is_second: bool) -> Result<Vec<String>, SettingsError> {
         let mut expected = before.0.clone();
-        write(&mut expected, wanted, knows_exports)?;
+        write(&mut expected, wanted, is_second)?;
         let mut out = Vec::new();
         differences("", &comparable(&expected), &comparable(&self.0), &mut out);
         out.retain(|key| !matches!(key.as_str(), "imports" | "version"));
@@ -402,6 +403,10 @@ mod tests {
         let dump = Dump::parse(&text).unwrap();
         assert_eq!((dump.unpacks(), dump.cri()), (Some(true), Some(("soci", true))));
         assert_eq!(text.matches("snapshotter = \"overlayfs\"").count(), 1, "{text}");
+        // A configuration from the days of 1.x under containerd 2.x.
+        let kept = apply("version = 2\n[plugins.'x']\n", 3, &wanted(Scope::Containerd), true).unwrap();
+        assert!(kept.starts_with("version = 2\n") && unpacks(&parse(&kept).unwrap()), "{kept}");
+        assert!(!apply("version = 2", 2, &wanted(Scope::Containerd), false).unwrap().contains("unpack_config"));
         let listed = "version = 3\n[plugins.'io.containerd.transfer.v1.local']\nunpack_config = [{platform='a', snapshotter='b'}]\n";
         let more = apply(listed, 3, &wanted(Scope::Containerd), true).unwrap();
         assert!(Dump::parse(&more).unwrap().unpacks() == Some(true) && !more.contains("overlayfs"), "{more}");

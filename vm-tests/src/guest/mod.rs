@@ -3,6 +3,7 @@
 //! What survives a reboot is in `/vm/state`: a line per step that was begun and one per step that passed. A step may end with [`Next::Reboot`];
 //! it is then called again after the boot.
 
+mod confined;
 pub mod probe;
 pub mod readme;
 pub mod story;

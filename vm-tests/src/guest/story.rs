@@ -1,10 +1,12 @@
 //! One life of a machine: what README tells people to do, and what happens to machines.
 
 use super::{
-    Next, Step, probe, readme,
+    Next, Step,
+    confined::{self, Watch},
+    probe, readme,
     tools::{
         CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
-        main_pid, processes, property, replaced, row, run, shell, status, text, within,
+        main_pid, processes, property, replaced, run, shell, status, text, within,
     },
 };
 use crate::{Outcome, ensure};
@@ -16,10 +18,11 @@ pub const STEPS: &[Step] = &[
     Step { name: "enable", run: enable },
     Step { name: "lazy-container", run: lazy_container },
     Step { name: "image-without-index", run: image_without_index },
+    Step { name: "pulled-image", run: pulled_image },
     Step { name: "logins", run: logins },
     Step { name: "reload", run: reload },
     Step { name: "journal", run: explained },
-    Step { name: "confinement", run: confinement },
+    Step { name: "confinement", run: confined::confinement },
     Step { name: "refusals", run: refusals },
     Step { name: "restart", run: restart },
     Step { name: "upgrade", run: upgrade },
@@ -106,6 +109,8 @@ fn configure_containerd(guest: &Guest) -> Outcome {
         fs::create_dir_all("/etc/systemd/system/containerd.service.d").map_err(|error| error.to_string())?;
         fs::write("/etc/systemd/system/containerd.service.d/vm.conf", drop_in).map_err(|error| error.to_string())?;
         run("systemctl", &["daemon-reload"])?;
+        // soci enable asks the containerd that runs.
+        run("systemctl", &["restart", "containerd"])?;
         return readme::run("soci enable containerd").map(drop);
     }
     let mut text = String::from("version = 2\n");
@@ -154,11 +159,73 @@ fn lazy_container(guest: &Guest) -> Outcome<Next> {
     Ok(Next::Step)
 }
 
-/// An image that has no SOCI index runs as well.
+/// What `soci status` says about an image.
+fn described(guest: &Guest, image: &str) -> Outcome<String> {
+    let said = run("soci", &["status"])?;
+    let found = said.split("\n\n").find(|part| part.trim_start().starts_with(&guest.reference(image)));
+    found.map(str::to_owned).ok_or_else(|| format!("soci status does not know {image}: {said}"))
+}
+
+/// Bytes of an image's blobs that the registry sent: to containerd, and to us.
+fn sent(image: &str) -> Outcome<(u64, u64)> {
+    let said = journal("vm-registry.service", &["-o", "cat"])?;
+    let get = format!("\"GET /v2/{image}/blobs/");
+    let (mut to_containerd, mut to_us) = (0, 0);
+    for line in said.lines().filter(|line| line.contains(&get)) {
+        // … HTTP/1.1" STATUS BYTES "REFERRER" "CLIENT"
+        let answer = line.split_once("HTTP/1.1\" ").map_or("", |(_, answer)| answer);
+        let bytes: u64 = answer.split(' ').nth(1).and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+        match answer.contains("\"soci-snapshotter/") {
+            true => to_us += bytes,
+            false => to_containerd += bytes,
+        }
+    }
+    Ok((to_containerd, to_us))
+}
+
+/// An image that has no SOCI index is left to containerd, and runs as well.
 fn image_without_index(guest: &Guest) -> Outcome<Next> {
     guest.pull("soci", "plain")?;
     let found = guest.container("soci", "plain", &["/bin/cat", "/hello"])?;
-    ensure!(found == "hello\n", "the container wrote {found:?}");
+    ensure!(found == "plain\n", "the container wrote {found:?}");
+    let said = described(guest, "plain")?;
+    ensure!(
+        said.contains("1 layers: 0 lazy") && said.contains("0 pulled by the snapshotter, 1 by containerd"),
+        "{said}"
+    );
+    // It was asked for a byte or two of it, to have connections.
+    let (to_containerd, to_us) = sent("plain")?;
+    ensure!(to_containerd > 1_000_000 && to_us < 1000, "{to_containerd} bytes went to containerd, {to_us} to us");
+    Ok(Next::Step)
+}
+
+/// With `parallel_pull_as_fallback` it is pulled by us, unpacked by processes that can do nothing else, and is what its layers say.
+fn pulled_image(guest: &Guest) -> Outcome<Next> {
+    edit("parallel_pull_as_fallback = false", "parallel_pull_as_fallback = true")?;
+    let pid = main_pid(DAEMON)?;
+    run("systemctl", &["restart", DAEMON])?;
+    replaced(DAEMON, pid)?;
+    let workers = Watch::begin("soci-unpack");
+    guest.pull("soci", "pulled")?;
+    let seen = workers.end()?;
+    let said = described(guest, "pulled")?;
+    ensure!(
+        said.contains("2 layers: 0 lazy") && said.contains("2 pulled by the snapshotter, 0 by containerd"),
+        "{said}"
+    );
+    // containerd gets the image's configuration and no layer.
+    let (to_containerd, to_us) = sent("pulled")?;
+    ensure!(to_containerd < 10_000 && to_us > 25_165_824, "{to_containerd} bytes went to containerd, {to_us} to us");
+    let look = "cd /data; md5sum <pulled | cut -c1-32; echo *; busybox stat -c '%a %u %g' /bin/busybox-suid; busybox stat -c '%t:%T' zero; \
+                cat link";
+    let found = guest.container("soci", "pulled", &["/bin/sh", "-c", look])?;
+    let sum = shell("cat /vm/pulled-sum")?;
+    let expected = format!("{}\nkept link pulled zero\n4755 7 8\n1:5\nkept\n", sum.trim());
+    ensure!(found == expected, "the container saw {found:?}, not {expected:?}");
+    for worker in &seen {
+        confined::worker(worker)?;
+    }
+    ensure!(!seen.is_empty(), "no unpacking process was seen: {}", journal(CUSTODIAN, &["-n", "20"])?);
     Ok(Next::Step)
 }
 
@@ -251,44 +318,6 @@ fn explained(guest: &Guest) -> Outcome<Next> {
     ensure!(readme::run("systemctl status")?.contains("lazy layers"), "systemctl status has no status line");
     let found = run("journalctl", &["--no-pager", "-b", "-o", "cat", "SOCI_KEYS=layer_store.cache_memory_mb"])?;
     ensure!(!found.is_empty(), "the journal cannot be searched by our fields");
-    Ok(Next::Step)
-}
-
-/// What each process may do and has open.
-fn confinement(_: &Guest) -> Outcome<Next> {
-    let (daemon, holder, custodian) = (main_pid(DAEMON)?, main_pid(HOLDER)?, main_pid(CUSTODIAN)?);
-    // CHOWN, DAC_OVERRIDE and FOWNER.
-    for (pid, allowed) in [(daemon, 0), (holder, 0), (custodian, 0b1011)] {
-        for name in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-            let mask = u64::from_str_radix(&row(pid, name)?, 16).map_err(|error| error.to_string())?;
-            let expected = if matches!(name, "CapInh" | "CapAmb") { 0 } else { allowed };
-            ensure!(mask == expected, "{name} of {pid} is {mask:#x}, not {expected:#x}");
-        }
-        ensure!(row(pid, "NoNewPrivs")? == "1", "{pid} may gain privileges");
-        ensure!(row(pid, "Seccomp")? == "2", "{pid} has no seccomp filter");
-    }
-    let space =
-        |pid: u32, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).map_err(|error| error.to_string());
-    ensure!(space(daemon, "mnt")? != space(1, "mnt")?, "the daemon has no mount namespace of its own");
-    ensure!(space(holder, "mnt")? == space(1, "mnt")?, "the holder's mount is hidden in a namespace");
-    ensure!(space(custodian, "net")? != space(1, "net")?, "the custodian has the machine's network");
-    let open = |pid: u32| -> Outcome<Vec<String>> {
-        let list = fs::read_dir(format!("/proc/{pid}/fd")).map_err(|error| error.to_string())?;
-        Ok(list.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()).map(|to| to.display().to_string()).collect())
-    };
-    let kinds = |pid: u32, known: &[&str]| -> Outcome {
-        let strange: Vec<String> =
-            open(pid)?.into_iter().filter(|to| !known.iter().any(|known| to.starts_with(known))).collect();
-        ensure!(strange.is_empty(), "{pid} has open: {}", strange.join(", "));
-        Ok(())
-    };
-    kinds(holder, &["/dev/fuse", "/dev/null", "socket:", &format!("{ROOT}/snapshotter")])?;
-    // It looks at its table of mounts before it removes anything.
-    let mounts = format!("/proc/{custodian}/mountinfo");
-    kinds(custodian, &["/dev/null", "socket:", &mounts, &format!("{ROOT}/snapshotter/snapshots")])?;
-    kinds(daemon, &["/dev/fuse", "/dev/null", "socket:", "anon_inode:", "pipe:", "/memfd:", ROOT])?;
-    let devices = open(daemon)?.iter().filter(|to| *to == "/dev/fuse").count();
-    ensure!((1..=2).contains(&devices), "the daemon has {devices} FUSE descriptors");
     Ok(Next::Step)
 }
 
@@ -385,8 +414,31 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
         journal(DAEMON, &["-o", "json"]).ok()?.contains("\"SOCI_APPLIED\":\"background_fetch.disable\"").then_some(())
     })?;
     guest.pull("soci", "huge")?;
+    // An image three times as large as what is left can still be made lazy.
+    let room = shell(&format!("df -m --output=avail {ROOT} | tail -n 1"))?;
+    let room: u32 = room.trim().parse().map_err(|error| format!("df: {room}: {error}"))?;
+    shell(&format!("fallocate -l {}M {ballast}", room.saturating_sub(16)))?;
+    guest.pull("soci", "tight")?;
+    let said = described(guest, "tight")?;
+    ensure!(
+        said.contains("1 lazy") && said.contains("0 pulled by the snapshotter, 0 by containerd"),
+        "with 16 MiB left: {said}: {}",
+        journal(DAEMON, &["-n", "20"])?
+    );
+    // What can be fetched again does not take the last of the room: another image can be, too.
+    edit("disable = true", "disable = false")?;
+    run("systemctl", &["reload", DAEMON])?;
+    let is_full = || property(DAEMON, "StatusText").contains("DISK FULL").then_some(());
+    let why = |error| {
+        format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
+    };
+    within(PATIENCE, "the background fills the disk, and the status line says so", is_full).map_err(why)?;
+    guest.pull("soci", "last")?;
+    let said = described(guest, "last")?;
+    ensure!(said.contains("1 lazy"), "with a disk full of fetched data: {said}: {}", journal(DAEMON, &["-n", "20"])?);
+    // Nothing left at all.
     let _ = shell(&format!(
-        "dd if=/dev/zero of={ballast} bs=1M 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; sync"
+        "dd if=/dev/zero of={ballast} bs=1M oflag=append conv=notrunc 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; sync"
     ));
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
@@ -394,15 +446,8 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
         found.trim() == expected.trim(),
         "with a full disk a container read something else: {found} is not {expected}"
     );
-    within(PATIENCE, "the status line says that the disk is full", || {
-        property(DAEMON, "StatusText").contains("DISK FULL").then_some(())
-    })
-    .map_err(|error| {
-        format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
-    })?;
+    within(PATIENCE, "the status line says that the disk is full", is_full).map_err(why)?;
     fs::remove_file(&ballast).map_err(|error| error.to_string())?;
-    edit("disable = true", "disable = false")?;
-    run("systemctl", &["reload", DAEMON])?;
     within(PATIENCE * 2, "the rest is fetched when there is room again", || {
         property(DAEMON, "StatusText").contains("; all complete").then_some(())
     })?;
@@ -426,6 +471,9 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
     ensure!(found.trim() == expected.trim(), "after the reboot a container read something else");
+    let expected = shell("cat /vm/pulled-sum")?;
+    let found = guest.container("soci", "pulled", &["/bin/sh", "-c", "md5sum </data/pulled | cut -c1-32"])?;
+    ensure!(found.trim() == expected.trim(), "after the reboot a container of a pulled image read something else");
     let line = within(PATIENCE, "the status line shows the images", || {
         Some(property(DAEMON, "StatusText")).filter(|line| line.contains("; all complete"))
     })?;

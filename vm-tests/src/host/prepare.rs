@@ -175,13 +175,9 @@ fn program(payload: &Payload) -> Outcome {
     fs::copy(built, payload.work.join("vm-tests")).map(drop).map_err(|error| error.to_string())
 }
 
-/// Three images with an index and one without, as a registry keeps them: nothing has to be pushed in a guest.
+/// Images with an index and images without one, as a registry keeps them: nothing has to be pushed in a guest.
 fn images(payload: &Payload) -> Outcome {
     let at = payload.work.join("images");
-    if at.join("done").exists() {
-        return Ok(());
-    }
-    println!("images");
     let soci = match env::var_os("BUILT") {
         Some(built) => PathBuf::from(built).join("soci"),
         None => target().join("package/x86_64-unknown-linux-gnu/release/soci"),
@@ -193,26 +189,42 @@ fn images(payload: &Payload) -> Outcome {
         mkdir -p app/data late/data huge/data
         for n in 0 1 2 3; do head -c 6291456 /dev/urandom >app/data/$n; echo "$n:$(md5sum <app/data/$n | cut -c1-32)" >>sums; done
         head -c 16777216 /dev/urandom >late/data/late; head -c 50331648 /dev/urandom >huge/data/huge; md5sum <huge/data/huge | cut -c1-32 >huge-sum
-        for tree in base app late huge; do tar -C $tree --owner=0 --group=0 --sort=name -cf $tree.tar .; done
+        mkdir -p tight/data; head -c 50331648 /dev/urandom >tight/data/tight
+        mkdir -p last/data; head -c 8388608 /dev/urandom >last/data/last
+        # No layer in common with the others, or there would be nothing to pull.
+        cp -a base plain; echo plain >plain/hello
+        cp -a base low; echo low >low/hello; mkdir -p low/data high/data; echo gone >low/data/gone; echo kept >low/data/kept
+        cp /bin/busybox low/bin/busybox-suid; chown 7:8 low/bin/busybox-suid; chmod 4755 low/bin/busybox-suid; mknod low/data/zero c 1 5
+        : >high/data/.wh.gone; ln low/data/kept low/data/link; head -c 25165824 /dev/urandom >high/data/pulled
+        md5sum <high/data/pulled | cut -c1-32 >pulled-sum
+        tar -C low --numeric-owner --sort=name -cf low.tar .; tar -C high --owner=0 --group=0 --sort=name -cf high.tar .
+        for tree in base app late huge tight last plain; do tar -C $tree --owner=0 --group=0 --sort=name -cf $tree.tar .; done
         make() {{ # make NAME LAYER…
             local name=$1; shift
             umoci init --layout $name.oci; umoci new --image $name.oci:latest
             for layer; do umoci raw add-layer --image $name.oci:latest $layer.tar; done
             umoci config --image $name.oci:latest --architecture amd64 --os linux --config.cmd /bin/sh --config.env PATH=/bin
         }}
-        make app base app; make late base late; make huge base huge; make plain base
-        for name in app late huge; do {soci} convert --standalone $name.oci $name.soci --format oci-dir --min-layer-size 0; done
+        make app base app; make late base late; make huge base huge; make tight base tight; make last base last; make plain plain; make pulled low high
+        for name in app late huge tight last; do {soci} convert --standalone $name.oci $name.soci --format oci-dir --min-layer-size 0; done
         printf "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {at}/registry}}}}\nhttp: {{addr: '127.0.0.1:5999'}}\n" >config.yml
         docker-registry serve config.yml & registry=$!; trap 'kill $registry' EXIT
         for n in $(seq 50); do bash -c ': </dev/tcp/127.0.0.1/5999' 2>/dev/null && break; sleep 0.1; done
-        for name in app late huge; do skopeo copy -q --all --dest-tls-verify=false oci:$name.soci docker://127.0.0.1:5999/$name:1; done
-        skopeo copy -q --dest-tls-verify=false oci:plain.oci docker://127.0.0.1:5999/plain:1
+        for name in app late huge tight last; do skopeo copy -q --all --dest-tls-verify=false oci:$name.soci docker://127.0.0.1:5999/$name:1; done
+        for name in plain pulled; do skopeo copy -q --dest-tls-verify=false oci:$name.oci docker://127.0.0.1:5999/$name:1; done
         htpasswd -Bbn somebody hush-hush >htpasswd
-        rm -rf base app late huge *.tar *.oci *.soci; touch done"#,
+        rm -rf base app late huge tight last plain low high *.tar *.oci *.soci"#,
         at = at.display(),
         soci = soci.display()
     );
-    run("bash", &["-euc", &script]).map(drop)
+    // Kept as long as they would be made in the same way.
+    let done = at.join("done");
+    if fs::read_to_string(&done).is_ok_and(|how| how == script) {
+        return Ok(());
+    }
+    println!("images");
+    run("bash", &["-euc", &script])?;
+    fs::write(done, script).map_err(|error| error.to_string())
 }
 
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,containerd,runc,docker-registry,dnf,rpm,iproute2,procps,ca-certificates,busybox-static,\
@@ -247,7 +259,7 @@ pub fn fill(
     let images = payload.work.join("images");
     let bin = cache().join("bin");
     let mut script = format!(
-        "mkdir -p {vm}/bin; cp {work}/vm-tests {vm}/; cp -r {work}/{tag}/repo {work}/{tag}/repo-new {images}/registry {images}/sums {images}/huge-sum {images}/htpasswd {vm}/; \
+        "mkdir -p {vm}/bin; cp {work}/vm-tests {vm}/; cp -r {work}/{tag}/repo {work}/{tag}/repo-new {images}/registry {images}/sums {images}/huge-sum {images}/pulled-sum {images}/htpasswd {vm}/; \
          cp {bin}/rpull {vm}/bin/;",
         vm = vm.display(),
         work = payload.work.display(),
