@@ -43,7 +43,8 @@
 //! 1. **One FUSE mount for all layers.** Preparing a layer needs no mount call and no privilege; one descriptor is to be kept alive.
 //!    `snapshots/<id>/fs` of a lazy layer is a symlink into it, so mount options stay those of the Go snapshotter.
 //! 2. **Every start is a resume.** `soci-mount` holds the descriptor; the daemon rebuilds its state from local files without the
-//!    network and goes on serving the same kernel connection. Inode numbers are a pure function of (snapshot id, position in the
+//!    network and goes on serving the same kernel connection. Requests that the dead one had taken come again from the kernel (Linux 6.9), or
+//!    out of a journal that they were read into (`fs::journal`, a memfd that goes wherever the descriptor goes). Inode numbers are a pure function of (snapshot id, position in the
 //!    table of contents), and snapshot ids are never reused.
 //! 3. **Our own FUSE session instead of fuser's.** The design first said fuser. Its session answers `FUSE_INTERRUPT` with `ENOSYS` (and
 //!    the kernel then never asks again, so a killed container would wait for us for ever), reads requests into private buffers
@@ -93,7 +94,7 @@
 //!   words       oci layout notation                   no I/O
 //!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
-//!   read path   registry → index → layers → fs        only fs names fuser
+//!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
 //!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
 //!   control     snapshot grpc daemon config telemetry       only grpc names tonic; toml_edit: config, registry (hosts.toml), cli (containerd's)
 //!   privilege   custodian unpack holder sys           unsafe lives in sys (and inflate::raw, the seam to the inflate library)

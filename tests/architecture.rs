@@ -21,7 +21,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("keychain", &["oci", "notation", "tls", "telemetry"]),
     ("index", &["oci", "layout", "registry", "ztoc", "telemetry"]),
     ("layers", &["oci", "layout", "registry", "ztoc", "inflate", "tar", "fs", "sys", "telemetry"]),
-    ("fs", &["oci", "layout", "layers", "ztoc", "tar", "telemetry"]),
+    ("fs", &["oci", "layout", "layers", "ztoc", "tar", "telemetry", "sys"]),
     ("snapshot", &["oci", "layout", "config", "telemetry"]),
     ("pull", &["oci", "layout", "registry", "inflate", "snapshot", "telemetry"]),
     ("grpc", &["oci", "layout", "snapshot", "layers", "registry", "keychain"]),

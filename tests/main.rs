@@ -29,5 +29,6 @@ mod registry_hosts;
 mod registry_login;
 mod registry_real;
 mod registry_tls;
+mod storm;
 mod support;
 mod units;

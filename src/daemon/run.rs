@@ -38,6 +38,7 @@ use crate::{
 };
 use std::{
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, RwLock},
@@ -50,8 +51,11 @@ use tokio::signal::unix::{SignalKind, signal};
 const DRAIN: Duration = Duration::from_millis(2500);
 /// See [`DRAIN`].
 const LAST_REQUESTS: Duration = Duration::from_millis(1500);
-/// How often the holder is asked whether it still has the descriptor.
-const HOLDER_CHECK: Duration = Duration::from_secs(10);
+/// How often the holder is asked whether it still has the descriptor: as long as nobody but us has it, our end would be that of the mount.
+const HOLDER_CHECK: Duration = Duration::from_secs(1);
+
+/// How often in a row it may be missing before an operator is told: who restarts it needs a moment.
+const HOLDER_PATIENCE: u32 = 3;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -330,7 +334,8 @@ async fn serve(
         async move { lazy.find_local_copies().await }
     });
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
-    let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
+    let journal = journal(held.journal.as_ref(), &held.init);
+    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
@@ -456,24 +461,35 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
     }
 }
 
+/// Where requests are read into, on a kernel that cannot repeat them.
+fn journal(file: Option<&OwnedFd>, init: &holder::InitParams) -> Option<lazyfs::Journal> {
+    let error = match file.map(lazyfs::Journal::open) {
+        Some(Ok(journal)) => return Some(journal),
+        Some(Err(error)) => snapshot::chain(&error),
+        None if init.can_resend() => return None,
+        None => "soci-mount did not send one".to_owned(),
+    };
+    // Everything else works. What it holds is left as it is.
+    say!(NoJournal, error, "a crash of this daemon may leave reads waiting for ever: they cannot be written down");
+    None
+}
+
 /// Sees to it that the descriptor outlives us.
 async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
     let held = Arc::new(held);
-    let mut said = false;
+    let mut failed = 0;
     loop {
         tokio::time::sleep(HOLDER_CHECK).await;
         let (layout, held) = (layout.clone(), held.clone());
-        let kept = tokio::task::spawn_blocking(move || {
-            use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
-        });
-        let kept = kept.await;
+        let kept = tokio::task::spawn_blocking(move || holder::ensure_kept(&layout, &held, how)).await;
         condition.connection_kept(matches!(kept, Ok(Ok(_))));
+        failed = match kept {
+            Ok(Ok(_)) => 0,
+            Ok(Err(_)) | Err(_) => failed + 1,
+        };
         match kept {
-            Ok(Ok(holder::Keeping::Already)) => said = false,
             Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
-            Ok(Err(error)) if !said => {
-                said = true;
+            Ok(Err(error)) if failed == HOLDER_PATIENCE => {
                 say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
             }
             _ => {}

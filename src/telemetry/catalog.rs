@@ -191,6 +191,12 @@ messages! {
         happened "The daemon gave the FUSE descriptor to a new soci-mount."
         means "The daemon may be restarted again without harm."
         act "Nothing.";
+    NoJournal = "6adbb1e78e0240fe9186d3106cc77489" ERROR Always "A crash of the snapshotter may leave reads waiting"
+        happened "This kernel cannot repeat requests that a dead daemon had taken (Linux 6.9 can), and they cannot be written down: @SOCI_ERROR@."
+        means "Containers run as before, and restarts are as safe as ever. If the daemon crashes, a read that it had taken may wait until its \
+               process is killed."
+        act "If an older version of the snapshotter was installed over a newer one, install the newer one again. Otherwise restart soci-mount when no \
+             container uses a lazily loaded image:\n\n    /usr/libexec/soci-snapshotter/soci-mount --unmount\n    systemctl restart soci-mount soci-snapshotter";
     FuseBroken = "04e35e1226964a1281b47441f6f5e78b" ERROR Always "The FUSE connection has failed"
         happened "The kernel's requests cannot be read or answered: @SOCI_ERROR@."
         means "Containers that read lazily loaded layers get errors or wait."

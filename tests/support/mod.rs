@@ -18,6 +18,7 @@ pub mod docker;
 pub mod engine;
 pub mod grpc;
 pub mod image;
+pub mod leaks;
 pub mod link;
 pub mod node;
 pub mod process;

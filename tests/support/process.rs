@@ -224,7 +224,7 @@ pub fn kill_all(pids: &[u32]) {
 }
 
 /// A zombie is not alive: whoever should have waited for it is not us.
-fn is_alive(pid: u32) -> bool {
+pub fn is_alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").trim_start().starts_with('Z'))
 }
