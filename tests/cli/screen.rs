@@ -10,7 +10,7 @@ use crate::support::{
 };
 use serde_json::Value;
 use std::{
-    path::PathBuf,
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -134,7 +134,7 @@ fn peak(running: &mut Child) -> u64 {
 }
 
 /// Layers that hardly compress, and layers that compress a hundred times over, so that what they inflate to says nothing about what they take.
-fn heavy(layout: &PathBuf) -> u64 {
+fn heavy(layout: &Path) -> u64 {
     let mut layers = vec![busybox()];
     for n in 0..5 {
         let mut layer = Layer::new();
