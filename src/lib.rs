@@ -92,7 +92,7 @@
 //!
 //! ```text
 //!   words       oci layout notation                   no I/O
-//!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
+//!   pure        ztoc inflate tar bolt                 bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
 //!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
@@ -120,6 +120,7 @@
 //! that a layer's paths need but the layer does not list. *holder*: `soci-mount` after it has mounted. *lazy*: served through FUSE
 //! while it arrives.
 
+pub mod bolt;
 pub mod cli;
 pub mod config;
 pub mod custodian;

@@ -11,6 +11,7 @@ use super::{
     root::{self, RootError},
     settings::{self, Chosen},
     systemd::{self, Note},
+    takeover,
 };
 use crate::{
     config::{
@@ -305,9 +306,10 @@ async fn serve(
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
-        let (pulls, lazy) = (lazy.pulls.clone(), Arc::new(lazy.clone()));
+        let (pulls, lazy) = (lazy.pulls.clone(), lazy.clone());
         move || {
-            let opening = Snapshotter::open(snapshots.clone(), lazy.clone(), Arc::new(pulls.clone()), disk.clone());
+            let layers = Arc::new(lazy.clone());
+            let opening = Snapshotter::open(snapshots.clone(), layers, Arc::new(pulls.clone()), disk.clone());
             let pulls = pulls.clone();
             async move {
                 let snapshotter = opening.await?;
@@ -319,12 +321,23 @@ async fn serve(
     let records = record::all(&layout);
     match open().await {
         Ok(snapshotter) => {
-            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            let recorded = takeover::adopt(&snapshotter, &lazy)?;
+            // What waits may still find its layer in the store.
+            let unreferenced = if lazy.state.waiting.is_empty() { Unreferenced::Removed } else { Unreferenced::Kept };
+            recover(recorded, &lazy, unreferenced).await;
             door.open(snapshotter);
         }
         // Containers read these, whatever else is wrong.
         Err(error) if !records.is_empty() => {
-            condition.open_later(&error, open);
+            let lazy_later = lazy.clone();
+            condition.open_later(&error, move || {
+                let (opening, lazy) = (open(), lazy_later.clone());
+                async move {
+                    let snapshotter = opening.await?;
+                    takeover::adopt(&snapshotter, &lazy)?;
+                    Ok(snapshotter)
+                }
+            });
             recover(records.clone(), &lazy, Unreferenced::Kept).await;
         }
         Err(error) => return Err(error.into()),
@@ -523,10 +536,7 @@ fn lazy_side(
     )?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
-    let artifacts = match config.content_store.kind {
-        config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
-        config::ContentStoreType::Soci => None,
-    };
+    let artifacts = Artifacts::new(containerd.clone(), store.clone());
     let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
@@ -554,6 +564,7 @@ fn lazy_side(
         indexes,
         containerd,
         artifacts,
+        asks_containerd: config.content_store.kind == config::ContentStoreType::Containerd,
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,
