@@ -12,6 +12,8 @@
 //! Repository ── client: hosts × attempts ── one attempt: remembered place, or registry + auth + redirects ── transport
 //! ```
 //!
+//! [`Throttle`] is the count of requests for layers that are in flight, shared by all who download them.
+//!
 //! Absent on purpose: which bytes to fetch when (`layers`), what to do with an index (`index`).
 #![forbid(unsafe_code)]
 
@@ -32,6 +34,7 @@ mod redirect;
 mod referrers;
 mod retry;
 mod settings;
+mod throttle;
 mod transport;
 mod url;
 
@@ -44,6 +47,7 @@ pub use proxy::unusable_proxies;
 pub use push::{Pushed, Upload};
 pub use retry::RetrySettings;
 pub use settings::{DEFAULT_DIRECTORIES, HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security, TlsFlags};
+pub use throttle::{Reading, Slot, Throttle};
 pub use transport::{Kind, Observer, Outcome};
 
 use crate::{
