@@ -21,6 +21,7 @@ mod lab;
 mod layers;
 mod licences;
 mod operator;
+mod pages;
 mod privilege;
 mod pull;
 mod referrers;

@@ -97,8 +97,8 @@ pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Resu
     if let (Some(user), Some(image)) = (access.user.as_deref().filter(|u| !u.is_empty()), images.last()) {
         sources.push(Arc::new(Given::new(&image.host, user)));
     }
-    if let Some(docker) = DockerConfig::of_environment() {
-        sources.push(Arc::new(docker));
+    for file in DockerConfig::of_environment().into_iter().chain(DockerConfig::podman_of_environment()) {
+        sources.push(Arc::new(file));
     }
     let observer: Arc<dyn Observer> = if global.debug { Arc::new(Trace) } else { Arc::new(Silent) };
     for name in crate::registry::unusable_proxies() {

@@ -44,8 +44,8 @@ pub struct Indexing {
 /// How the registry is reached; the same for all commands that reach one.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Access {
-    /// Login at the registry (of DESTINATION, where there are two): user[:password]; without it, docker's configuration and its login
-    /// helpers are asked
+    /// Login at the registry (of DESTINATION, where there are two): user[:password]; without it, docker's and podman's
+    /// configuration and login helpers are asked
     #[arg(short, long, help_heading = REGISTRY)]
     pub user: Option<String>,
     /// Talk plain HTTP to the registry
