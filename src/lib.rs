@@ -88,7 +88,7 @@
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout notation                   no I/O
+//!   words       oci layout notation sync              no I/O; sync: the locks whose interleavings are explored
 //!   pure        ztoc inflate tar bolt                 bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
@@ -135,6 +135,7 @@ pub mod oci;
 pub mod pull;
 pub mod registry;
 pub mod snapshot;
+mod sync;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;

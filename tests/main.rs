@@ -20,6 +20,7 @@ mod keychain_cri;
 mod lab;
 mod layers;
 mod licences;
+mod model;
 mod operator;
 mod privilege;
 mod pull;

@@ -7,6 +7,7 @@
 use crate::fs::lab::{Member, Mount, Tar, pattern};
 use crate::fs::{describe, until};
 use crate::layers::lab::{Act, Image, Lab, Random, Script, gzip, quiet, streaming};
+use soci::fs::wire::Resend;
 use soci::fs::{Connection, HeaderCheck, LazyLayer, Nobody, OpaqueMark, Tree, Xattrs};
 use soci::layers::toc::EntryKind;
 use soci::layers::{Layer, Remedy};
@@ -116,8 +117,8 @@ struct World {
 }
 
 impl World {
-    fn new(image: Image) -> World {
-        let mount = Mount::unserved(Arc::new(Nobody));
+    fn new(image: Image, resend: Resend) -> World {
+        let mount = Mount::unserved(Arc::new(Nobody), resend);
         let home = tempfile::tempdir().unwrap();
         World { mount, home, image, weather: Arc::default(), life: None, lives: 0 }
     }
@@ -195,7 +196,9 @@ fn run(seed: u64) {
     let tar = random_tar(&mut random);
     let blob = gzip(&tar.bytes, 6);
     let image = Image::of(tar.bytes.clone(), blob, Compression::Gzip, SPAN);
-    let mut world = World::new(image);
+    // Both ways in which a restart answers what its predecessor had taken.
+    let resend = if seed.is_multiple_of(2) { Resend::Wanted } else { Resend::Unwanted };
+    let mut world = World::new(image, resend);
     let unpacked = world.mount.beside("unpacked");
     tar.unpack(&unpacked);
     let theirs = describe(&unpacked);
