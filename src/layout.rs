@@ -4,6 +4,7 @@
 //! <root>/                         0700, default /var/lib/soci-snapshotter-grpc
 //!   artifacts.db                  what the soci tool made here (bbolt, shared with the Go CLI)
 //!   content/                      OCI layout: SOCI indexes and zTOCs as fetched
+//!   checkpoints/<hex>             where inflating a pulled layer can begin: a zinfo
 //!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/metadata.db       those of a Go snapshotter that was here before (bbolt); read once, kept
@@ -84,6 +85,14 @@ impl Layout {
     /// Directory of one lazily loaded layer.
     pub fn layer(&self, layer: &Digest) -> PathBuf {
         self.layers().join(layer.hex())
+    }
+    /// Checkpoints of pulled layers, by digest.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+    /// The zTOC of a lazily loaded layer.
+    pub fn layer_ztoc(&self, layer: &Digest) -> PathBuf {
+        self.layer(layer).join("ztoc")
     }
     pub fn snapshotter(&self) -> PathBuf {
         self.root.join("snapshotter")

@@ -113,8 +113,8 @@ impl LazyMounts {
             warmed.insert(target.manifest)
         };
         if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
-            let layer = target.layer;
-            tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
+            let (layer, connections) = (target.layer, self.store.shared().scheduler.within_limit(CONNECTIONS));
+            tokio::spawn(async move { repository.warm(layer, connections).await });
         }
     }
 

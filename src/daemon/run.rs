@@ -526,7 +526,7 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let Parts { tree, observers, unpacker } = parts;
     let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
-    let throttle = pull::Throttle::new(pulling.downloads);
+    let throttle = registry::Throttle::new(pulling.downloads);
     let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
     let registry = Registry::observed(
         registries::http_settings(config),
@@ -540,7 +540,7 @@ fn lazy_side(
     let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
-        Scheduler::new(scheduling(config)),
+        Scheduler::new(scheduling(config), throttle.clone()),
         tokio::runtime::Handle::current(),
         observers.clone(),
     );
@@ -557,6 +557,8 @@ fn lazy_side(
         unpacker,
         observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
         throttle,
+        shelf: pull::Shelf::open(layout.checkpoints(), eager::indexed(layout.clone())),
+        scratch: layout.root().to_owned(),
     };
     Ok(LazyMounts {
         layout: layout.clone(),

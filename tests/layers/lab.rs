@@ -343,7 +343,8 @@ impl Lab {
 
     fn sharing(root: &Path, settings: Settings, with: impl FnOnce(Shared) -> Shared) -> Lab {
         let layout = Layout::new(root);
-        let (seen, scheduler) = (Arc::new(Seen::default()), Scheduler::new(settings));
+        let (seen, scheduler) =
+            (Arc::new(Seen::default()), Scheduler::new(settings, soci::registry::Throttle::new(None)));
         let runtime = tokio::runtime::Handle::current();
         let cache = InflatedCache::new(CACHE);
         let shared = with(Shared::new(cache, scheduler.clone(), runtime, seen.clone()));
