@@ -17,7 +17,7 @@ use crate::{
         toc::{self, Toc},
     },
     oci::Digest,
-    registry::HostId,
+    registry::{HostId, Throttle},
     sync::explore,
     ztoc::{self, BuildOptions, Compression, Limits, SpanTable, Ztoc},
 };
@@ -94,7 +94,7 @@ impl Shelf {
     }
 
     fn open(&self, pace: Pace) -> (Scheduler, Arc<Layer>) {
-        let scheduler = Scheduler::new(Settings {
+        let settings = Settings {
             pace,
             max_bytes_per_sec: None,
             retries: 0,
@@ -103,7 +103,8 @@ impl Shelf {
             max_wait: Duration::ZERO,
             budget: Duration::from_secs(60),
             verification_retries: 0,
-        });
+        };
+        let scheduler = Scheduler::new(settings, Throttle::new(None));
         let cache = InflatedCache::new(0);
         let shared = Shared::new(cache, scheduler.clone(), self.runtime.clone(), Arc::new(Unobserved));
         let spans = self.table.spans.len();
