@@ -25,7 +25,8 @@ mod explored {
     /// Of each explored thread. Some of ours build large values on it, in code that is not optimised.
     const STACK: usize = 1 << 20;
 
-    /// Runs `test` in that many orders: half of them chosen at random, half with few switches at random places.
+    /// Runs `test` in that many orders: half of them chosen at random, half with few switches at random places. `SOCI_EXPLORE=100` makes it a
+    /// hundred times as many.
     pub fn explore(test: impl Fn() + Send + Sync + Clone + 'static, times: usize) {
         let within = move || {
             // Leaves the flag as it was when the order ends in a panic, too.
@@ -38,6 +39,8 @@ mod explored {
             let _back = Back(EXPLORING.replace(true));
             test();
         };
+        let more = std::env::var("SOCI_EXPLORE").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+        let times = times * more;
         let mut config = shuttle::Config::new();
         config.stack_size = STACK;
         shuttle::Runner::new(RandomScheduler::new(times / 2), config.clone()).run(within.clone());

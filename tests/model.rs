@@ -49,9 +49,13 @@ fn random_tar(random: &mut Random) -> Tar {
                 Member::dir(&name, 0o700 | mode)
             }
             2 => Member::link(&name, EntryKind::Symlink, &format!("../some/where/{n}")),
-            3 if !files.is_empty() => {
-                let to = &files[random.below(files.len() as u64) as usize];
-                members.push(Member::link(&name, EntryKind::Hardlink, to));
+            3 => {
+                // Only the header's own field has room for its target here.
+                let targets: Vec<&String> = files.iter().filter(|file| file.len() < 100).collect();
+                if !targets.is_empty() {
+                    let to = targets[random.below(targets.len() as u64) as usize];
+                    members.push(Member::link(&name, EntryKind::Hardlink, to));
+                }
                 continue;
             }
             4 => Member {
@@ -131,7 +135,8 @@ impl World {
         let source = source(&self.image, &self.weather, seed);
         let (home, image) = (self.home.path(), &self.image);
         let (lab, layer) = self.mount.runtime.block_on(async {
-            let lab = if seed.is_multiple_of(2) { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
+            let lab =
+                if seed.is_multiple_of(2) { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
             let layer = lab.try_open(image, source, ID).await.unwrap();
             (lab, layer)
         });

@@ -7,8 +7,8 @@
 //! requests that were answered in the meantime, and fall out of the bounded memory. (Request numbers are never reused.)
 
 use super::journal::Slot;
-use std::collections::{HashMap, VecDeque};
 use crate::sync::{Mutex, MutexGuard};
+use std::collections::{HashMap, VecDeque};
 use std::sync::PoisonError;
 use tokio::task::AbortHandle;
 

@@ -231,7 +231,10 @@ impl Run {
     }
 }
 
-fn explored(times: usize, threads: impl Fn(&Run) -> Vec<shuttle::thread::JoinHandle<()>> + Send + Sync + Clone + 'static) {
+fn explored(
+    times: usize,
+    threads: impl Fn(&Run) -> Vec<shuttle::thread::JoinHandle<()>> + Send + Sync + Clone + 'static,
+) {
     let directory = tempfile::tempdir().unwrap();
     // Never driven: what completing a layer starts is not asked for here.
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -259,7 +262,7 @@ fn explored(times: usize, threads: impl Fn(&Run) -> Vec<shuttle::thread::JoinHan
 
 #[test]
 fn shuttle_readers_and_the_background_get_everything_and_nobody_is_forgotten() {
-    explored(600, |run| {
+    explored(2000, |run| {
         let reader = |spans: [usize; 3]| {
             let me = run.clone();
             shuttle::thread::spawn(move || spans.into_iter().for_each(|span| me.read(span)))
@@ -270,7 +273,7 @@ fn shuttle_readers_and_the_background_get_everything_and_nobody_is_forgotten() {
 
 #[test]
 fn shuttle_what_is_found_damaged_comes_again_also_while_it_is_read() {
-    explored(400, |run| {
+    explored(2000, |run| {
         let (reader, damage) = (run.clone(), run.clone());
         vec![
             shuttle::thread::spawn(move || [1, 4].into_iter().for_each(|span| reader.read(span))),
