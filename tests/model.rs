@@ -148,6 +148,7 @@ impl World {
             data: layer.clone(),
             headers: HeaderCheck::Required,
             xattrs: Xattrs::Shown,
+            maps: None,
         };
         tree.add(shown).unwrap();
         self.mount.tree = Arc::new(tree);
