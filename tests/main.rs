@@ -20,6 +20,7 @@ mod lab;
 mod layers;
 mod licences;
 mod operator;
+mod packages;
 mod privilege;
 mod pull;
 mod referrers;
