@@ -1,6 +1,7 @@
 # make setup   what a fresh Debian 12 machine lacks (root)
 # make demo    a real image, eagerly and lazily, side by side
 # make test    everything that must hold
+# make storm   thousands of faults and kills under load: an hour
 # make bench   ours beside containerd and Docker; ARGS="images=redis,numpy engines=ctd2,ours n=1" for a part of it
 # make lint    formatting, clippy, licences
 # make build   the four programs, optimised
@@ -13,7 +14,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: build setup demo test bench lint rpm srpm dist vm-test
+.PHONY: build setup demo test storm bench lint rpm srpm dist vm-test
 
 build:
 	$(CARGO) build --release --bins
@@ -26,6 +27,10 @@ demo: setup
 
 test: setup
 	$(CARGO) test
+
+# Each prints one line that begins with its name.
+storm: setup
+	SOCI_FAULTS=10000 $(CARGO) test --test it -- --nocapture daemon::faults::privileged_random_faults 2>&1 | grep -E '^(fault storm|test )'
 
 bench: setup
 	$(CARGO) test --release --test bench -- $(ARGS)

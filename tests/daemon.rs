@@ -2,6 +2,8 @@
 
 #[path = "daemon/degraded.rs"]
 mod degraded;
+#[path = "daemon/faults.rs"]
+mod faults;
 #[path = "daemon/lazy.rs"]
 mod lazy;
 #[path = "daemon/reload.rs"]

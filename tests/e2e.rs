@@ -180,18 +180,24 @@ fn privileged_a_read_outlives_a_registry_that_is_down_for_a_while() {
 #[test]
 fn privileged_a_read_that_outlives_its_budget_is_an_io_error_with_a_reason_and_the_next_one_tries_again() {
     let slot = Slot::take();
-    let node = Node::new(&slot, Version::V22, "[blob]\nfetching_timeout_sec = 2\nmax_retries = 2\n");
+    let node = Node::new(&slot, Version::V22, "[blob]\nfetching_timeout_sec = 4\n[background_fetch]\ndisable = true\n");
     let (layout, _, reference) = node.publish("app", &bulk_image(13, 8));
     let layer = image_manifest(&layout).1.layers[1].digest.to_string();
     node.proxy.rule(Rule::blobs(Fault::Status(503)).containing(&layer));
     node.containerd.pull("soci", &reference).unwrap();
-    let said = node.sums(&reference).unwrap_err();
+    let begun = Instant::now();
+    let said = node.containerd.run("soci", &reference, &["cat", "/bulk/0000"]).unwrap_err();
     assert!(said.contains("Input/output error"), "{said}");
+    assert!(begun.elapsed() >= Duration::from_secs(4), "all of the budget was used: {:?}", begun.elapsed());
     let log = node.daemon.log();
-    let line = log.lines().find(|line| line.contains("statFile error")).expect("one line says why");
-    for part in [&layer, "503", "bulk/0000", "app:v1"] {
-        assert!(line.contains(part), "no '{part}' in {line}");
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("statFile error")).collect();
+    assert_eq!(lines.len(), 1, "one line says why: {lines:#?}");
+    for part in [&layer, "503", "bulk/0000", "app:v1", "33dcc957cd52462a94ed25979d974d2d"] {
+        assert!(lines[0].contains(part), "no '{part}' in {}", lines[0]);
     }
+    let metrics = node.daemon.metrics();
+    let counted = metrics.lines().find(|l| l.contains("fuse_file_read_failure_count") && l.contains(&layer));
+    assert!(counted.is_some_and(|l| !l.ends_with(" 0")), "{counted:?}\n{metrics}");
     node.proxy.heal();
     assert_eq!(node.sums(&reference).unwrap(), expected_sums(&slot, &layout));
 }

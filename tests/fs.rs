@@ -1,8 +1,10 @@
 //! The lazy filesystem under the real kernel: what it shows is what `tar` unpacks, and nobody waits for somebody else.
 
-mod lab;
+pub(crate) mod lab;
 
-use lab::{Member, Mount, Overlay, Place, Source, Tar, layer, pattern, until};
+pub(crate) use lab::until;
+use lab::{Member, Mount, Overlay, Place, Source, Tar, layer, pattern};
+use soci::fs::wire::Resend;
 use soci::fs::{Connection, ReadError};
 use soci::layers::toc::EntryKind;
 use std::collections::BTreeMap;
@@ -59,7 +61,7 @@ impl And for Tar {
 }
 
 /// All that can be seen of a file from outside; inode numbers as the set of names that share one.
-fn describe(root: &Path) -> BTreeMap<String, String> {
+pub(crate) fn describe(root: &Path) -> BTreeMap<String, String> {
     fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let mut list = vec![0; 65536];
         let len = rustix::fs::llistxattr(path, &mut list[..]).unwrap();
@@ -105,6 +107,17 @@ fn describe(root: &Path) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();
     walk(root, root, &mut BTreeMap::new(), &mut out);
     out
+}
+
+/// The ways in which a request finds its way to the next process: this kernel's, and that of older ones.
+const WAYS: [Resend; 2] = [Resend::Wanted, Resend::Unwanted];
+
+fn serve_resumable(tar: &Tar, resend: Resend) -> (Mount, Arc<Source>) {
+    let mut mount = Mount::unserved(Arc::new(soci::fs::Nobody), resend);
+    let source = Source::new(&tar.bytes, Place::Disk);
+    mount.tree.add(layer(7, tar, &source)).unwrap();
+    mount.serve(Connection::First);
+    (mount, source)
 }
 
 fn serve(tar: &Tar, place: Place) -> (Mount, Arc<Source>) {
@@ -424,41 +437,65 @@ fn privileged_stopping_waits_for_reads_that_end_in_time() {
 
 #[test]
 fn privileged_what_one_session_leaves_unanswered_the_next_one_answers() {
-    let (mut mount, source) = serve(&sample(), Place::Disk);
-    if !mount.init.can_resend() {
-        return eprintln!("skipped: this kernel does not repeat requests");
+    for resend in WAYS {
+        let (mut mount, source) = serve_resumable(&sample(), resend);
+        source.shut();
+        let mut children: Vec<_> = [true, false].map(|direct| reader(&mount.at(7).join("usr/suid"), direct)).into();
+        source.until_waiting(2);
+        assert!(mount.stop(Duration::from_millis(50)).unanswered >= 2);
+        source.open();
+        // Asked while nobody serves.
+        let path = mount.at(7).join("many/file-17");
+        let asked = std::thread::spawn(move || std::fs::read_to_string(path).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        mount.serve(Connection::Resumed);
+        for child in &mut children {
+            let mut got = Vec::new();
+            child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
+            assert!(child.wait().unwrap().success() && got == pattern(1, 10_000), "{resend:?}");
+        }
+        assert_eq!(asked.join().unwrap(), "17\n");
     }
-    source.shut();
-    let mut children: Vec<_> = [true, false].map(|direct| reader(&mount.at(7).join("usr/suid"), direct)).into();
-    source.until_waiting(2);
-    assert!(mount.stop(Duration::from_millis(50)).unanswered >= 2);
-    source.open();
-    // Asked while nobody serves.
-    let path = mount.at(7).join("many/file-17");
-    let asked = std::thread::spawn(move || std::fs::read_to_string(path).unwrap());
-    std::thread::sleep(Duration::from_millis(100));
-    mount.serve(Connection::Resumed);
-    for child in &mut children {
-        let mut got = Vec::new();
-        child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
-        assert!(child.wait().unwrap().success() && got == pattern(1, 10_000));
+}
+
+#[test]
+fn privileged_a_reader_that_is_killed_while_nobody_serves_is_gone_when_somebody_does() {
+    for resend in WAYS {
+        let (mut mount, source) = serve_resumable(&sample(), resend);
+        source.shut();
+        // Killed before its server ends, after it, and while it was known to be doomed already.
+        let mut children: Vec<_> = (0..3).map(|_| reader(&mount.at(7).join("usr/suid"), true)).collect();
+        source.until_waiting(3);
+        signal(&children[0], nix::sys::signal::Signal::SIGUSR1); // dd reports its progress; the kernel says INTERRUPT, and not again
+        std::thread::sleep(Duration::from_millis(200));
+        mount.stop(Duration::from_millis(20));
+        signal(&children[0], nix::sys::signal::Signal::SIGTERM);
+        signal(&children[1], nix::sys::signal::Signal::SIGKILL);
+        std::thread::sleep(Duration::from_millis(100));
+        mount.serve(Connection::Resumed);
+        for (number, child) in children.iter_mut().enumerate().take(2) {
+            until(&format!("{resend:?}: reader {number} is gone"), || child.try_wait().unwrap().is_some());
+        }
+        source.open();
+        assert!(children[2].wait().unwrap().success());
     }
-    assert_eq!(asked.join().unwrap(), "17\n");
 }
 
 /// What the server process is told: the negotiated parameters, and whether its layer answers.
 const SERVER: &str = "SOCI_TEST_FUSE_SERVER";
 
-/// Serves the descriptor on its standard input until it is killed. Started by the test below, in a process of its own.
+/// Serves the descriptor on its standard input until it is killed, with the journal on its standard error output. Started by the test below, in a
+/// process of its own.
 #[test]
 #[ignore = "the other half of the next test, which starts it"]
 fn server_to_be_killed() {
-    use soci::fs::{Nobody, OpaqueMark, Session, SessionOptions, Tree};
+    use soci::fs::{InitParams, Journal, Nobody, OpaqueMark, Session, SessionOptions, Tree};
     use std::os::fd::AsFd;
     let Ok((init, connection, gate)) = std::env::var(SERVER).map(|text| {
         let words: Vec<_> = text.splitn(3, ' ').map(str::to_owned).collect();
         let connection = if words[1] == "first" { Connection::First } else { Connection::Resumed };
-        (serde_json::from_str(&words[2]).unwrap(), connection, words[0].clone())
+        let init: InitParams = serde_json::from_str(&words[2]).unwrap();
+        (init, connection, words[0].clone())
     }) else {
         return;
     };
@@ -471,24 +508,31 @@ fn server_to_be_killed() {
     tree.add(layer(7, &tar, &source)).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let device = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    let options = SessionOptions { connection, ..SessionOptions::default() };
+    let journal =
+        (!init.can_resend()).then(|| Journal::open(&std::io::stderr().as_fd().try_clone_to_owned().unwrap()).unwrap());
+    let options = SessionOptions { connection, journal, ..SessionOptions::default() };
     let session = Session::start(device, init, tree, runtime.handle().clone(), options).unwrap();
     runtime.block_on(session.closed());
 }
 
 #[test]
 fn privileged_readers_do_not_notice_that_the_server_was_killed_again_and_again() {
-    let mount = Mount::unserved(Arc::new(soci::fs::Nobody));
-    if !mount.init.can_resend() {
-        return eprintln!("skipped: this kernel does not repeat requests");
+    for resend in WAYS {
+        killed_again_and_again(resend);
     }
+}
+
+fn killed_again_and_again(resend: Resend) {
+    let mount = Mount::unserved(Arc::new(soci::fs::Nobody), resend);
     let server = |gate: &str, connection: &str| {
         let init = serde_json::to_string(&mount.init).unwrap();
+        let journal = mount.journal.as_ref().map_or_else(Stdio::null, |file| file.try_clone().unwrap().into());
         Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "fs::server_to_be_killed", "--ignored"])
             .env(SERVER, format!("{gate} {connection} {init}"))
             .stdin(mount.duplicate())
             .stdout(Stdio::null())
+            .stderr(journal)
             .spawn()
             .unwrap()
     };
@@ -514,9 +558,9 @@ fn privileged_readers_do_not_notice_that_the_server_was_killed_again_and_again()
     for child in &mut waiting {
         let mut got = Vec::new();
         child.stdout.take().unwrap().read_to_end(&mut got).unwrap();
-        assert!(child.wait().unwrap().success() && got == pattern(1, 10_000));
+        assert!(child.wait().unwrap().success() && got == pattern(1, 10_000), "{resend:?}");
     }
-    eprintln!("worst read beside four kills: {:?}", busy.join().unwrap());
+    eprintln!("{resend:?}: worst read beside four kills: {:?}", busy.join().unwrap());
     mount.unmount();
     drop(mount);
     until("the server ends with the mount", || serving.try_wait().unwrap().is_some());

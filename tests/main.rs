@@ -4,6 +4,7 @@ mod architecture;
 mod certificates;
 mod cli;
 mod config;
+mod crash;
 mod daemon;
 mod e2e;
 #[path = "support/fault_registry.rs"]
@@ -30,5 +31,7 @@ mod registry_hosts;
 mod registry_login;
 mod registry_real;
 mod registry_tls;
+mod storm;
 mod support;
+mod takeover;
 mod units;

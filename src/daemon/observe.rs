@@ -33,7 +33,7 @@ use std::{
         Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Whether each FUSE operation is logged.
@@ -67,7 +67,11 @@ struct Mounted {
 struct Errors {
     count: u64,
     last: Option<String>,
+    said: Option<Instant>,
 }
+
+/// The kernel asks for a page that failed again before the program is told: that is one failure, and one line.
+const ONE_FAILURE: Duration = Duration::from_secs(1);
 
 /// All observers in one.
 pub struct Observers {
@@ -299,13 +303,20 @@ impl fs::Observer for Observers {
         };
         self.metrics.layer(failure.layer).failed(what);
         let error = failure.error.chain();
-        let mut image = None;
+        let (mut image, mut is_news) = (None, true);
         self.with(failure.snapshot, |mounted| {
             image = Some(mounted.record.image.to_string());
             let mut errors = mounted.errors.lock().unwrap_or_else(PoisonError::into_inner);
             errors.count += 1;
-            errors.last = Some(format!("{}: {error}", String::from_utf8_lossy(failure.path)));
+            let last = Some(format!("{}: {error}", String::from_utf8_lossy(failure.path)));
+            is_news = errors.last != last || errors.said.is_none_or(|said| said.elapsed() >= ONE_FAILURE);
+            if is_news {
+                (errors.last, errors.said) = (last, Some(Instant::now()));
+            }
         });
+        if !is_news {
+            return;
+        }
         say!(
             ReadFailed,
             image,

@@ -11,6 +11,7 @@ use super::{
     root::{self, RootError},
     settings::{self, Chosen},
     systemd::{self, Note},
+    takeover,
 };
 use crate::{
     config::{
@@ -38,6 +39,7 @@ use crate::{
 };
 use std::{
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, RwLock},
@@ -50,8 +52,11 @@ use tokio::signal::unix::{SignalKind, signal};
 const DRAIN: Duration = Duration::from_millis(2500);
 /// See [`DRAIN`].
 const LAST_REQUESTS: Duration = Duration::from_millis(1500);
-/// How often the holder is asked whether it still has the descriptor.
-const HOLDER_CHECK: Duration = Duration::from_secs(10);
+/// How often the holder is asked whether it still has the descriptor: as long as nobody but us has it, our end would be that of the mount.
+const HOLDER_CHECK: Duration = Duration::from_secs(1);
+
+/// How often in a row it may be missing before an operator is told: who restarts it needs a moment.
+const HOLDER_PATIENCE: u32 = 3;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -301,9 +306,10 @@ async fn serve(
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
-        let (pulls, lazy) = (lazy.pulls.clone(), Arc::new(lazy.clone()));
+        let (pulls, lazy) = (lazy.pulls.clone(), lazy.clone());
         move || {
-            let opening = Snapshotter::open(snapshots.clone(), lazy.clone(), Arc::new(pulls.clone()), disk.clone());
+            let layers = Arc::new(lazy.clone());
+            let opening = Snapshotter::open(snapshots.clone(), layers, Arc::new(pulls.clone()), disk.clone());
             let pulls = pulls.clone();
             async move {
                 let snapshotter = opening.await?;
@@ -315,12 +321,23 @@ async fn serve(
     let records = record::all(&layout);
     match open().await {
         Ok(snapshotter) => {
-            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            let recorded = takeover::adopt(&snapshotter, &lazy)?;
+            // What waits may still find its layer in the store.
+            let unreferenced = if lazy.state.waiting.is_empty() { Unreferenced::Removed } else { Unreferenced::Kept };
+            recover(recorded, &lazy, unreferenced).await;
             door.open(snapshotter);
         }
         // Containers read these, whatever else is wrong.
         Err(error) if !records.is_empty() => {
-            condition.open_later(&error, open);
+            let lazy_later = lazy.clone();
+            condition.open_later(&error, move || {
+                let (opening, lazy) = (open(), lazy_later.clone());
+                async move {
+                    let snapshotter = opening.await?;
+                    takeover::adopt(&snapshotter, &lazy)?;
+                    Ok(snapshotter)
+                }
+            });
             recover(records.clone(), &lazy, Unreferenced::Kept).await;
         }
         Err(error) => return Err(error.into()),
@@ -330,7 +347,8 @@ async fn serve(
         async move { lazy.find_local_copies().await }
     });
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
-    let session_options = lazyfs::SessionOptions { connection, ..lazyfs::SessionOptions::default() };
+    let journal = journal(held.journal.as_ref(), &held.init);
+    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
@@ -456,24 +474,35 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
     }
 }
 
+/// Where requests are read into, on a kernel that cannot repeat them.
+fn journal(file: Option<&OwnedFd>, init: &holder::InitParams) -> Option<lazyfs::Journal> {
+    let error = match file.map(lazyfs::Journal::open) {
+        Some(Ok(journal)) => return Some(journal),
+        Some(Err(error)) => snapshot::chain(&error),
+        None if init.can_resend() => return None,
+        None => "soci-mount did not send one".to_owned(),
+    };
+    // Everything else works. What it holds is left as it is.
+    say!(NoJournal, error, "a crash of this daemon may leave reads waiting for ever: they cannot be written down");
+    None
+}
+
 /// Sees to it that the descriptor outlives us.
 async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>) {
     let held = Arc::new(held);
-    let mut said = false;
+    let mut failed = 0;
     loop {
         tokio::time::sleep(HOLDER_CHECK).await;
         let (layout, held) = (layout.clone(), held.clone());
-        let kept = tokio::task::spawn_blocking(move || {
-            use std::os::fd::AsFd;
-            holder::ensure_kept(&layout, held.device.as_fd(), &held.init, how)
-        });
-        let kept = kept.await;
+        let kept = tokio::task::spawn_blocking(move || holder::ensure_kept(&layout, &held, how)).await;
         condition.connection_kept(matches!(kept, Ok(Ok(_))));
+        failed = match kept {
+            Ok(Ok(_)) => 0,
+            Ok(Err(_)) | Err(_) => failed + 1,
+        };
         match kept {
-            Ok(Ok(holder::Keeping::Already)) => said = false,
             Ok(Ok(holder::Keeping::HandedIn)) => say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount"),
-            Ok(Err(error)) if !said => {
-                said = true;
+            Ok(Err(error)) if failed == HOLDER_PATIENCE => {
                 say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
             }
             _ => {}
@@ -497,7 +526,7 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let Parts { tree, observers, unpacker } = parts;
     let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
-    let throttle = pull::Throttle::new(pulling.downloads);
+    let throttle = registry::Throttle::new(pulling.downloads);
     let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
     let registry = Registry::observed(
         registries::http_settings(config),
@@ -507,14 +536,11 @@ fn lazy_side(
     )?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
-    let artifacts = match config.content_store.kind {
-        config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
-        config::ContentStoreType::Soci => None,
-    };
+    let artifacts = Artifacts::new(containerd.clone(), store.clone());
     let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
-        Scheduler::new(scheduling(config)),
+        Scheduler::new(scheduling(config), throttle.clone()),
         tokio::runtime::Handle::current(),
         observers.clone(),
     );
@@ -531,6 +557,8 @@ fn lazy_side(
         unpacker,
         observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
         throttle,
+        shelf: pull::Shelf::open(layout.checkpoints(), eager::indexed(layout.clone())),
+        scratch: layout.root().to_owned(),
     };
     Ok(LazyMounts {
         layout: layout.clone(),
@@ -538,6 +566,7 @@ fn lazy_side(
         indexes,
         containerd,
         artifacts,
+        asks_containerd: config.content_store.kind == config::ContentStoreType::Containerd,
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,

@@ -6,6 +6,7 @@
 //! interrupt. Such interrupts are remembered and found by the request when it arrives; the others among them are late, for
 //! requests that were answered in the meantime, and fall out of the bounded memory. (Request numbers are never reused.)
 
+use super::journal::Slot;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::task::AbortHandle;
@@ -20,13 +21,15 @@ pub(super) struct Waiting {
     pub task: AbortHandle,
     /// The thread that asked.
     pub pid: u32,
+    /// Where it is written down, on kernels that need that.
+    pub slot: Option<Slot>,
 }
 
 /// What is known about the request an interrupt names.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Known {
     /// It waits, on behalf of that thread.
-    Waiting(u32),
+    Waiting(u32, Option<Slot>),
     /// It is on its way, or over, or was read by a process that died.
     Unknown,
 }
@@ -83,7 +86,7 @@ impl Inflight {
     pub fn interrupt(&self, unique: u64) -> Known {
         let mut shard = self.shard(unique);
         if let Some(waiting) = shard.waiting.get(&unique) {
-            return Known::Waiting(waiting.pid);
+            return Known::Waiting(waiting.pid, waiting.slot);
         }
         if shard.early.len() == EARLY {
             shard.early.pop_front();
@@ -117,14 +120,14 @@ mod tests {
     use super::*;
 
     fn waiting(pid: u32) -> Waiting {
-        Waiting { task: tokio::spawn(std::future::pending::<()>()).abort_handle(), pid }
+        Waiting { task: tokio::spawn(std::future::pending::<()>()).abort_handle(), pid, slot: None }
     }
 
     #[tokio::test]
     async fn an_interrupt_finds_its_request_whichever_comes_first() {
         let inflight = Inflight::new();
         assert_eq!(inflight.enter(2, || waiting(7)), Entered::Quietly);
-        assert_eq!(inflight.interrupt(2), Known::Waiting(7));
+        assert_eq!(inflight.interrupt(2), Known::Waiting(7, None));
         assert_eq!(inflight.interrupt(4), Known::Unknown);
         assert_eq!(inflight.enter(4, || waiting(7)), Entered::Interrupted);
         assert_eq!(inflight.len(), 2);

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! session   threads, tasks, interrupts, stop and resume          (the only part that does I/O)
+//! journal   what was taken and not answered, for the next process
 //!    │ bytes
 //! wire      the FUSE ABI                                          pure
 //!    │ Request                                    ▲ Reply
@@ -23,6 +24,7 @@ mod answer;
 pub mod errno;
 mod header;
 mod inflight;
+pub mod journal;
 mod observer;
 mod read;
 mod session;
@@ -33,6 +35,7 @@ mod tree;
 pub mod wire;
 
 pub use header::HeaderMismatch;
+pub use journal::{Journal, JournalError};
 pub use observer::{FailedOp, Failure, Nobody, Observer, Op};
 pub use read::{LayerData, ReadError};
 pub use session::{Connection, Drained, Session, SessionOptions};

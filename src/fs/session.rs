@@ -12,8 +12,8 @@
 //! [`Session::stop`] wakes them all.
 //!
 //! Stopping: nothing new is read, reads under way get some time, what is left is dropped *without an answer*. The
-//! connection stays open as long as anybody holds the descriptor, and the next session asks for everything unanswered again
-//! ([`Connection::Resumed`]).
+//! connection stays open as long as anybody holds the descriptor, and the next session gets everything unanswered again
+//! ([`Connection::Resumed`]): from the kernel, or where that cannot repeat it, out of the [`Journal`].
 //!
 //! Interrupts: the kernel sends one for *any* signal to a thread that waits for a single request, and once only. Ending a
 //! page fault with EINTR because of a timer's signal would kill the program with SIGBUS; not ending it when the thread is
@@ -22,6 +22,7 @@
 use super::answer::{self, Outcome};
 use super::errno::Errno;
 use super::inflight::{Entered, Inflight, Known, Waiting};
+use super::journal::{self, Journal, Left, Slot, TakenRead, Wanted};
 use super::observer::{FailedOp, Failure};
 use super::read::{self, ReadError};
 use super::tree::{Layer, Tree};
@@ -31,10 +32,11 @@ use crate::telemetry::catalog::say;
 use bytes::Bytes;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::OFlags;
+use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -45,7 +47,9 @@ use tokio::sync::watch;
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// How often [`Session::stop`] looks whether reads have ended.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
-/// How long an interrupt for a request nobody knows may be early, on a kernel that cannot repeat what a dead process read.
+/// Between two looks whether the journal has room again.
+const ROOM_INTERVAL: Duration = Duration::from_millis(5);
+/// How long an interrupt for a request nobody knows may be early, where nothing is known of what a dead process read.
 const ORPHAN_DELAY: Duration = Duration::from_secs(1);
 
 /// Whether somebody served this connection before us.
@@ -57,16 +61,19 @@ pub enum Connection {
 }
 
 /// How to serve.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct SessionOptions {
-    /// Threads that read the device; one answers cold metadata at two thirds of the speed of four.
+    /// Threads that read the device; one answers cold metadata at two thirds of the speed of four. At most [`journal::LANDINGS`].
     pub threads: usize,
     pub connection: Connection,
+    /// Where requests are read into, on a kernel that cannot repeat them. Without it, what a process that dies has taken waits until its
+    /// reader is killed.
+    pub journal: Option<Journal>,
 }
 
 impl Default for SessionOptions {
     fn default() -> SessionOptions {
-        SessionOptions { threads: 4, connection: Connection::Resumed }
+        SessionOptions { threads: 4, connection: Connection::Resumed, journal: None }
     }
 }
 
@@ -86,7 +93,11 @@ pub struct Session {
 struct Shared {
     device: OwnedFd,
     init: InitParams,
-    connection: Connection,
+    journal: Option<Journal>,
+    /// Whether there may be requests that a dead process took and of which nothing is known.
+    orphans: bool,
+    /// Requests that were taken before, and nobody has been told of.
+    resumed: AtomicUsize,
     tree: Arc<Tree>,
     runtime: Handle,
     inflight: Inflight,
@@ -108,10 +119,14 @@ impl Session {
     ) -> io::Result<Session> {
         // Of the open file, so shared with whoever else holds the descriptor; nobody else reads it.
         rustix::fs::fcntl_setfl(&device, rustix::fs::fcntl_getfl(&device)? | OFlags::NONBLOCK)?;
+        let resumed = options.connection == Connection::Resumed;
+        let known = init.can_resend() || options.journal.as_ref().is_some_and(Journal::inherited);
         let shared = Arc::new(Shared {
             device,
             init,
-            connection: options.connection,
+            journal: options.journal,
+            orphans: resumed && !known,
+            resumed: AtomicUsize::new(0),
             tree,
             runtime,
             inflight: Inflight::new(),
@@ -120,13 +135,17 @@ impl Session {
             closed: watch::channel(false).0,
         });
         let mut session = Session { shared: shared.clone(), threads: Vec::new() };
-        for number in 0..options.threads.max(1) {
+        if let Some(journal) = &shared.journal {
+            shared.answer_what_was_left(journal);
+        }
+        for number in 0..options.threads.clamp(1, journal::LANDINGS) {
             let (shared, poll) = (shared.clone(), Poll::new(&shared)?);
-            let thread =
-                std::thread::Builder::new().name(format!("fuse-{number}")).spawn(move || shared.serve(&poll))?;
+            let thread = std::thread::Builder::new()
+                .name(format!("fuse-{number}"))
+                .spawn(move || shared.serve(number, &poll))?;
             session.threads.push(thread);
         }
-        if options.connection == Connection::Resumed && init.can_resend() {
+        if resumed && init.can_resend() {
             match rustix::io::write(&shared.device, &wire::resend_notification()) {
                 Ok(_) => {}
                 Err(Errno::NODEV) => shared.close(),
@@ -182,6 +201,14 @@ impl Drop for Session {
     }
 }
 
+/// Whether a request needs its landing no longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Handled {
+    Done,
+    /// The session stops before there was room for it.
+    NotNow,
+}
+
 /// Waits for a request or for the end of the session. One per thread, as exclusive wake-ups need.
 struct Poll(OwnedFd);
 
@@ -206,40 +233,125 @@ impl Shared {
         self.closed.send_replace(true);
     }
 
-    fn serve(self: &Arc<Shared>, poll: &Poll) {
+    fn serve(self: &Arc<Shared>, number: usize, poll: &Poll) {
         let mut request = vec![0; self.init.read_buffer_len()];
         let mut buffer = Vec::new();
         while !self.stopping.load(Ordering::SeqCst) {
-            match rustix::io::read(&self.device, &mut request[..]) {
-                Ok(len) => self.handle(&request[..len], &mut buffer),
-                Err(Errno::AGAIN) => poll.wait(),
-                // NOENT: the request was given up while it was being read.
-                Err(Errno::INTR | Errno::NOENT) => {}
-                Err(Errno::NODEV | Errno::CONNABORTED) => return self.close(),
-                Err(error) => {
-                    say!(FuseBroken, %error, "cannot read FUSE requests");
-                    return self.close();
-                }
+            let taken = match &self.journal {
+                Some(journal) => journal.take(&self.device, number, &mut request).map(|()| request.len()),
+                None => rustix::io::read(&self.device, &mut request[..]).map_err(Into::into),
+            };
+            match taken {
+                Ok(len) => self.handle_in(number, &request[..len], &mut buffer),
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => {
+                        self.tell_resumed();
+                        poll.wait();
+                    }
+                    // NOENT: the request was given up while it was being read.
+                    Some(Errno::INTR | Errno::NOENT) => {}
+                    Some(Errno::NODEV | Errno::CONNABORTED) => return self.close(),
+                    _ => {
+                        say!(FuseBroken, %error, "cannot read FUSE requests");
+                        return self.close();
+                    }
+                },
             }
         }
     }
 
-    fn handle(self: &Arc<Shared>, bytes: &[u8], buffer: &mut Vec<u8>) {
-        let request = match Request::parse(bytes) {
-            Ok(request) => request,
-            Err(error) => return say!(FuseBroken, %error, "unreadable FUSE request"),
-        };
-        match answer::answer(&self.tree, &request, buffer) {
+    /// Requests that a process before us took are in the journal; the kernel will not send them again.
+    fn answer_what_was_left(self: &Arc<Shared>, journal: &Journal) {
+        let Left { reads, landings } = journal.left();
+        let known: HashSet<u64> = reads.iter().map(|(_, read, _)| read.unique).collect();
+        let mut buffer = Vec::new();
+        for (slot, read, wanted) in reads {
+            self.resumed.fetch_add(1, Ordering::Relaxed);
+            self.handle(&read.request(), &mut buffer, Some(slot));
+            if wanted == Wanted::Perhaps && self.inflight.contains(read.unique) {
+                self.watch(read.unique, read.pid);
+            }
+        }
+        let mut request = Vec::new();
+        for landing in landings {
+            journal.landed(landing, &mut request);
+            let read = Request::parse(&request).ok().as_ref().and_then(TakenRead::of);
+            if read.is_none_or(|read| !known.contains(&read.unique)) {
+                self.resumed.fetch_add(1, Ordering::Relaxed);
+                self.handle_in(landing, &request, &mut buffer);
+            } else {
+                journal.empty(landing);
+            }
+            if let Some(read) = read.filter(|read| self.inflight.contains(read.unique)) {
+                self.watch(read.unique, read.pid);
+            }
+        }
+    }
+
+    /// Once the kernel's queue is empty, all that it repeats has come.
+    fn tell_resumed(&self) {
+        if self.resumed.load(Ordering::Relaxed) > 0 {
+            let requests = self.resumed.swap(0, Ordering::Relaxed);
+            if requests > 0 {
+                tracing::info!(
+                    requests = requests.to_string(),
+                    "took over the requests that the daemon before this one had not answered"
+                );
+            }
+        }
+    }
+
+    /// Handles the request in `bytes`, which is also in the journal's landing.
+    fn handle_in(self: &Arc<Shared>, landing: usize, bytes: &[u8], buffer: &mut Vec<u8>) {
+        match Request::parse(bytes) {
+            Ok(request) => {
+                if request.was_taken_before() {
+                    self.resumed.fetch_add(1, Ordering::Relaxed);
+                }
+                if self.handle(&request, buffer, None) == Handled::NotNow {
+                    // Left where it is, for the next session.
+                    return;
+                }
+            }
+            Err(error) => say!(FuseBroken, %error, "unreadable FUSE request"),
+        }
+        if let Some(journal) = &self.journal {
+            journal.empty(landing);
+        }
+    }
+
+    /// `slot`: where a read is written down already.
+    fn handle(self: &Arc<Shared>, request: &Request<'_>, buffer: &mut Vec<u8>, slot: Option<Slot>) -> Handled {
+        match answer::answer(&self.tree, request, buffer) {
             Outcome::Reply => self.write(request.unique, &[IoSlice::new(buffer)]),
             Outcome::Silent => {}
             Outcome::Read { layer, node, range } => {
                 let started = Instant::now();
                 match read::try_read(&layer, &node, range.clone()) {
                     Some(outcome) => self.finish_read(request.unique, &layer, &node, started, outcome),
-                    None => self.start_read(&request, Arc::clone(&layer), node, range, started),
+                    None => return self.start_read(request, Arc::clone(&layer), node, range, started, slot),
                 }
             }
             Outcome::Interrupt(unique) => self.interrupt(unique),
+        }
+        self.settle(slot);
+        Handled::Done
+    }
+
+    /// Writes a read down, where that is needed, before it leaves its landing; `None` if the session stops first.
+    fn write_down(&self, journal: &Journal, read: &TakenRead) -> Option<Slot> {
+        loop {
+            match journal.keep(read) {
+                None if !self.stopping.load(Ordering::SeqCst) => std::thread::sleep(ROOM_INTERVAL),
+                slot => return slot,
+            }
+        }
+    }
+
+    /// The read in `slot` is answered.
+    fn settle(&self, slot: Option<Slot>) {
+        if let (Some(journal), Some(slot)) = (&self.journal, slot) {
+            journal.settle(slot);
         }
     }
 
@@ -297,8 +409,16 @@ impl Shared {
         node: Node,
         range: Range<u64>,
         started: Instant,
-    ) {
+        slot: Option<Slot>,
+    ) -> Handled {
         let (unique, pid) = (request.unique, request.pid);
+        let slot = match (slot, &self.journal, TakenRead::of(request)) {
+            (None, Some(journal), Some(read)) => match self.write_down(journal, &read) {
+                None => return Handled::NotNow,
+                slot => slot,
+            },
+            (slot, ..) => slot,
+        };
         // The task must not keep the session alive: tasks outlive it when the runtime is slow to drop them.
         let shared = Arc::downgrade(self);
         let guard = Answer { shared, unique, layer, node, started };
@@ -311,17 +431,29 @@ impl Shared {
                 })
                 .abort_handle(),
             pid,
+            slot,
         };
         if self.inflight.enter(unique, start) == Entered::Interrupted {
+            self.note_interrupted(slot);
             self.watch(unique, pid);
+        }
+        Handled::Done
+    }
+
+    fn note_interrupted(&self, slot: Option<Slot>) {
+        if let (Some(journal), Some(slot)) = (&self.journal, slot) {
+            journal.interrupted(slot);
         }
     }
 
     fn interrupt(self: &Arc<Shared>, unique: u64) {
         match self.inflight.interrupt(unique) {
-            Known::Waiting(pid) => self.watch(unique, pid),
-            Known::Unknown if self.connection == Connection::Resumed && !self.init.can_resend() => {
-                // Read by a process that died, on a kernel that will not repeat it: only this can end it.
+            Known::Waiting(pid, slot) => {
+                self.note_interrupted(slot);
+                self.watch(unique, pid);
+            }
+            Known::Unknown if self.orphans => {
+                // Read by a process that died, on a kernel that will not repeat it, and written down nowhere: only this can end it.
                 let shared = self.clone();
                 self.runtime.spawn(async move {
                     tokio::time::sleep(ORPHAN_DELAY).await;
@@ -344,6 +476,7 @@ impl Shared {
                         waiting.task.abort();
                         let header = wire::error_reply(unique, Errno::from(&ReadError::Interrupted));
                         shared.write(unique, &[IoSlice::new(&header)]);
+                        shared.settle(waiting.slot);
                     }
                     return;
                 }
@@ -366,9 +499,10 @@ struct Answer {
 impl Answer {
     fn give(&self, outcome: Result<Bytes, ReadError>) {
         if let Some(shared) = self.shared.upgrade()
-            && shared.inflight.take(self.unique).is_some()
+            && let Some(waiting) = shared.inflight.take(self.unique)
         {
             shared.finish_read(self.unique, &self.layer, &self.node, self.started, outcome);
+            shared.settle(waiting.slot);
         }
     }
 }

@@ -2,13 +2,13 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    InitParams,
+    InitParams, Kept,
     protocol::{MAX_MESSAGE, Reply, Request, Status},
 };
 use crate::{
     layout::Layout,
     sys::{
-        fuse, process,
+        process,
         seqpacket::{self, Patience},
     },
 };
@@ -35,6 +35,8 @@ pub struct Held {
     pub init: InitParams,
     /// Nobody has served this mount before.
     pub first: bool,
+    /// Where requests are read into, on a kernel that cannot repeat them.
+    pub journal: Option<OwnedFd>,
 }
 
 /// What to do when no holder answers.
@@ -101,12 +103,7 @@ pub enum Keeping {
 /// died and was restarted has none.
 ///
 /// A daemon without systemd restarts it itself. That takes no capability, because there is nothing to mount.
-pub fn ensure_kept(
-    layout: &Layout,
-    device: BorrowedFd<'_>,
-    init: &InitParams,
-    how: How,
-) -> Result<Keeping, HolderError> {
+pub fn ensure_kept(layout: &Layout, held: &Held, how: How) -> Result<Keeping, HolderError> {
     let status = match (ask_status(layout), how) {
         (Err(error), How::SpawnChild) if absent(&error) => {
             let mut child = spawn(layout)?;
@@ -122,9 +119,10 @@ pub fn ensure_kept(
         Status::Empty => {}
     }
     let mut message = Request::Keep.encode().to_vec();
-    let parameters = serde_json::to_vec(init).map_err(|e| HolderError::Protocol(e.into()))?;
+    let parameters = serde_json::to_vec(&held.init).map_err(|e| HolderError::Protocol(e.into()))?;
     message.extend(parameters);
-    match converse(layout, &message, &[device]) {
+    let descriptors: Vec<_> = std::iter::once(&held.device).chain(&held.journal).map(AsFd::as_fd).collect();
+    match converse(layout, &message, &descriptors) {
         Ok((Reply::Done, ..)) => Ok(Keeping::HandedIn),
         Ok((other, ..)) => Err(HolderError::Protocol(unexpected(other))),
         Err(error) => Err(HolderError::Protocol(error)),
@@ -146,7 +144,7 @@ fn spawn(layout: &Layout) -> Result<Child, HolderError> {
 }
 
 fn try_obtain(layout: &Layout) -> io::Result<Held> {
-    let (reply, body, mut fds) = converse(layout, &Request::Give.encode(), &[])?;
+    let (reply, body, fds) = converse(layout, &Request::Give.encode(), &[])?;
     let first = match reply {
         Reply::First => true,
         Reply::Resumed => false,
@@ -157,9 +155,9 @@ fn try_obtain(layout: &Layout) -> io::Result<Held> {
         other => return Err(unexpected(other)),
     };
     let init = serde_json::from_slice(&body).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-    match fds.pop() {
-        Some(device) if fuse::is_device(device.as_fd()) => Ok(Held { device, init, first }),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no FUSE descriptor came with the answer")),
+    match Kept::received(fds, init) {
+        Some(Kept { device, init, journal }) => Ok(Held { device, init, first, journal }),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, "no FUSE descriptor came with the answer")),
     }
 }
 

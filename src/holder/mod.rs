@@ -19,13 +19,17 @@
 //! * Whoever holds the mount's descriptors are this process and the daemon. While one of them lives, readers wait; when both are gone the kernel
 //!   answers ENOTCONN for ever, and the next start detaches that mount and makes a new one.
 //! * Under systemd a third copy is in its descriptor store ([`store`]), which outlives both of them when they die together.
+//! * What the device's requests are read into where the kernel cannot repeat them ([`crate::fs::journal`]) goes everywhere the device goes. It is
+//!   made here, empty, and never looked into.
 //! * Unmounting takes the capability this process gave away, so it is done by a second, short-lived `soci-mount --unmount`.
+//!
+//! What a Go snapshotter that was here before has left mounted is detached first, as nobody else may.
 //!
 //! Absent on purpose: serving. A holder that parsed requests could be made to hang or die by them.
 #![forbid(unsafe_code)]
 
 mod client;
-pub use crate::fs::wire::{InitParams, answer_init};
+pub use crate::fs::wire::{InitParams, Resend, answer_init};
 mod protocol;
 mod server;
 mod store;
@@ -33,8 +37,9 @@ mod store;
 pub use client::{Held, HolderError, How, Keeping, ensure_kept, obtain};
 
 use crate::{
+    fs::journal,
     layout::Layout,
-    sys::{self, fuse, mountinfo, seqpacket},
+    sys::{self, fuse, mountinfo, seqpacket, shared},
 };
 use clap::Parser;
 use protocol::{Request, Status};
@@ -43,7 +48,7 @@ use server::{Holding, Server};
 use std::{
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
@@ -80,6 +85,9 @@ struct Args {
     /// Exit with 0 if somebody serves the mount on this path, with 1 if nobody does. A separate process because the question may never be answered.
     #[arg(long, hide = true, value_name = "PATH")]
     probe: Option<PathBuf>,
+    /// For tests: treat this kernel as one that cannot repeat requests. The environment reaches a holder that a daemon starts.
+    #[arg(long, hide = true, env = "SOCI_MOUNT_NO_RESEND", value_parser = clap::builder::FalseyValueParser::new())]
+    no_resend: bool,
 }
 
 /// Everything `src/bin/soci-mount.rs` does.
@@ -92,7 +100,9 @@ pub fn main() -> ExitCode {
     let result = match (args.unmount, args.detach) {
         (true, _) => unmount(&layout),
         (false, true) => start_detached(&layout),
-        (false, false) => hold(&layout, args.new_session),
+        (false, false) => {
+            hold(&layout, args.new_session, if args.no_resend { Resend::Unwanted } else { Resend::Wanted })
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,7 +143,7 @@ fn start_detached(layout: &Layout) -> io::Result<()> {
     }
 }
 
-fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
+fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
     if new_session {
         rustix::process::setsid().map_err(|e| sys::context("starting a session", e))?;
     }
@@ -141,6 +151,7 @@ fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
     let Some(lock) = lock_unless_held(layout)? else {
         return Ok(());
     };
+    detach_predecessors(layout);
     let store = Store::open();
     let holding = match still_held(layout)? {
         Some(holding) => holding,
@@ -152,11 +163,11 @@ fn hold(layout: &Layout, new_session: bool) -> io::Result<()> {
                 ));
                 Holding::Empty
             }
-            MountState::Absent => mount(layout)?,
+            MountState::Absent => mount(layout, resend)?,
         },
     };
-    if let Holding::Fresh { device, .. } | Holding::Used { device, .. } = &holding {
-        store.put(device.as_fd());
+    if let Holding::Fresh(kept) | Holding::Used(kept) = &holding {
+        store.put(kept);
     }
     let listener = listen(layout)?;
     sys::process::shield_from_oom_killer();
@@ -240,13 +251,69 @@ fn unmount(layout: &Layout) -> io::Result<()> {
 
 /// What systemd kept while we were gone, if it belongs to what is mounted.
 fn still_held(layout: &Layout) -> io::Result<Option<Holding>> {
-    let Some((device, init)) = store::inherited(layout)? else { return Ok(None) };
+    let Some(kept) = store::inherited(layout)? else { return Ok(None) };
     let mount = mountinfo::mount_at(&absolute(&layout.lazy())?)?;
     if mount.is_none_or(|mount| mount.fstype != fuse::FSTYPE) {
         return Ok(None);
     }
     complain(format_args!("systemd has kept the FUSE descriptor of {}", layout.lazy().display()));
-    Ok(Some(Holding::Used { device, init }))
+    Ok(Some(Holding::Used(kept)))
+}
+
+/// What a daemon needs to go on where another one stopped.
+struct Kept {
+    device: OwnedFd,
+    init: InitParams,
+    /// On kernels that cannot repeat requests.
+    journal: Option<OwnedFd>,
+}
+
+impl Kept {
+    /// What goes with a message, in this order.
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        std::iter::once(&self.device).chain(&self.journal).map(AsFd::as_fd).collect()
+    }
+
+    /// What came with one.
+    fn received(fds: Vec<OwnedFd>, init: InitParams) -> Option<Kept> {
+        let mut fds = fds.into_iter();
+        let device = fds.next().filter(|fd| fuse::is_device(fd.as_fd()))?;
+        let journal = fds.next();
+        let sound = journal.as_ref().is_none_or(|fd| shared::is_shared(fd.as_fd()));
+        (sound && fds.next().is_none()).then_some(Kept { device, init, journal })
+    }
+}
+
+/// The Go snapshotter mounted each lazily loaded layer on its own directory, and leaves those mounts behind when it ends: nobody will ever answer
+/// there again. One that is answered belongs to a Go snapshotter that still runs, and stays; the daemon says so.
+fn detach_predecessors(layout: &Layout) {
+    let snapshots = match layout.snapshots().canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return complain(format_args!("looking for mounts of a Go snapshotter: {error}")),
+        Ok(snapshots) => snapshots,
+    };
+    let mounts = match mountinfo::mounts_two_below(&snapshots, Layout::FS) {
+        Ok(mounts) => mounts,
+        Err(error) => return complain(format_args!("looking for mounts of a Go snapshotter: {error}")),
+    };
+    let mut detached = 0;
+    for mount in mounts.iter().filter(|mount| mount.fstype == fuse::FSTYPE) {
+        let served = is_served(&mount.point);
+        match served.and_then(|served| if served { Ok(false) } else { fuse::detach(&mount.point).map(|()| true) }) {
+            Ok(true) => detached += 1,
+            Ok(false) => complain(format_args!(
+                "{} is mounted by another snapshotter that still runs: stop it, then start soci-mount again",
+                mount.point.display()
+            )),
+            Err(error) => complain(error),
+        }
+    }
+    if detached > 0 {
+        complain(format_args!(
+            "detached {detached} dead mounts that a Go snapshotter had left below {}",
+            snapshots.display()
+        ));
+    }
 }
 
 enum MountState {
@@ -320,16 +387,17 @@ fn probe(point: &Path) -> ExitCode {
     }
 }
 
-fn mount(layout: &Layout) -> io::Result<Holding> {
+fn mount(layout: &Layout, resend: Resend) -> io::Result<Holding> {
     let point = absolute(&layout.lazy())?;
     let device = fuse::open_device()?;
     fuse::mount(device.as_fd(), &point)?;
-    match negotiate(&device, &point) {
-        Ok(init) => {
-            if let Err(error) = store::remember(layout, &init) {
+    match negotiate(&device, &point, resend).and_then(|init| Ok((init, journal_for(&init)?))) {
+        Ok((init, journal)) => {
+            let kept = Kept { device, init, journal };
+            if let Err(error) = store::remember(layout, &kept) {
                 complain(format_args!("writing {}: {error}", layout.holder_parameters().display()));
             }
-            Ok(Holding::Fresh { device, init })
+            Ok(Holding::Fresh(kept))
         }
         Err(error) => {
             // Leave nothing behind that would answer ENOTCONN.
@@ -341,11 +409,20 @@ fn mount(layout: &Layout) -> io::Result<Holding> {
     }
 }
 
-fn negotiate(device: &OwnedFd, point: &Path) -> io::Result<InitParams> {
+fn journal_for(init: &InitParams) -> io::Result<Option<OwnedFd>> {
+    match init.can_resend() {
+        true => Ok(None),
+        false => shared::create("soci-requests", journal::SIZE)
+            .map(Some)
+            .map_err(|e| sys::context("making the journal of requests", e)),
+    }
+}
+
+fn negotiate(device: &OwnedFd, point: &Path, resend: Resend) -> io::Result<InitParams> {
     // FUSE_MIN_READ_BUFFER; INIT itself is 104 bytes.
     let mut request = vec![0; 8192];
     let length = fuse::read_request(device.as_fd(), &mut request, INIT_PATIENCE)?;
-    let (init, reply) = answer_init(&request[..length]).map_err(io::Error::other)?;
+    let (init, reply) = answer_init(&request[..length], resend).map_err(io::Error::other)?;
     rustix::io::write(device, &reply).map_err(|e| sys::context("answering INIT", e))?;
     if let Err(error) = fuse::set_read_ahead(point, READ_AHEAD_KB) {
         // Slower, not wrong: /sys may be read-only in a container.

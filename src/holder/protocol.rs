@@ -1,9 +1,11 @@
 //! What the daemon asks the holder: one request per connection, one reply, fixed heads.
 //!
 //! ```text
-//! request  "soci" | version u8 | what u8     then, for Keep: the parameters as JSON, and the device attached
-//! reply    "soci" | version u8 | what u8     then, for First and Resumed: the parameters as JSON, and the device attached
+//! request  "soci" | version u8 | what u8     then, for Keep: the parameters as JSON, and device and journal attached
+//! reply    "soci" | version u8 | what u8     then, for First and Resumed: the parameters as JSON, and device and journal attached
 //! ```
+//!
+//! The journal is there only where the kernel cannot repeat requests (`crate::fs::journal`).
 #![forbid(unsafe_code)]
 
 const MAGIC: [u8; 4] = *b"soci";

@@ -2,14 +2,11 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    InitParams, complain,
+    Kept, complain,
     protocol::{MAX_MESSAGE, Reply, Request, Status},
     store::Store,
 };
-use crate::sys::{
-    fuse,
-    seqpacket::{self, Patience},
-};
+use crate::sys::seqpacket::{self, Patience};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -27,9 +24,9 @@ pub(super) enum Holding {
     /// Nothing: the mount is served, by a daemon that may hand the descriptor in.
     Empty,
     /// A mount that nobody served yet.
-    Fresh { device: OwnedFd, init: InitParams },
+    Fresh(Kept),
     /// A mount that a daemon served, or serves.
-    Used { device: OwnedFd, init: InitParams },
+    Used(Kept),
 }
 
 pub(super) struct Server {
@@ -90,7 +87,7 @@ impl Server {
             Some((Request::Status, _)) => {
                 let status = match self.holding {
                     Holding::Empty => Status::Empty,
-                    Holding::Fresh { .. } | Holding::Used { .. } => Status::Holding,
+                    Holding::Fresh(_) | Holding::Used(_) => Status::Holding,
                 };
                 answer(peer, Reply::Is(status))?;
                 Ok(Next::Serve)
@@ -112,30 +109,31 @@ impl Server {
     }
 
     fn give(&mut self, peer: BorrowedFd<'_>) -> io::Result<Next> {
-        let (reply, device, init) = match &self.holding {
+        let (reply, kept) = match &self.holding {
             Holding::Empty => {
                 answer(peer, Reply::Is(Status::Empty))?;
                 return Ok(Next::Lost);
             }
-            Holding::Fresh { device, init } => (Reply::First, device, init),
-            Holding::Used { device, init } => (Reply::Resumed, device, init),
+            Holding::Fresh(kept) => (Reply::First, kept),
+            Holding::Used(kept) => (Reply::Resumed, kept),
         };
         let mut message = reply.encode().to_vec();
-        message.extend(serde_json::to_vec(init).map_err(io::Error::other)?);
-        seqpacket::send_with_fds(peer, &message, &[device.as_fd()], seqpacket::Send::Wait)?;
+        message.extend(serde_json::to_vec(&kept.init).map_err(io::Error::other)?);
+        seqpacket::send_with_fds(peer, &message, &kept.descriptors(), seqpacket::Send::Wait)?;
         self.holding = match std::mem::replace(&mut self.holding, Holding::Empty) {
-            Holding::Fresh { device, init } => Holding::Used { device, init },
+            Holding::Fresh(kept) => Holding::Used(kept),
             other => other,
         };
         Ok(Next::Serve)
     }
 
     /// Takes the descriptor from a daemon, if we have none and it is one.
-    fn keep(&mut self, mut fds: Vec<OwnedFd>, parameters: &[u8]) -> Reply {
-        match (&self.holding, fds.pop(), serde_json::from_slice(parameters)) {
-            (Holding::Empty, Some(device), Ok(init)) if fuse::is_device(device.as_fd()) => {
-                self.store.put(device.as_fd());
-                self.holding = Holding::Used { device, init };
+    fn keep(&mut self, fds: Vec<OwnedFd>, parameters: &[u8]) -> Reply {
+        let kept = serde_json::from_slice(parameters).ok().and_then(|init| Kept::received(fds, init));
+        match (&self.holding, kept) {
+            (Holding::Empty, Some(kept)) => {
+                self.store.put(&kept);
+                self.holding = Holding::Used(kept);
                 Reply::Done
             }
             _ => Reply::Refused,

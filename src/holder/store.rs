@@ -2,23 +2,37 @@
 //!
 //! The unit of `soci-mount` has `FileDescriptorStoreMax=`. What is put there survives the death of the process and comes back to the next one
 //! (not after `systemctl stop`, which empties the store: so never the only keeper). systemd 219 stores descriptors without names, so what comes
-//! back is recognised by being a FUSE device. What was negotiated on it is in a file beside the holder's socket.
+//! back is recognised by being a FUSE device, or the anonymous file whose number is in a file beside the holder's socket, with what was negotiated.
 //!
 //! The connection to systemd is opened before the holder confines itself; afterwards it could not be.
 #![forbid(unsafe_code)]
 
-use super::{InitParams, complain};
+use super::{InitParams, Kept, complain};
 use crate::{
     layout::Layout,
-    sys::{fuse, process, seqpacket},
+    sys::{fuse, process, seqpacket, shared},
 };
+use serde::{Deserialize, Serialize};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-/// Puts a descriptor there. The name is for people (`systemd-analyze fdstore`); systemd 219 ignores it.
-const PUT: &[u8] = b"FDSTORE=1\nFDNAME=fuse";
+/// Puts a descriptor there. The names are for people (`systemd-analyze fdstore`); systemd 219 ignores them.
+const PUT_DEVICE: &[u8] = b"FDSTORE=1\nFDNAME=fuse";
+const PUT_JOURNAL: &[u8] = b"FDSTORE=1\nFDNAME=requests";
+/// Removes those of connections that are gone; systemd removes dead devices itself. 219 does not know how, and keeps some empty files.
+const FORGET_JOURNALS: &[u8] = b"FDSTOREREMOVE=1\nFDNAME=requests";
+
+/// What a later holder must know of what it finds in the store.
+#[derive(Serialize, Deserialize)]
+struct Parameters {
+    #[serde(flatten)]
+    init: InitParams,
+    /// [`shared::identity`] of the journal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    journal: Option<u64>,
+}
 
 /// Where a copy of the descriptor can be left.
 pub(super) struct Store {
@@ -37,37 +51,44 @@ impl Store {
         }
     }
 
-    pub(super) fn put(&self, device: BorrowedFd<'_>) {
+    pub(super) fn put(&self, kept: &Kept) {
         let Some(notify) = &self.notify else { return };
-        if let Err(error) = seqpacket::send_with_fds(notify.as_fd(), PUT, &[device], seqpacket::Send::OrFail) {
-            complain(format_args!("leaving a copy of the FUSE descriptor with systemd: {error}"));
+        let send = |message: &[u8], fds: &[BorrowedFd<'_>]| {
+            if let Err(error) = seqpacket::send_with_fds(notify.as_fd(), message, fds, seqpacket::Send::OrFail) {
+                complain(format_args!("leaving a copy of the FUSE descriptor with systemd: {error}"));
+            }
+        };
+        send(PUT_DEVICE, &[kept.device.as_fd()]);
+        if let Some(journal) = &kept.journal {
+            send(FORGET_JOURNALS, &[]);
+            send(PUT_JOURNAL, &[journal.as_fd()]);
         }
     }
 }
 
 /// What an earlier holder left with systemd, if its connection is alive.
-pub(super) fn inherited(layout: &Layout) -> io::Result<Option<(OwnedFd, InitParams)>> {
-    let mut devices = process::inherited_descriptors()?.into_iter().filter(|fd| fuse::is_device(fd.as_fd()));
+pub(super) fn inherited(layout: &Layout) -> io::Result<Option<Kept>> {
+    let (devices, others): (Vec<_>, Vec<_>) =
+        process::inherited_descriptors()?.into_iter().partition(|fd| fuse::is_device(fd.as_fd()));
     // The last one is the youngest.
-    let Some(device) = devices.rfind(|fd| fuse::is_connected(fd.as_fd())) else { return Ok(None) };
+    let Some(device) = devices.into_iter().rfind(|fd| fuse::is_connected(fd.as_fd())) else { return Ok(None) };
     let path = layout.holder_parameters();
-    let parameters = match std::fs::read(&path).map(|text| serde_json::from_slice(&text)) {
-        Ok(Ok(parameters)) => parameters,
-        Ok(Err(error)) => {
-            complain(format_args!("{}: {error}", path.display()));
-            return Ok(None);
-        }
+    let parameters = std::fs::read(&path).and_then(|text| serde_json::from_slice(&text).map_err(io::Error::other));
+    let Parameters { init, journal } = match parameters {
+        Ok(parameters) => parameters,
         Err(error) => {
             complain(format_args!("{}: {error}", path.display()));
             return Ok(None);
         }
     };
-    Ok(Some((device, parameters)))
+    let is_it = |fd: &OwnedFd| shared::is_shared(fd.as_fd()) && shared::identity(fd.as_fd()).ok() == journal;
+    Ok(Some(Kept { device, init, journal: others.into_iter().find(is_it) }))
 }
 
 /// Writes down what was negotiated on the connection of the mount that was just made.
-pub(super) fn remember(layout: &Layout, init: &InitParams) -> io::Result<()> {
-    let text = serde_json::to_vec(init).map_err(io::Error::other)?;
+pub(super) fn remember(layout: &Layout, kept: &Kept) -> io::Result<()> {
+    let journal = kept.journal.as_ref().map(|fd| shared::identity(fd.as_fd())).transpose()?;
+    let text = serde_json::to_vec(&Parameters { init: kept.init, journal }).map_err(io::Error::other)?;
     let (path, new) = (layout.holder_parameters(), layout.holder_parameters().with_extension("new"));
     std::fs::write(&new, text)?;
     std::fs::rename(new, path)

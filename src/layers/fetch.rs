@@ -29,6 +29,8 @@ use std::{
 
 /// So many bytes of a large span are worth going on at once.
 const USEFUL: u64 = 1 << 20;
+/// A failure that took so long is the answer to whatever the kernel asks right after it (`layer::ECHO`).
+const WORTH_REMEMBERING: Duration = Duration::from_secs(1);
 /// Between two rounds through all sources, at most: how late a recovery may be noticed. Requests that a sick host would not get are
 /// not sent (`registry::endpoint`), so this is not about its load.
 const MAX_ROUND: Duration = Duration::from_secs(5);
@@ -44,8 +46,8 @@ enum Failure {
     },
     /// A span that is too large for memory does not fit on the disk.
     Storage(io::Error),
-    /// A reader waits, and the other side has sent nothing for too long.
-    Silent,
+    /// A reader waits, and the other side has sent nothing for too long; why, if that is known.
+    Silent(Option<String>),
     /// Nobody needs it any more.
     Removed,
 }
@@ -56,7 +58,9 @@ impl Failure {
             Failure::Source(error) => ReadError::Fetch { reason: error.reason.clone() },
             Failure::Digest { span } => ReadError::Digest { span: *span },
             Failure::Storage(error) => ReadError::Storage { reason: error.to_string() },
-            Failure::Silent => ReadError::Fetch { reason: "the other side has stopped sending".into() },
+            Failure::Silent(why) => ReadError::Fetch {
+                reason: why.clone().unwrap_or_else(|| "the other side has stopped sending".to_owned()),
+            },
             Failure::Removed => ReadError::Removed,
         }
     }
@@ -134,7 +138,11 @@ pub(super) async fn demand(scheduler: &Scheduler, taken: Taken, since: Instant) 
     let (first, spans, took) = (taken.run.start, taken.run.len(), since.elapsed());
     tracing::debug!(layer = %layer.digest(), first, spans, ?took, rate, window, waiting, "demand");
     if let Err(failure) = result {
-        taken.lose(&failure.as_read_error());
+        let error = failure.as_read_error();
+        if took >= WORTH_REMEMBERING {
+            layer.remember_failure(taken.run.clone(), &error);
+        }
+        taken.lose(&error);
     }
 }
 
@@ -149,7 +157,7 @@ pub(super) async fn background(scheduler: &Scheduler, taken: Taken, ticket: OnTh
             layer.shared().observer.background_fetched(&layer.digest(), spans);
         }
         Err(failure) => {
-            if !matches!(failure, Failure::Silent | Failure::Removed) {
+            if !matches!(failure, Failure::Silent(_) | Failure::Removed) {
                 scheduler.failed(&layer);
                 layer.shared().observer.background_failed(&layer.digest());
             }
@@ -289,7 +297,7 @@ impl<'a> Attempts<'a> {
                     _ => (self.mismatches <= settings.verification_retries.max(1)).then_some(wait),
                 }
             }
-            Failure::Storage(_) | Failure::Silent | Failure::Removed => None,
+            Failure::Storage(_) | Failure::Silent(_) | Failure::Removed => None,
         };
         match self.urgency {
             // A last attempt at the very end of the time rather than none.
@@ -393,7 +401,7 @@ impl<'a> Attempts<'a> {
                 }
             };
             if give_up {
-                return Err(Failure::Silent);
+                return Err(Failure::Silent(self.sources.get(self.source).and_then(|source| source.trouble())));
             }
         }
     }

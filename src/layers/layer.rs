@@ -26,12 +26,12 @@ use crate::{
 use bytes::Bytes;
 use std::{
     collections::HashMap,
-    ops::Range,
+    ops::{Range, RangeInclusive},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -45,6 +45,13 @@ const MAX_INFLATING: u64 = 4 * MAX_IN_MEMORY;
 const MAX_DEMANDS: usize = 16;
 /// Sources of one layer: images come and go, the newest few are enough.
 const MAX_SOURCES: usize = 8;
+
+/// The kernel asks again, twice, for a page of a read that failed, before the program is told. So long after a failure these get the same
+/// answer, or the program would wait three times as long as the settings say. Longer than the kernel takes, shorter than anybody's
+/// decision to try again.
+const ECHO: Duration = Duration::from_millis(200);
+/// Failures remembered for that, per layer.
+const MAX_ECHOES: usize = 64;
 
 /// How a span came to who waited for it.
 #[derive(Debug, Clone)]
@@ -121,6 +128,8 @@ pub struct Layer {
     sources: RwLock<Vec<Arc<dyn Source>>>,
     order: Mutex<Order>,
     fetched: AtomicU64,
+    /// Spans that could not be had a moment ago. Leaf lock.
+    echoes: Mutex<HashMap<usize, (Instant, ReadError)>>,
     /// Large spans that were given up in the middle.
     partials: Mutex<HashMap<usize, Partial>>,
     pub(super) placings: Placings,
@@ -179,6 +188,7 @@ impl Layer {
             sources: RwLock::new(vec![parts.source]),
             order: Mutex::new(Order { ranked, cursor: 0, values }),
             fetched: AtomicU64::new(fetched),
+            echoes: Mutex::default(),
             partials: Mutex::default(),
             placings: Placings::default(),
             demands: Arc::new(Semaphore::new(MAX_DEMANDS)),
@@ -392,6 +402,22 @@ impl Layer {
             self.rewind();
             self.shared.scheduler.wake();
         }
+    }
+
+    /// `run` could not be had, after a long time.
+    pub(super) fn remember_failure(&self, run: Range<usize>, error: &ReadError) {
+        let (mut echoes, now) = (self.echoes.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        echoes.retain(|_, (at, _)| now.saturating_duration_since(*at) < ECHO);
+        for span in run.take(MAX_ECHOES - echoes.len().min(MAX_ECHOES)) {
+            echoes.insert(span, (now, error.clone()));
+        }
+    }
+
+    /// Why one of `spans` could not be had a moment ago.
+    pub(super) fn echo(&self, spans: RangeInclusive<usize>) -> Option<ReadError> {
+        let echoes = self.echoes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut echoes = echoes.iter().filter(|(span, (at, _))| spans.contains(span) && at.elapsed() < ECHO);
+        echoes.next().map(|(_, (_, error))| error.clone())
     }
 
     /// Where a large span was left, to go on there.

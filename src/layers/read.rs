@@ -361,6 +361,9 @@ impl LayerData for Layer {
             }
             let spans = self.table.spans_of(range.clone());
             let (first, last) = (*spans.start(), *spans.end());
+            if let Some(error) = self.echo(first..=last) {
+                return Err(error);
+            }
             // Everything this read needs is asked for at once, as few requests.
             let runs = if self.is_removed() { Vec::new() } else { self.map().take_wanted(first..=last) };
             self.demand(runs);

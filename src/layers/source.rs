@@ -32,6 +32,11 @@ pub trait Source: Send + Sync {
 
     /// Whether asking it is a request to a registry, for metrics.
     fn is_remote(&self) -> bool;
+
+    /// What is known to be wrong with it at the moment.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Bytes on their way.
@@ -51,8 +56,14 @@ pub struct RegistrySource {
 impl Source for RegistrySource {
     fn open<'a>(&'a self, range: Range<u64>, avoid: &'a [HostId]) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
         Box::pin(async move {
-            match self.repository.blob_range(self.blob, range, avoid).await {
+            match self.repository.blob_range(self.blob, range.clone(), avoid).await {
                 Ok(body) => Ok(Box::new(body) as Box<dyn Body>),
+                // Everything before it comes too, and is of no use: slow beats impossible.
+                Err(RegistryError::RangesUnsupported { .. }) => {
+                    let body = self.repository.blob_range(self.blob, 0..range.end, avoid).await;
+                    let body = body.map_err(|e| SourceError { reason: e.to_string(), remedy: remedy(&e) })?;
+                    Ok(Box::new(Behind { body, skip: range.start }) as Box<dyn Body>)
+                }
                 // The registry client has tried every host as often as the settings say.
                 Err(error) => Err(SourceError { reason: error.to_string(), remedy: remedy(&error) }),
             }
@@ -61,6 +72,10 @@ impl Source for RegistrySource {
 
     fn is_remote(&self) -> bool {
         true
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.repository.trouble()
     }
 }
 
@@ -71,10 +86,10 @@ fn remedy(error: &RegistryError) -> Remedy {
         | RegistryError::Unauthorized { .. }
         | RegistryError::Untrusted { .. }
         | RegistryError::Malformed { .. }
+        | RegistryError::RangesUnsupported { .. }
         | RegistryError::DigestMismatch { .. } => Remedy::Later,
         RegistryError::NotFound { .. }
         | RegistryError::TooLarge { .. }
-        | RegistryError::RangesUnsupported { .. }
         | RegistryError::Refused { .. }
         | RegistryError::Setup { .. } => Remedy::OtherSource,
     }
@@ -90,5 +105,31 @@ impl Body for RangeBody {
 
     fn host(&self) -> Option<HostId> {
         Some(RangeBody::host(self))
+    }
+}
+
+/// What follows the first bytes of a body.
+struct Behind {
+    body: RangeBody,
+    /// Bytes to leave out.
+    skip: u64,
+}
+
+impl Body for Behind {
+    fn chunk(&mut self) -> BoxFuture<'_, Result<Option<Bytes>, SourceError>> {
+        Box::pin(async move {
+            loop {
+                let Some(mut chunk) = Body::chunk(&mut self.body).await? else { return Ok(None) };
+                let skipped = chunk.split_to(usize::try_from(self.skip).unwrap_or(usize::MAX).min(chunk.len()));
+                self.skip -= skipped.len() as u64;
+                if !chunk.is_empty() {
+                    return Ok(Some(chunk));
+                }
+            }
+        })
+    }
+
+    fn host(&self) -> Option<HostId> {
+        Some(RangeBody::host(&self.body))
     }
 }

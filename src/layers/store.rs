@@ -177,14 +177,25 @@ impl LayerStore {
         Ok(())
     }
 
-    /// `user` does not need `layer` any more. With the last user the layer goes from disk, and what still waits for it fails.
+    /// Whether `user` is one of the layer's, and no snapshot is: only then is a claim what keeps it.
+    pub fn is_kept_by(&self, layer: &Digest, user: User) -> bool {
+        let users = self.users();
+        let set = users.get(layer);
+        set.is_some_and(|set| set.contains(&user) && !set.iter().any(|user| matches!(user, User::Snapshot(_))))
+    }
+
+    /// `user` does not need `layer` any more. With the last user the layer goes from disk, and what still waits for it fails. Claims end
+    /// with the last snapshot: what they expected has come and gone.
     pub async fn release(self: &Arc<Self>, layer: Digest, user: impl Into<User>) -> io::Result<()> {
         let user = user.into();
         let mut slot = self.slot(&layer).lock_owned().await;
         let is_used = {
             let mut users = self.users();
             let left = users.get_mut(&layer).map(|set| {
-                set.remove(&user);
+                let was_snapshot = set.remove(&user) && matches!(user, User::Snapshot(_));
+                if was_snapshot && !set.iter().any(|user| matches!(user, User::Snapshot(_))) {
+                    set.clear();
+                }
                 set.len()
             });
             if left == Some(0) {

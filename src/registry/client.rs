@@ -460,7 +460,12 @@ enum Verdict {
 impl Pass {
     fn failed(&mut self, host: &Endpoint, is_last: bool, tried: Tried) {
         let Failure { error, advice } = match tried {
-            Tried::InVain(failure) => failure,
+            Tried::InVain(failure) => {
+                if failure.advice != Advice::Elsewhere {
+                    host.set_trouble(failure.error.to_string());
+                }
+                failure
+            }
             Tried::Not(failure) => {
                 let Failure { error, advice } = failure;
                 let after = if let Advice::Later(after) = advice { after } else { None };

@@ -104,6 +104,8 @@ pub(super) struct Health {
     penalty: Mutex<Penalty>,
     /// As the only one left. Leaf lock.
     circuit: Mutex<Circuit>,
+    /// What was wrong the last time, until it answers. Leaf lock.
+    trouble: Mutex<Option<Box<str>>>,
 }
 
 #[derive(Debug, Default)]
@@ -250,6 +252,20 @@ impl Endpoint {
     pub fn answers(&self) {
         *self.penalty() = Penalty::default();
         self.circuit().answers();
+        *self.trouble_said() = None;
+    }
+
+    /// What was wrong the last time it was asked; none if it answered.
+    pub fn trouble(&self) -> Option<Box<str>> {
+        self.trouble_said().clone()
+    }
+
+    pub fn set_trouble(&self, text: String) {
+        *self.trouble_said() = Some(text.into());
+    }
+
+    fn trouble_said(&self) -> std::sync::MutexGuard<'_, Option<Box<str>>> {
+        self.health.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An answer has come to its end.

@@ -12,6 +12,8 @@
 //! Repository ── client: hosts × attempts ── one attempt: remembered place, or registry + auth + redirects ── transport
 //! ```
 //!
+//! [`Throttle`] is the count of requests for layers that are in flight, shared by all who download them.
+//!
 //! Absent on purpose: which bytes to fetch when (`layers`), what to do with an index (`index`).
 #![forbid(unsafe_code)]
 
@@ -31,6 +33,7 @@ mod redirect;
 mod referrers;
 mod retry;
 mod settings;
+mod throttle;
 mod transport;
 mod url;
 
@@ -42,6 +45,7 @@ pub use hosts_file::Capabilities;
 pub use push::{Pushed, Upload};
 pub use retry::RetrySettings;
 pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
+pub use throttle::{Reading, Slot, Throttle};
 pub use transport::{Kind, Observer, Outcome};
 
 use crate::{
@@ -291,6 +295,12 @@ impl Repository {
             range_body(endpoint, body.unhurried(), &(0..size))
         })
         .await
+    }
+
+    /// What was wrong with its hosts when they were asked last; none if they answered, or were not asked. Asks nobody.
+    pub fn trouble(&self) -> Option<String> {
+        let hosts = self.site.hosts(Need::Pull).ok()?;
+        hosts.iter().rev().find_map(|host| host.trouble()).map(String::from)
     }
 
     /// Opens up to `connections` connections to where `digest` is served from, and gets whatever proof is needed, so that

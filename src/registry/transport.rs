@@ -282,7 +282,8 @@ impl ErrorReply {
             401 | 403 => Failure::elsewhere(RegistryError::Unauthorized { request, what }),
             400 if self.is_expired_signature() => Failure::elsewhere(RegistryError::Unauthorized { request, what }),
             404 | 410 => Failure::elsewhere(RegistryError::NotFound { request }),
-            429 | 500 | 502..=599 => Failure::later(&request, what, self.retry_after),
+            // 408 and 425: the other side asks for the same once more.
+            408 | 425 | 429 | 500 | 502..=599 => Failure::later(&request, what, self.retry_after),
             status => {
                 let what = self.code().map(|code| format!(" ({code})")).unwrap_or_default();
                 Failure::elsewhere(RegistryError::Refused { request, status, what })

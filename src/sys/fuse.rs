@@ -99,15 +99,6 @@ pub fn read_request(device: BorrowedFd<'_>, buffer: &mut [u8], patience: Duratio
     }
 }
 
-/// An anonymous file of fixed size for bytes that have to outlive the daemon: it can neither grow nor shrink, so mapping it is safe.
-pub fn memfd(name: &str, size: u64) -> io::Result<OwnedFd> {
-    use rustix::fs::{MemfdFlags, SealFlags};
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&fd, size)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(fd)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,12 +111,5 @@ mod tests {
         if let Ok(device) = open_device() {
             assert!(is_device(device.as_fd()));
         }
-    }
-
-    #[test]
-    fn a_memfd_keeps_its_size() {
-        let fd = memfd("slots", 4096).expect("memfd");
-        assert!(rustix::fs::ftruncate(&fd, 8192).is_err());
-        assert!(rustix::fs::ftruncate(&fd, 0).is_err());
     }
 }

@@ -16,6 +16,7 @@ pub mod mountinfo;
 pub mod process;
 pub mod seccomp;
 pub mod seqpacket;
+pub mod shared;
 
 pub use capabilities::drop_all as drop_all_capabilities;
 

@@ -16,34 +16,39 @@ use std::collections::HashMap;
 use std::path::Path;
 
 /// Of each file: large enough for several spans of the size used here.
-const FILE: usize = 1 << 20;
-const SPANS: [&str; 4] = ["--min-layer-size", "0", "--span-size", "262144"];
+pub(super) const FILE: usize = 1 << 20;
+pub(super) const SPANS: [&str; 4] = ["--min-layer-size", "0", "--span-size", "262144"];
 /// A span can only end where a block of the compressed stream does; the lab's compressor makes few.
-const MEMBERS: Form = Form::GzipMembers(128 << 10);
+pub(super) const MEMBERS: Form = Form::GzipMembers(128 << 10);
 
 /// An image of some layers; layer `n` has the file `data/<n>` of [`FILE`] bytes of noise.
-struct Published {
-    reference: String,
-    manifest: Digest,
-    layers: Vec<Digest>,
-    layout: PathBuf,
+pub(super) struct Published {
+    pub(super) reference: String,
+    pub(super) manifest: Digest,
+    pub(super) layers: Vec<Digest>,
+    pub(super) layout: PathBuf,
 }
 
-fn content(n: usize) -> Vec<u8> {
+pub(super) fn content(n: usize) -> Vec<u8> {
     noise(n as u64 + 1, FILE)
 }
 
 /// Made and indexed in the site's directory; whoever wants it elsewhere takes it from there.
-fn image(site: &Site, layers: usize, reference: &str, more: &[&str]) -> Published {
+pub(super) fn image(site: &Site, layers: usize, reference: &str, more: &[&str]) -> Published {
+    image_of(site, layers, reference, MEMBERS, &[&SPANS[..], more].concat())
+}
+
+/// The same with other spans.
+pub(super) fn image_of(site: &Site, layers: usize, reference: &str, form: Form, flags: &[&str]) -> Published {
     let layer = |n: usize| {
         let mut layer = Layer::new();
         layer.dir("data");
         layer.file(format!("data/{n}"), content(n));
-        layer.form(MEMBERS)
+        layer.form(form)
     };
     let (plain, layout) = (site.root.join("plain"), site.root.join("indexed"));
     Image::new((0..layers).map(layer).collect()).write(&plain);
-    convert(&plain, &layout, &[&SPANS[..], more].concat());
+    convert(&plain, &layout, flags);
     let (manifest, read) = image_manifest(&layout);
     let layers = read.layers.iter().map(|l| l.digest).collect();
     Published { reference: reference.into(), manifest, layers, layout }
@@ -51,7 +56,7 @@ fn image(site: &Site, layers: usize, reference: &str, more: &[&str]) -> Publishe
 
 impl Published {
     /// Prepares layer `n` as containerd does before it would download it; true if it need not.
-    fn prepare(&self, client: &Client, key: &str, n: usize) -> bool {
+    pub(super) fn prepare(&self, client: &Client, key: &str, n: usize) -> bool {
         let parent = n.checked_sub(1).map_or(String::new(), chain);
         let labels = HashMap::from(
             [
@@ -69,37 +74,37 @@ impl Published {
         }
     }
 
-    fn prepare_all(&self, client: &Client) {
+    pub(super) fn prepare_all(&self, client: &Client) {
         for n in 0..self.layers.len() {
             assert!(self.prepare(client, &format!("extract-{n}"), n), "layer {n}");
         }
     }
 }
 
-fn chain(n: usize) -> String {
+pub(super) fn chain(n: usize) -> String {
     format!("chain-{n}")
 }
 
-fn registry_and_proxy(site: &Site) -> (Registry, Proxy, String) {
+pub(super) fn registry_and_proxy(site: &Site) -> (Registry, Proxy, String) {
     let registry = Registry::start(Kind::Docker28, &site.root);
     let proxy = Proxy::start(&registry.host);
     let config = format!("[[resolver.host.\"{0}\".mirrors]]\nhost = \"http://{0}\"\ninsecure = true\n", proxy.host);
     (registry, proxy, config)
 }
 
-fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).into_iter().flatten();
     let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
 
-fn cleanup(client: &Client) {
+pub(super) fn cleanup(client: &Client) {
     client.call::<_, Empty>("/containerd.services.snapshots.v1.Snapshots/Cleanup", Empty {}).unwrap();
 }
 
 /// Removes what containerd would remove of an image with `layers` layers; nothing of it is left on disk.
-fn remove_everything(site: &Site, client: &Client, layers: usize) {
+pub(super) fn remove_everything(site: &Site, client: &Client, layers: usize) {
     for n in (0..layers).rev() {
         snapshots::remove(client, &chain(n)).unwrap();
     }
@@ -107,7 +112,7 @@ fn remove_everything(site: &Site, client: &Client, layers: usize) {
     nothing_is_left(site);
 }
 
-fn nothing_is_left(site: &Site) {
+pub(super) fn nothing_is_left(site: &Site) {
     let layout = site.layout();
     eventually("layers are off the disk", || names(&layout.layers()).is_empty());
     assert_eq!(names(&layout.snapshots()), Vec::<String>::new());

@@ -2,10 +2,10 @@
 
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags};
-use soci::fs::wire::answer_init;
+use soci::fs::wire::{Resend, answer_init};
 use soci::fs::{
-    Connection, HeaderCheck, InitParams, LayerData, LazyLayer, Nobody, Observer, OpaqueMark, ReadError, Session,
-    SessionOptions, Tree, Xattrs,
+    Connection, HeaderCheck, InitParams, Journal, LayerData, LazyLayer, Nobody, Observer, OpaqueMark, ReadError,
+    Session, SessionOptions, Tree, Xattrs,
 };
 use soci::layers::toc::{self, Entry, EntryKind, Toc};
 use soci::layout::SnapshotId;
@@ -303,6 +303,8 @@ pub struct Mount {
     pub runtime: tokio::runtime::Runtime,
     session: Option<Session>,
     device: Option<OwnedFd>,
+    /// Of a kernel that cannot repeat requests, or is treated as one.
+    pub journal: Option<OwnedFd>,
     home: tempfile::TempDir,
 }
 
@@ -312,12 +314,12 @@ impl Mount {
     }
 
     pub fn observed(observer: Arc<dyn Observer>) -> Mount {
-        let mut mount = Mount::unserved(observer);
+        let mut mount = Mount::unserved(observer, Resend::Wanted);
         mount.serve(Connection::First);
         mount
     }
 
-    pub fn unserved(observer: Arc<dyn Observer>) -> Mount {
+    pub fn unserved(observer: Arc<dyn Observer>, resend: Resend) -> Mount {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("lazy");
         std::fs::create_dir(&path).unwrap();
@@ -328,11 +330,12 @@ impl Mount {
         let device = OwnedFd::from(file);
         let mut request = vec![0; 65536];
         let len = rustix::io::read(&device, &mut request[..]).unwrap();
-        let (init, reply) = answer_init(&request[..len]).unwrap();
+        let (init, reply) = answer_init(&request[..len], resend).unwrap();
+        let journal = (!init.can_resend()).then(|| soci::sys::shared::create("test", soci::fs::journal::SIZE).unwrap());
         assert_eq!(rustix::io::write(&device, &reply).unwrap(), reply.len());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let tree = Arc::new(Tree::new(OpaqueMark::Trusted, observer));
-        Mount { tree, init, runtime, session: None, device: Some(device), home }
+        Mount { tree, init, runtime, session: None, device: Some(device), journal, home }
     }
 
     pub fn duplicate(&self) -> OwnedFd {
@@ -340,7 +343,8 @@ impl Mount {
     }
 
     pub fn serve(&mut self, connection: Connection) {
-        let options = SessionOptions { connection, ..SessionOptions::default() };
+        let journal = self.journal.as_ref().map(|file| Journal::open(file).unwrap());
+        let options = SessionOptions { connection, journal, ..SessionOptions::default() };
         let (tree, handle) = (self.tree.clone(), self.runtime.handle().clone());
         self.session = Some(Session::start(self.duplicate(), self.init, tree, handle, options).unwrap());
     }

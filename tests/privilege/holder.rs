@@ -1,7 +1,8 @@
 use super::{HOLDER, Killed, eventually, privileged, run, somebody_else_is_answered, status_row};
 use soci::{
+    fs::Journal,
     holder::{self, Held, How, Keeping},
-    sys::{fuse, mountinfo, seqpacket},
+    sys::{fuse, mountinfo, seqpacket, shared},
 };
 use std::{
     fs,
@@ -35,7 +36,12 @@ impl Lab {
     }
 
     fn holder(&self) -> Killed {
-        Killed(Command::new(HOLDER).arg("--root").arg(self.layout.root()).stdin(Stdio::null()).spawn().expect("spawn"))
+        self.holder_with(&[])
+    }
+
+    fn holder_with(&self, more: &[&str]) -> Killed {
+        let mut command = Command::new(HOLDER);
+        Killed(command.arg("--root").arg(self.layout.root()).args(more).stdin(Stdio::null()).spawn().expect("spawn"))
     }
 
     fn obtain(&self) -> Held {
@@ -106,6 +112,12 @@ impl Drop for Daemon {
             let _ = thread.join();
         }
     }
+}
+
+/// What a daemon keeps of it while it serves.
+fn duplicate(held: &Held) -> Held {
+    let copy = |fd: &OwnedFd| fd.try_clone().expect("dup");
+    Held { device: copy(&held.device), init: held.init, first: held.first, journal: held.journal.as_ref().map(copy) }
 }
 
 /// `statfs` of the mount, in a process of its own so that nothing here hangs.
@@ -207,13 +219,13 @@ fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
     }
     let lab = Lab::new();
     let mut holder = lab.holder();
-    let Held { device, init, .. } = lab.obtain();
-    let spare = device.try_clone().expect("dup");
-    let daemon = Daemon::serve(device);
+    let held = lab.obtain();
+    let (spare, init) = (duplicate(&held), held.init);
+    let daemon = Daemon::serve(held.device);
     holder.kill();
     assert!(answers(&lab), "the daemon needs no holder to serve");
     let mut next = lab.holder();
-    let keep = |how| holder::ensure_kept(&lab.layout, spare.as_fd(), &init, how);
+    let keep = |how| holder::ensure_kept(&lab.layout, &spare, how);
     let kept = eventually("the new holder listens", || keep(How::Connect).ok());
     assert_eq!(kept, Keeping::HandedIn);
     assert_eq!(keep(How::Connect).expect("asked"), Keeping::Already);
@@ -230,22 +242,47 @@ fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
 }
 
 #[test]
+fn privileged_where_the_kernel_cannot_repeat_requests_a_journal_goes_wherever_the_descriptor_goes() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::new();
+    let mut holder = lab.holder_with(&["--no-resend"]);
+    let held = lab.obtain();
+    assert!(!held.init.can_resend());
+    let identity = |held: &Held| shared::identity(held.journal.as_ref().expect("a journal").as_fd()).expect("stat");
+    let first = identity(&held);
+    drop(Journal::open(held.journal.as_ref().expect("a journal")).expect("an empty one"));
+    assert_eq!(identity(&lab.obtain()), first, "every daemon gets the same");
+    // The daemon keeps it for the next holder, too.
+    let spare = duplicate(&held);
+    let _daemon = Daemon::serve(held.device);
+    holder.kill();
+    let _next = lab.holder();
+    let kept = eventually("the new holder listens", || holder::ensure_kept(&lab.layout, &spare, How::Connect).ok());
+    assert_eq!(kept, Keeping::HandedIn);
+    let again = lab.obtain();
+    assert_eq!(identity(&again), first);
+    assert!(Journal::open(again.journal.as_ref().expect("a journal")).expect("the same").inherited());
+}
+
+#[test]
 fn privileged_a_daemon_without_any_capability_can_start_a_holder_for_what_it_serves() {
     if !privileged() {
         return;
     }
     let lab = Lab::new();
     let mut holder = lab.holder();
-    let Held { device, init, .. } = lab.obtain();
-    let spare = device.try_clone().expect("dup");
-    let _daemon = Daemon::serve(device);
+    let held = lab.obtain();
+    let spare = duplicate(&held);
+    let _daemon = Daemon::serve(held.device);
     holder.kill();
     // As the daemon's child would be: no capability to inherit, none to gain.
     let mut started = Command::new("setpriv");
     started.args(["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", HOLDER, "--detach", "--root"]);
     let mut started = Killed(started.arg(lab.layout.root()).spawn().expect("spawn"));
     assert!(started.ended().success());
-    let kept = holder::ensure_kept(&lab.layout, spare.as_fd(), &init, How::Connect).expect("kept");
+    let kept = holder::ensure_kept(&lab.layout, &spare, How::Connect).expect("kept");
     assert_eq!(kept, Keeping::HandedIn);
 }
 
@@ -278,19 +315,32 @@ fn privileged_when_both_keepers_die_the_copy_in_systemds_store_is_as_good() {
     if !privileged() {
         return;
     }
+    for kernel in [&[][..], &["--no-resend"]] {
+        the_store_is_as_good(kernel);
+    }
+}
+
+fn the_store_is_as_good(kernel: &[&str]) {
     let lab = Lab::new();
     // systemd's side of its protocol: a datagram socket that descriptors are left at.
     let notify = lab.dir.path().join("notify");
     let manager = UnixDatagram::bind(&notify).expect("bind");
     manager.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
     let mut command = Command::new(HOLDER);
-    command.arg("--root").arg(lab.layout.root()).env("NOTIFY_SOCKET", &notify).stdin(Stdio::null());
+    command.arg("--root").arg(lab.layout.root()).args(kernel).env("NOTIFY_SOCKET", &notify).stdin(Stdio::null());
     let mut holder = Killed(command.spawn().expect("spawn"));
-    let mut message = [0; 256];
-    let (length, mut stored) = seqpacket::recv_with_fds(manager.as_fd(), &mut message).expect("a message");
-    assert!(message[..length].starts_with(b"FDSTORE=1\n"), "{}", String::from_utf8_lossy(&message[..length]));
-    let device = stored.pop().expect("the descriptor");
-    assert!(fuse::is_device(device.as_fd()) && stored.is_empty());
+    let mut stored = Vec::new();
+    loop {
+        let mut message = [0; 256];
+        let (length, fds) = seqpacket::recv_with_fds(manager.as_fd(), &mut message).expect("a message");
+        assert_eq!(message[..length].starts_with(b"FDSTORE=1\n"), !fds.is_empty());
+        stored.extend(fds);
+        if message[..length].starts_with(b"READY=1") {
+            break;
+        }
+    }
+    assert!(fuse::is_device(stored[0].as_fd()));
+    assert_eq!(stored.len(), 1 + kernel.len());
 
     let first = lab.obtain();
     assert!(first.first);
@@ -298,15 +348,21 @@ fn privileged_when_both_keepers_die_the_copy_in_systemds_store_is_as_good() {
     assert!(answers(&lab));
     holder.kill();
     drop(daemon.pause());
-    // It comes back the way systemd passes descriptors on: as number 3, for the process named by LISTEN_PID.
+    // They come back the way systemd passes descriptors on: from number 3 on, for the process named by LISTEN_PID. The youngest first, maybe.
+    let journal = first.journal.as_ref().map(|fd| shared::identity(fd.as_fd()).expect("stat"));
+    let number = stored.len();
+    let mut fds = stored.into_iter().map(Stdio::from);
+    let (device, journal_fd) = (fds.next().expect("a device"), fds.next().unwrap_or_else(Stdio::null));
     let script = format!(
-        "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec {HOLDER} --root {}",
+        "exec 3<&1 4<&0 </dev/null >/dev/null; LISTEN_PID=$$ LISTEN_FDS={number} exec {HOLDER} --root {}",
         lab.layout.root().display()
     );
-    let _next = Killed(Command::new("sh").args(["-c", &script]).stdin(device).spawn().expect("spawn"));
+    let _next =
+        Killed(Command::new("sh").args(["-c", &script]).stdout(device).stdin(journal_fd).spawn().expect("spawn"));
     let second = lab.obtain();
     assert!(!second.first, "the mount is the old one");
     assert_eq!(second.init, first.init);
+    assert_eq!(second.journal.as_ref().map(|fd| shared::identity(fd.as_fd()).expect("stat")), journal);
     let _daemon = Daemon::serve(second.device);
     assert!(answers(&lab));
 }

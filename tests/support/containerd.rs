@@ -226,6 +226,11 @@ impl Drop for Containerd {
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "kill", "-s", "SIGKILL", task]));
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "rm", "-f", task]));
             }
+            // What a client leases while it pulls or starts something must be given back when that has failed, too.
+            let leases = attempt(self.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
+            for lease in text(&leases.stdout).lines() {
+                super::leaks::report(&self.dir, format!("lease {lease} of namespace {namespace}"));
+            }
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use super::command::{attempt, run};
 use super::grpc::Client;
+use super::leaks;
 use super::process::{Process, Usage, kill_all, pids_naming};
-use super::slot::{Root, unmount_below};
+use super::slot::{Root, mounts_below, unmount_below};
 use super::undo::Undo;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// What of the configuration a test chooses. The rest is the default.
 #[derive(Clone, Default)]
@@ -75,24 +77,35 @@ impl Daemon {
         out
     }
 
-    fn launch(&mut self) {
+    /// Makes the command that starts the program in a directory with this daemon's root, socket and configuration.
+    pub fn starter(&self) -> impl Fn(&Path) -> Command + Send + 'static {
         let config = self.socket.with_file_name("config.toml");
         std::fs::write(&config, self.config()).unwrap();
-        let level = if self.settings.log_level.is_empty() { "info" } else { &self.settings.log_level };
-        let seen = self.log().matches(STARTED).count();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soci-snapshotter-grpc"));
-        command
-            .arg("--root")
-            .arg(&self.root)
-            .arg("--address")
-            .arg(&self.socket)
-            .arg("--config")
-            .arg(&config)
-            .args(["--log-level", level]);
-        command.envs(self.settings.env.iter().map(|(k, v)| (k, v)));
-        let process = Process::start("soci-snapshotter-grpc", &mut command, &self.log);
-        process.wait_until("it has started", || self.log().matches(STARTED).count() > seen);
+        let (root, socket, settings) = (self.root.clone(), self.socket.clone(), self.settings.clone());
+        move |bin: &Path| {
+            let level = if settings.log_level.is_empty() { "info" } else { &settings.log_level };
+            let mut command = Command::new(bin.join("soci-snapshotter-grpc"));
+            command.arg("--root").arg(&root).arg("--address").arg(&socket).arg("--config").arg(&config);
+            command.args(["--log-level", level]).envs(settings.env.iter().map(|(k, v)| (k, v)));
+            command
+        }
+    }
+
+    fn launch(&mut self) {
+        let seen = self.starts();
+        let process = Process::start("soci-snapshotter-grpc", &mut self.starter()(&built()), &self.log);
+        process.wait_until("it has started", || self.starts() > seen);
         self.process = Some(process);
+        leaks::watch_connection(&self.lazy());
+    }
+
+    /// How often it has said that it is ready.
+    pub fn starts(&self) -> usize {
+        self.log().matches(STARTED).count()
+    }
+
+    pub fn log_path(&self) -> &Path {
+        &self.log
     }
 
     fn process(&self) -> &Process {
@@ -201,17 +214,35 @@ fn helpers(root: &Path) -> Vec<u32> {
     pids_naming(&root.display().to_string()).into_iter().filter(|pid| comm(*pid).starts_with("soci")).collect()
 }
 
-/// After the daemon: unmounts, as the manual says, and insists if that did not help.
+/// After the daemon: unmounts, as the manual says, and insists if that did not help, which is a leak.
 fn clean_up(dir: &Path, log: &Path) {
     let root = dir.join("root");
     kill_all(&helpers(&root).into_iter().filter(|pid| comm(*pid).starts_with("soci-snap")).collect::<Vec<_>>());
-    let done = attempt(Command::new(env!("CARGO_BIN_EXE_soci-mount")).arg("--root").arg(&root).arg("--unmount"));
+    let done = attempt(Command::new(built().join("soci-mount")).arg("--root").arg(&root).arg("--unmount"));
     if !done.status.success() && log.exists() {
-        eprintln!("soci-mount --unmount: {}: {}", done.status, super::command::text(&done.stderr));
+        leaks::report(dir, format!("soci-mount --unmount: {}: {}", done.status, super::command::text(&done.stderr)));
+    }
+    let left = || (mounts_below(&root), helpers(&root));
+    let start = Instant::now();
+    while left() != (vec![], vec![]) && start.elapsed() < GONE_WITHIN {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    if left() != (vec![], vec![]) {
+        let (mounts, pids) = left();
+        let names: Vec<String> = pids.iter().map(|pid| format!("{} {pid}", comm(*pid))).collect();
+        leaks::report(dir, format!("after soci-mount --unmount: mounts {mounts:?}, processes {names:?}"));
     }
     unmount_below(&root);
     kill_all(&helpers(&root));
 }
+
+/// Where the product's programs are.
+pub fn built() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_soci-snapshotter-grpc")).parent().expect("in a directory").into()
+}
+
+/// Helpers end by themselves when their daemon has.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
 
 /// `soci convert --standalone`: the image of one layout with an index, in another layout. `more`: further flags, `--min-layer-size` say.
 pub fn convert(from: &Path, to: &Path, more: &[&str]) {

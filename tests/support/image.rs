@@ -8,7 +8,7 @@ use serde_json::json;
 use soci::oci::{Descriptor, Digest, Hasher, media_type};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The time of everything that does not say otherwise: 2024-01-02 03:04:05 UTC.
 pub const MTIME: i64 = 1_704_164_645;
@@ -285,6 +285,44 @@ pub fn bulk(dir: &str, seed: u64, megabytes: usize) -> Layer {
         let seed = seed.wrapping_mul(1_000_003).wrapping_add(i as u64);
         let content = if i % 2 == 0 { noise(seed, 1 << 20) } else { prose(seed, 1 << 20) };
         layer.file(format!("{dir}/{i:04}"), content);
+    }
+    layer
+}
+
+/// This machine's Python: the program, the libraries it is linked with, and the sources of its modules, not compiled.
+pub fn python() -> Layer {
+    let ask = |question: &str| {
+        let answer = super::command::output(std::process::Command::new("/usr/bin/python3").args(["-c", question]));
+        answer.trim().to_owned()
+    };
+    let program = ask("import os, sys; print(os.path.realpath(sys.executable))");
+    let library = ask("import os; print(os.path.dirname(os.__file__))");
+    let mut layer = Layer::new();
+    for dir in ["lib", "lib64", "usr", "usr/bin", "usr/lib"] {
+        layer.dir(dir);
+    }
+    layer.file(&program[1..], fs::read(&program).unwrap()).mode(0o755);
+    layer.symlink("usr/bin/python3", program.as_bytes());
+    let linked = super::command::output(std::process::Command::new("ldd").arg(&program));
+    for path in linked.split_whitespace().filter(|word| word.starts_with('/')) {
+        layer.file(&path[1..], fs::read(path).unwrap()).mode(0o755);
+    }
+    const WITHOUT: [&str; 8] =
+        ["__pycache__", "test", "tests", "idlelib", "tkinter", "ensurepip", "lib2to3", "dist-packages"];
+    let mut todo = vec![PathBuf::from(&library)];
+    while let Some(directory) = todo.pop() {
+        layer.dir(directory.strip_prefix("/").unwrap().as_os_str().as_encoded_bytes());
+        let mut entries: Vec<PathBuf> = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        entries.sort();
+        for path in entries {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() && !path.is_symlink() && !WITHOUT.contains(&&*name) && !name.starts_with("config-") {
+                todo.push(path);
+            } else if path.is_file() && (name.ends_with(".py") || name.ends_with(".so")) {
+                let content = fs::read(&path).unwrap();
+                layer.file(path.strip_prefix("/").unwrap().as_os_str().as_encoded_bytes(), content);
+            }
+        }
     }
     layer
 }

@@ -11,6 +11,7 @@
 // Three programs include this module and each leaves part of it alone.
 #![allow(dead_code)]
 
+pub mod cgroup;
 pub mod command;
 pub mod containerd;
 pub mod daemon;
@@ -18,6 +19,7 @@ pub mod docker;
 pub mod engine;
 pub mod grpc;
 pub mod image;
+pub mod leaks;
 pub mod link;
 pub mod node;
 pub mod process;

@@ -26,16 +26,17 @@ impl Node {
 
     /// As [`Node::new`], with `content` in the table `content_store`.
     pub fn with_content(slot: &Slot, version: Version, more: &str, content: &str) -> Node {
+        let settings = Settings { more: more.to_string(), content_store: content.to_string(), ..Settings::default() };
+        Node::with_settings(slot, version, settings)
+    }
+
+    /// As [`Node::new`]; the registry and containerd are added to `settings`.
+    pub fn with_settings(slot: &Slot, version: Version, settings: Settings) -> Node {
         let root = slot.root();
         let registry = Registry::start(Kind::Docker28, &root);
         let proxy = Proxy::start(&registry.host);
-        let settings = Settings {
-            plain_http: vec![proxy.host.clone()],
-            containerd: Some(root.join("ctd/sock")),
-            more: more.to_string(),
-            content_store: content.to_string(),
-            ..Settings::default()
-        };
+        let settings =
+            Settings { plain_http: vec![proxy.host.clone()], containerd: Some(root.join("ctd/sock")), ..settings };
         let daemon = Daemon::start(&root, &settings);
         let pause_layout = root.join("pause");
         pause().write(&pause_layout);

@@ -30,6 +30,12 @@ pub enum Fault {
     Stall(Duration),
     /// No answer until [`Proxy::release`] or the proxy's end.
     Hang,
+    /// The connection is reset instead of an answer.
+    Refuse,
+    /// The body stops after so many bytes, and the connection stays open as long as the client keeps it.
+    Freeze(u64),
+    /// 401, and every token that was handed out is worth nothing from now on.
+    Revoke,
     /// The range is ignored: 200 and all of the blob.
     WholeBlob,
     /// A `Content-Range` that is a lie: shifted by so many bytes.
@@ -91,6 +97,68 @@ pub struct Seen {
     pub bytes: u64,
 }
 
+/// Faults at random. The same seed gives the same faults for the same requests in the same order.
+#[derive(Clone, Debug)]
+pub struct Chaos {
+    pub seed: u64,
+    /// Only requests whose line contains one of these.
+    pub containing: Vec<String>,
+    /// One request in so many.
+    pub one_in: u64,
+}
+
+impl Chaos {
+    /// What happens to request `number`, if anything. Slow faults are rarer: each costs its reader seconds.
+    fn fault(&self, number: u64) -> Option<Fault> {
+        let mut state = (self.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
+        let mut random = |bound: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) % bound
+        };
+        // The first numbers of neighbouring seeds are alike.
+        for _ in 0..4 {
+            random(2);
+        }
+        if random(self.one_in) != 0 {
+            return None;
+        }
+        let at = random(60_000);
+        Some(match random(60) {
+            0..12 => Fault::Status([500, 502, 503, 504, 408, 429][random(6) as usize]),
+            12..14 => Fault::RetryAfter(503, random(2) as u32),
+            14..23 => Fault::Reset(at),
+            23..31 => Fault::Truncate(at),
+            31..39 => Fault::Corrupt(at),
+            39..44 => Fault::Refuse,
+            44..47 => Fault::WrongRange(1 + at),
+            47..50 => Fault::Redirect(Duration::from_millis(random(200))),
+            50..53 => Fault::Revoke,
+            53..55 => Fault::Slow(200_000 + at * 10),
+            55..57 => Fault::Stall(Duration::from_millis(random(1500))),
+            57..59 => Fault::WholeBlob,
+            _ => Fault::Freeze(at),
+        })
+    }
+}
+
+impl Fault {
+    fn name(&self) -> &'static str {
+        match self {
+            Fault::Status(_) | Fault::RetryAfter(..) => "5xx or 429",
+            Fault::Truncate(_) => "truncated",
+            Fault::Corrupt(_) => "corrupted",
+            Fault::Reset(_) | Fault::Refuse => "reset",
+            Fault::Slow(_) => "slow",
+            Fault::Stall(_) | Fault::Hang | Fault::Freeze(_) => "stalled",
+            Fault::WholeBlob | Fault::WrongRange(_) => "wrong range",
+            Fault::Redirect(_) => "expiring URL",
+            Fault::Revoke => "revoked token",
+        }
+    }
+}
+
 /// Demands bearer tokens that this proxy hands out itself.
 #[derive(Clone, Copy)]
 pub struct Tokens {
@@ -107,6 +175,11 @@ struct Shared {
     host: String,
     upstream: String,
     rules: Mutex<Vec<Rule>>,
+    chaos: Mutex<Option<Chaos>>,
+    /// Requests that chaos might have struck.
+    struck: AtomicU64,
+    /// Faults that happened, by name.
+    faults: Mutex<std::collections::BTreeMap<&'static str, u64>>,
     seen: Mutex<Vec<Seen>>,
     tokens: Mutex<Option<Tokens>>,
     issued: Mutex<HashMap<String, Instant>>,
@@ -118,6 +191,13 @@ struct Shared {
     released: AtomicU64,
     stopped: AtomicBool,
     rate: AtomicU64,
+    /// Bytes per second of all bodies together, and when the line is free again.
+    line_rate: AtomicU64,
+    line: Mutex<Option<Instant>>,
+    /// Requests for blobs: how many at a time are answered, how many are being answered, and the most that were.
+    most_allowed: AtomicU64,
+    at_work: AtomicU64,
+    most_at_work: AtomicU64,
     delay_us: AtomicU64,
 }
 
@@ -130,6 +210,9 @@ impl Proxy {
             host: host.clone(),
             upstream: upstream.into(),
             rules: Mutex::default(),
+            chaos: Mutex::default(),
+            struck: AtomicU64::new(0),
+            faults: Mutex::default(),
             seen: Mutex::default(),
             tokens: Mutex::default(),
             issued: Mutex::default(),
@@ -141,6 +224,11 @@ impl Proxy {
             released: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             rate: AtomicU64::new(0),
+            line_rate: AtomicU64::new(0),
+            line: Mutex::default(),
+            most_allowed: AtomicU64::new(u64::MAX),
+            at_work: AtomicU64::new(0),
+            most_at_work: AtomicU64::new(0),
             delay_us: AtomicU64::new(0),
         });
         std::thread::spawn({
@@ -160,9 +248,20 @@ impl Proxy {
         self.shared.rules.lock().unwrap().push(rule);
     }
 
+    /// Faults at random, for requests that no rule is about.
+    pub fn chaos(&self, chaos: Chaos) {
+        *self.shared.chaos.lock().unwrap() = Some(chaos);
+    }
+
+    /// Faults that have happened, by kind.
+    pub fn faults(&self) -> std::collections::BTreeMap<&'static str, u64> {
+        self.shared.faults.lock().unwrap().clone()
+    }
+
     /// No faults any more; what hangs goes on.
     pub fn heal(&self) {
         self.shared.rules.lock().unwrap().clear();
+        *self.shared.chaos.lock().unwrap() = None;
         self.release();
         self.up();
     }
@@ -182,7 +281,27 @@ impl Proxy {
         self.shared.down.store(false, Ordering::SeqCst);
     }
 
-    /// Shapes all bodies together to so many bytes per second (0: not at all) and delays each answer.
+    /// All bodies share a line of so many bytes per second, in the order in which they have something to send. 0: no such line.
+    pub fn share_line(&self, bytes_per_second: u64) {
+        self.shared.line_rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Of requests for blobs, more than so many at a time are answered with 429.
+    pub fn allow_at_once(&self, requests: u64) {
+        self.shared.most_allowed.store(requests, Ordering::Relaxed);
+    }
+
+    /// The most requests for blobs that were being answered at the same time since the last call of this.
+    pub fn take_most_at_once(&self) -> u64 {
+        self.shared.most_at_work.swap(0, Ordering::SeqCst)
+    }
+
+    /// Requests for blobs that are being answered now.
+    pub fn at_once(&self) -> u64 {
+        self.shared.at_work.load(Ordering::SeqCst)
+    }
+
+    /// Shapes each body to so many bytes per second (0: not at all) and delays each answer.
     pub fn shape(&self, bytes_per_second: u64, delay: Duration) {
         self.shared.rate.store(bytes_per_second, Ordering::Relaxed);
         self.shared.delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
@@ -219,8 +338,20 @@ impl Shared {
         }
     }
 
-    /// The fault for a request, counted down.
     fn fault(&self, line: &str, range: &Option<Range<u64>>) -> Option<Fault> {
+        let fault = self.by_rule(line, range).or_else(|| self.at_random(line))?;
+        *self.faults.lock().unwrap().entry(fault.name()).or_default() += 1;
+        Some(fault)
+    }
+
+    fn at_random(&self, line: &str) -> Option<Fault> {
+        let chaos = self.chaos.lock().unwrap();
+        let chaos = chaos.as_ref().filter(|chaos| chaos.containing.iter().any(|text| line.contains(text)))?;
+        chaos.fault(self.struck.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The fault for a request, counted down.
+    fn by_rule(&self, line: &str, range: &Option<Range<u64>>) -> Option<Fault> {
         let mut rules = self.rules.lock().unwrap();
         let overlaps = |want: &Range<u64>| range.as_ref().is_some_and(|r| r.start < want.end && want.start < r.end);
         let matches = |r: &Rule| line.contains(&r.containing) && r.overlapping.as_ref().is_none_or(overlaps);
@@ -241,7 +372,13 @@ impl Shared {
         None
     }
 
-    /// Sleeps as long as `bytes` take at the shaped rate. Shared by all connections through a simple clock of when the line is free.
+    /// How a client is told to get a token, where tokens are demanded.
+    fn challenge(&self) -> Option<String> {
+        self.tokens.lock().unwrap().as_ref()?;
+        Some(format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"repository:x:pull\"", self.host))
+    }
+
+    /// Sleeps as long as `bytes` take at the shaped rate, and until the shared line has carried them.
     fn pace(&self, bytes: usize, own_rate: u64) {
         let rate = match (self.rate.load(Ordering::Relaxed), own_rate) {
             (0, rate) | (rate, 0) => rate,
@@ -249,6 +386,15 @@ impl Shared {
         };
         if rate > 0 {
             std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
+        }
+        let line_rate = self.line_rate.load(Ordering::Relaxed);
+        if line_rate > 0 {
+            let until = {
+                let mut line = self.line.lock().unwrap();
+                let free = line.filter(|at| *at > Instant::now()).unwrap_or_else(Instant::now);
+                *line.insert(free + Duration::from_secs_f64(bytes as f64 / line_rate as f64))
+            };
+            std::thread::sleep(until.saturating_duration_since(Instant::now()));
         }
     }
 }
@@ -351,7 +497,21 @@ fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
             method,
             path,
         };
-        let result = answer(shared, connection, &mut writer, request, &body, &mut seen);
+        let is_blob = seen.method == "GET" && seen.path.contains("/blobs/");
+        let result = match is_blob {
+            true => {
+                let at_work = shared.at_work.fetch_add(1, Ordering::SeqCst) + 1;
+                let result = if at_work > shared.most_allowed.load(Ordering::Relaxed) {
+                    say(&mut writer, &mut seen, 429, &[], "")
+                } else {
+                    shared.most_at_work.fetch_max(at_work, Ordering::SeqCst);
+                    answer(shared, connection, &mut writer, request, &body, &mut seen)
+                };
+                shared.at_work.fetch_sub(1, Ordering::SeqCst);
+                result
+            }
+            false => answer(shared, connection, &mut writer, request, &body, &mut seen),
+        };
         shared.seen.lock().unwrap().push(seen);
         result?;
     }
@@ -396,8 +556,7 @@ fn answer(
         let valid = token.and_then(|t| issued.get(t)).is_some_and(|until| Instant::now() < *until);
         drop(issued);
         if !valid {
-            let challenge =
-                format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"repository:x:pull\"", shared.host);
+            let challenge = shared.challenge().unwrap_or_default();
             return say(
                 writer,
                 seen,
@@ -420,6 +579,17 @@ fn answer(
             return say(writer, seen, 307, &[("location", format!("http://{}/elsewhere/{ticket}", shared.host))], "");
         }
         Some(Fault::Stall(time)) => std::thread::sleep(*time),
+        Some(Fault::Refuse) => {
+            reset(connection);
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        Some(Fault::Revoke) => {
+            shared.issued.lock().unwrap().clear();
+            return match shared.challenge() {
+                Some(challenge) => say(writer, seen, 401, &[("www-authenticate", challenge)], ""),
+                None => say(writer, seen, 401, &[], ""),
+            };
+        }
         Some(Fault::Hang) => {
             let mine = shared.hanging.fetch_add(1, Ordering::SeqCst) + 1;
             while shared.released.load(Ordering::SeqCst) < mine && !shared.stopped.load(Ordering::SeqCst) {
@@ -468,7 +638,9 @@ fn answer(
         let mut send = got;
         match fault {
             Some(Fault::Corrupt(at)) if (start..end).contains(&at) => buffer[(at - start) as usize] ^= 0x55,
-            Some(Fault::Truncate(after) | Fault::Reset(after)) if after < end => send = (after - start) as usize,
+            Some(Fault::Truncate(after) | Fault::Reset(after) | Fault::Freeze(after)) if after < end => {
+                send = (after - start) as usize
+            }
             _ => (),
         }
         shared.pace(send, if let Some(Fault::Slow(rate)) = fault { rate } else { 0 });
@@ -477,6 +649,10 @@ fn answer(
         if send < got {
             if matches!(fault, Some(Fault::Reset(_))) {
                 reset(connection);
+            }
+            if matches!(fault, Some(Fault::Freeze(_))) {
+                // Until the client gives up.
+                let _ = (&*connection).read(&mut [0]);
             }
             return Err(io::ErrorKind::ConnectionAborted.into());
         }

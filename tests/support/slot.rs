@@ -9,6 +9,7 @@ use super::undo::Undo;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -94,8 +95,19 @@ impl Slot {
 }
 
 impl Drop for Slot {
+    /// Everything that was started here was dropped before.
     fn drop(&mut self) {
+        let left = std::panic::catch_unwind(AssertUnwindSafe(|| super::leaks::check(&self.dir())));
         remove_tree(&self.dir());
+        if let Err(left) = left {
+            std::panic::resume_unwind(left);
+        }
+        assert!(
+            std::thread::panicking() || !self.dir().exists(),
+            "{} cannot be removed: {:?}",
+            self.dir().display(),
+            fs::remove_dir_all(self.dir())
+        );
     }
 }
 

@@ -64,8 +64,16 @@ impl InitParams {
     }
 }
 
+/// Whether the kernel is to repeat unanswered requests, if it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resend {
+    Wanted,
+    /// As if this were a kernel before 6.9: for tests of what we do there.
+    Unwanted,
+}
+
 /// Answers the INIT request in `request`: what was agreed on, and the bytes to write to the device.
-pub fn answer_init(request: &[u8]) -> Result<(InitParams, Vec<u8>), WireError> {
+pub fn answer_init(request: &[u8], resend: Resend) -> Result<(InitParams, Vec<u8>), WireError> {
     let short = || WireError::Short(request.len());
     let (header, body) = split::<InHeader>(request).ok_or_else(short)?;
     if header.opcode != opcode::INIT {
@@ -81,7 +89,11 @@ pub fn answer_init(request: &[u8]) -> Result<(InitParams, Vec<u8>), WireError> {
     {
         offered |= u64::from(u32::from_ne_bytes(*flags2)) << 32;
     }
-    let flags = offered & WANTED.bits();
+    let wanted = match resend {
+        Resend::Wanted => WANTED,
+        Resend::Unwanted => WANTED.difference(InitFlags::FUSE_HAS_RESEND),
+    };
+    let flags = offered & wanted.bits();
     let max_pages = if flags & InitFlags::FUSE_MAX_PAGES.bits() != 0 { MAX_PAGES } else { 32 };
     let params = InitParams {
         minor: init.minor.min(FUSE_MINOR),

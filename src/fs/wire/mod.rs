@@ -13,7 +13,7 @@ mod reply;
 mod tests;
 
 pub use abi::{Attr, EntryOut, InHeader, OutHeader, StatfsOut};
-pub use init::{InitParams, answer_init};
+pub use init::{InitParams, Resend, answer_init};
 pub use reply::{DirBuffer, Reply, Ttl, error_reply, ok_reply, resend_notification, root_changed_notification};
 
 use abi::{InterruptIn, ReadIn, XattrSize, opcode};
@@ -37,7 +37,7 @@ pub enum WireError {
 /// One request of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request<'a> {
-    /// Names the request; to be repeated as it is. Bit 63 marks a request that an earlier reader didn't answer.
+    /// Names the request; to be repeated as it is. See [`Request::was_taken_before`].
     pub unique: u64,
     pub node: u64,
     /// The thread that asks, as `soci-mount`'s PID namespace sees it; 0 if it cannot.
@@ -110,6 +110,11 @@ impl<'a> Request<'a> {
             .and_then(|len| Operation::parse(header.opcode, &body[..len]))
             .unwrap_or(Operation::Malformed);
         Ok(Request { unique: header.unique, node: header.nodeid, pid: header.pid, operation })
+    }
+
+    /// Whether the kernel says that an earlier reader of the device did not answer it (`FUSE_UNIQUE_RESEND`).
+    pub fn was_taken_before(&self) -> bool {
+        self.unique >> 63 == 1
     }
 }
 
