@@ -28,8 +28,8 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("grpc", &["oci", "layout", "snapshot", "layers", "registry", "keychain"]),
     ("config", &["layout", "oci"]),
     ("telemetry", &["oci", "sys"]),
-    ("custodian", &["layout", "sys", "snapshot", "unpack"]),
-    ("unpack", &["sys", "tar"]),
+    ("custodian", &["oci", "layout", "sys", "snapshot", "unpack"]),
+    ("unpack", &["oci", "sys", "tar"]),
     ("holder", &["layout", "sys", "fs"]),
     (
         "cli",
