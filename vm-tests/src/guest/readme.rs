@@ -37,7 +37,9 @@ fn commands() -> Vec<&'static str> {
 
 /// `amzn2` or `amzn2023`: whose package is in this machine's repository.
 fn distribution() -> Outcome<String> {
-    Ok(shell("ls /vm/repo | sed -n 's/^soci-snapshotter-[0-9].*\\.\\(amzn[0-9]*\\)\\.x86_64\\.rpm$/\\1/p'")?.trim().to_owned())
+    Ok(shell("ls /vm/repo | sed -n 's/^soci-snapshotter-[0-9].*\\.\\(amzn[0-9]*\\)\\.x86_64\\.rpm$/\\1/p'")?
+        .trim()
+        .to_owned())
 }
 
 /// Runs the page's one command that begins so; what it printed.
