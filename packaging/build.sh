@@ -86,8 +86,9 @@ rpmbuild_for() { # rpmbuild_for WHAT DIST ARCH MORE…
 
 srpm() {
     sources
-    rpmbuild_for -bs amzn2023 x86_64 --undefine dist >"$TOP/srpm.log" 2>&1 || { tail -n 30 "$TOP/srpm.log" >&2; die "no source package"; }
-    ls "$TOP"/SRPMS/*.src.rpm
+    # The same for both distributions, so without a name of either.
+    rpmbuild -bs --nodeps --define "_topdir $TOP" --define "soci_release $RELEASE" --define "amzn 2023" "$TOP/SOURCES/$NAME.spec" >"$TOP/srpm.log" 2>&1 || { tail -n 30 "$TOP/srpm.log" >&2; die "no source package"; }
+    ls "$TOP/SRPMS/$NAME-$VERSION-$RELEASE.src.rpm"
 }
 
 compile() {
