@@ -22,6 +22,7 @@ mod layers;
 mod licences;
 mod model;
 mod operator;
+mod packages;
 mod privilege;
 mod pull;
 mod referrers;
