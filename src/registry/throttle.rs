@@ -140,7 +140,8 @@ impl Throttle {
         let climb = Climb::new(most.unwrap_or(MOST).max(1));
         let state =
             State { climb, in_flight: 0, readers: 0, read: None, waiting: 0, since: None, bytes: 0, slack: false };
-        let inner = Inner { state: Mutex::new(state), freed: Notify::new(), begun: Instant::now(), is_limited: most.is_some() };
+        let inner =
+            Inner { state: Mutex::new(state), freed: Notify::new(), begun: Instant::now(), is_limited: most.is_some() };
         Throttle(Arc::new(inner))
     }
 

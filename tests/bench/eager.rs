@@ -276,7 +276,8 @@ fn row(image: &str, engines: &[Kind], curl: f64, bounds: Bounds, runs: &[Vec<Run
     let pull_of = |kind: Kind| {
         engines.iter().position(|e| *e == kind).map(|at| of(&runs[at], |r| r.pull)).filter(|pull| pull.is_finite())
     };
-    let fallback = engines.iter().position(|e| *e == Kind::Fallback).map(|at| &runs[at]).filter(|runs| !runs.is_empty());
+    let fallback =
+        engines.iter().position(|e| *e == Kind::Fallback).map(|at| &runs[at]).filter(|runs| !runs.is_empty());
     let Some(fallback) = fallback else {
         row.extend(["–"; 4].map(String::from));
         return row;
