@@ -82,10 +82,7 @@
 //!     `discard_unpacked_layers` says, where the Go daemon refuses to start: one key is to be enough to pull eagerly.
 //! 12. **The daemon tells how it is on a socket of its own** beside containerd's: one JSON document over HTTP (`daemon::condition`), for `soci
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
-//! 13. **What containerd needs to reach a registry is not written down twice.** `[registry] config_path` and `soci --hosts-dir` are by default
-//!     `/etc/containerd/certs.d:/etc/docker/certs.d`, as in containerd 2.2. The Go product reads neither; on a node that has none nothing changes,
-//!     and where both speak of one registry `config check` says who is heard.
-//! 14. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
+//! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!     if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
 //! 14. **A fat layer is inflated on all cores where that can be done, and nothing has to be believed for it.** A part is decoded ahead of its turn from
 //!     where a gzip member or a zstd frame seems to begin, or from a checkpoint; it counts only if the decoder before it ends in the state that the
@@ -103,11 +100,14 @@
 //!     (contents shared where the filesystem can). They are shared by all containers with the same mappings and outlive the daemon; the
 //!     Go daemon makes them per container and forgets the mappings when it ends. File capabilities are made those of the namespace,
 //!     ACLs are shown as they are. Id-mapped mounts would cost nothing, but take a kernel of 5.19 (6.12 for FUSE) and a privileged mount.
+//! 18. **What containerd needs to reach a registry is not written down twice.** `[registry] config_path` and `soci --hosts-dir` are by default
+//!     `/etc/containerd/certs.d:/etc/docker/certs.d`, as in containerd 2.2. The Go product reads neither; on a node that has none nothing changes,
+//!     and where both speak of one registry `config check` says who is heard.
 //!
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout notation                   no I/O
+//!   words       oci layout notation sync              no I/O; sync: the locks whose interleavings are explored
 //!   pure        ztoc inflate tar bolt                 bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
@@ -154,6 +154,7 @@ pub mod oci;
 pub mod pull;
 pub mod registry;
 pub mod snapshot;
+mod sync;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;
