@@ -4,8 +4,10 @@
 //! <root>/                         0700, default /var/lib/soci-snapshotter-grpc
 //!   artifacts.db                  what the soci tool made here (bbolt, shared with the Go CLI)
 //!   content/                      OCI layout: SOCI indexes and zTOCs as fetched
+//!   checkpoints/<hex>             where inflating a pulled layer can begin: a zinfo
 //!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
 //!   snapshotter/metadata.redb     snapshot records
+//!   snapshotter/metadata.db       those of a Go snapshotter that was here before (bbolt); read once, kept
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
 //!   snapshotter/snapshots/<id>/   fs (directory, or symlink to ../../lazy/<id>), work, lazy.json, unpack
 //!   settings.toml                 the settings of the last good start
@@ -50,6 +52,9 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Name of a snapshot's content within its directory.
+    pub const FS: &'static str = "fs";
+
     /// The layout below `root`.
     pub fn new(root: impl Into<PathBuf>) -> Layout {
         Layout { root: root.into() }
@@ -60,6 +65,10 @@ impl Layout {
     /// The OCI layout that holds SOCI indexes and zTOCs.
     pub fn content(&self) -> PathBuf {
         self.root.join("content")
+    }
+    /// Its list of manifests, which only the Go snapshotter writes entries to.
+    pub fn content_index(&self) -> PathBuf {
+        self.content().join("index.json")
     }
     /// The soci tool's record of the artifacts it made.
     pub fn artifacts_db(&self) -> PathBuf {
@@ -77,11 +86,23 @@ impl Layout {
     pub fn layer(&self, layer: &Digest) -> PathBuf {
         self.layers().join(layer.hex())
     }
+    /// Checkpoints of pulled layers, by digest.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+    /// The zTOC of a lazily loaded layer.
+    pub fn layer_ztoc(&self, layer: &Digest) -> PathBuf {
+        self.layer(layer).join("ztoc")
+    }
     pub fn snapshotter(&self) -> PathBuf {
         self.root.join("snapshotter")
     }
     pub fn snapshot_db(&self) -> PathBuf {
         self.snapshotter().join("metadata.redb")
+    }
+    /// The snapshot records of a Go snapshotter that was here before.
+    pub fn go_snapshot_db(&self) -> PathBuf {
+        self.snapshotter().join("metadata.db")
     }
     /// Mount point of the one FUSE mount.
     pub fn lazy(&self) -> PathBuf {
@@ -96,7 +117,7 @@ impl Layout {
     }
     /// Content of a snapshot: a directory, or for a lazy layer a symlink to [`Layout::lazy_link`].
     pub fn snapshot_fs(&self, id: SnapshotId) -> PathBuf {
-        self.snapshot(id).join("fs")
+        self.snapshot(id).join(Layout::FS)
     }
     /// Overlay work directory of an active snapshot.
     pub fn snapshot_work(&self, id: SnapshotId) -> PathBuf {

@@ -84,12 +84,23 @@
 //!     status`, `explain` and `doctor`, and for curl. A method of the gRPC service would have shared that server's limits and its fate.
 //! 13. **`soci enable` lets containerd judge**: what it would write is shown to `containerd config dump` beside what is in effect, and taken only
 //!     if the one is the other plus what is wanted. Versions of containerd differ in how they merge files; this does not have to know how.
+//! 14. **A fat layer is inflated on all cores where that can be done, and nothing has to be believed for it.** A part is decoded ahead of its turn from
+//!     where a gzip member or a zstd frame seems to begin, or from a checkpoint; it counts only if the decoder before it ends in the state that the
+//!     part began with: place, unused bits, window. What builders make (one member) has no such places at first: then inflating, hashing and
+//!     making files overlap, and the checkpoints that are passed are kept as a zinfo (`checkpoints/`, 64 MiB, oldest first out) for the next pull of
+//!     the layer: after its image was removed, or above other layers. A lazy layer's zTOC serves as well. They are not given to `soci create`,
+//!     which must make the same bytes whoever runs it.
+//! 15. **A layer is downloaded once, and unpacked once for each place it has.** Two images with the same layer above different ones share the download
+//!     through a file without name, made when the second comes; what had gone by is fetched again. A download that nobody waits for ends within a
+//!     second of the cancelled request, two minutes after containerd was last left to pull a layer itself.
+//! 16. **One count of requests** (`registry::Throttle`) for pulls and streaming. The operator's limit holds for both; a read that a container waits
+//!     for goes through it, and pulls leave it the link while it is on its way.
 //!
 //! # Who may name whom
 //!
 //! ```text
 //!   words       oci layout notation                   no I/O
-//!   pure        ztoc inflate tar                      bytes in, values out; no tokio, clock or lock
+//!   pure        ztoc inflate tar bolt                 bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
 //!   pull path   pull                                  names registry, inflate and snapshot; processes and files are the custodian's
@@ -117,6 +128,7 @@
 //! that a layer's paths need but the layer does not list. *holder*: `soci-mount` after it has mounted. *lazy*: served through FUSE
 //! while it arrives.
 
+pub mod bolt;
 pub mod cli;
 pub mod config;
 pub mod custodian;

@@ -1,8 +1,9 @@
 //! The lazy filesystem under the real kernel: what it shows is what `tar` unpacks, and nobody waits for somebody else.
 
-mod lab;
+pub(crate) mod lab;
 
-use lab::{Member, Mount, Overlay, Place, Source, Tar, layer, pattern, until};
+pub(crate) use lab::until;
+use lab::{Member, Mount, Overlay, Place, Source, Tar, layer, pattern};
 use soci::fs::wire::Resend;
 use soci::fs::{Connection, ReadError};
 use soci::layers::toc::EntryKind;
@@ -60,7 +61,7 @@ impl And for Tar {
 }
 
 /// All that can be seen of a file from outside; inode numbers as the set of names that share one.
-fn describe(root: &Path) -> BTreeMap<String, String> {
+pub(crate) fn describe(root: &Path) -> BTreeMap<String, String> {
     fn xattrs(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let mut list = vec![0; 65536];
         let len = rustix::fs::llistxattr(path, &mut list[..]).unwrap();

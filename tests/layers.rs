@@ -3,7 +3,7 @@
 mod background;
 mod disk;
 mod faults;
-mod lab;
+pub(crate) mod lab;
 mod large;
 mod reads;
 mod store;

@@ -4,6 +4,7 @@ mod architecture;
 mod certificates;
 mod cli;
 mod config;
+mod crash;
 mod daemon;
 mod e2e;
 #[path = "support/fault_registry.rs"]
@@ -32,4 +33,5 @@ mod registry_tls;
 mod resume;
 mod storm;
 mod support;
+mod takeover;
 mod units;

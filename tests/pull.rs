@@ -1,5 +1,10 @@
 //! Layers that arrive whole (scenarios I-PF-*, I-PP*, I-PM6): through real containerds, a real registry, and one that misbehaves.
 
+mod link;
+mod parts;
+mod sharing;
+mod usage;
+
 use crate::support::command::{attempt, output, text};
 use crate::support::containerd::{Containerd, Options, Version};
 use crate::support::daemon::{Layers, convert};

@@ -276,7 +276,8 @@ settings! {
         /// Formerly experimental_parallel_pull_as_fallback.
         parallel_pull_as_fallback: bool = Flag(false)
             => "parallel_pull_as_fallback" | "experimental_parallel_pull_as_fallback";
-        /// Range requests in flight, all images together. 0 or negative: as many as help.
+        /// Range requests in flight, all images together, streaming of lazy layers included; a read that a container waits for
+        /// is never held back, but counts. 0 or negative: as many as help.
         max_concurrent_downloads: Limit = open_limit(-1) => "max_concurrent_downloads";
         /// Range requests in flight for one image. The number below, which the Go snapshotter's sample file lists too, means
         /// as many as help, and so do 0 and negative numbers.

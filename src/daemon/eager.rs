@@ -13,13 +13,18 @@ use crate::{
     layers::Scheduler,
     layout::{Layout, SnapshotId},
     oci::{Descriptor, Digest, Reference},
-    pull::{self, Budget, Contents, Depth, Ingest, Keep, ProgramError, Programs, Settings, UnpackFailure, Unpacker},
+    pull::{
+        self, Budget, Contents, Depth, Indexed, Ingest, Keep, Known, ProgramError, Programs, Settings, UnpackFailure,
+        Unpacker,
+    },
     registry,
     snapshot::{Extent, NotPulled, Usage, chain},
+    sys::map::Mapping,
+    ztoc::{Compression, Limits, Span, Ztoc},
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use std::{io, ops::Range, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{fs::File, io, ops::Range, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 /// How long a pull waits to hear whether containerd has a blob; a healthy one answers in a millisecond.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -59,6 +64,22 @@ pub fn settings(config: &Config) -> Result<Settings, ProgramError> {
             config::ContentStoreType::Containerd if wanted && !pull.discard_unpacked_layers => Keep::InContainerd,
             config::ContentStoreType::Containerd | config::ContentStoreType::Soci => Keep::Nowhere,
         },
+    })
+}
+
+/// Checkpoints of layers that were loaded lazily, from their zTOCs.
+pub fn indexed(layout: Layout) -> Indexed {
+    Box::new(move |layer| {
+        let file = File::open(layout.layer_ztoc(layer)).ok()?;
+        let bytes = Mapping::of(&file).ok()?;
+        let ztoc = Ztoc::parse(&bytes, &Limits::default()).ok()?;
+        let point = |span: &Span| pull::Point {
+            input: span.compressed.start + u64::from(span.bits != 0),
+            bits: span.bits,
+            window: span.window.start as u64..span.window.end as u64,
+        };
+        let table = ztoc.spans();
+        (table.compression == Compression::Gzip).then(|| Known::new(file, table.spans.iter().map(point).collect()))
     })
 }
 
@@ -133,7 +154,7 @@ impl pull::Observer for Told {
 /// Hears of every exchange with a registry: as the metrics do, and whether a registry has had enough.
 pub struct Exchanges {
     pub observers: Arc<Observers>,
-    pub throttle: pull::Throttle,
+    pub throttle: registry::Throttle,
 }
 
 impl registry::Observer for Exchanges {

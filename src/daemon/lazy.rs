@@ -3,6 +3,7 @@
 //! ```text
 //! prepare:  index ▶ zTOC ▶ open the layer ▶ attributes of implied directories ▶ record, durable ▶ tree ▶ streaming
 //! recover:  record ▶ open the layer ▶ tree ▶ streaming                    (no network)
+//! adopt:    labels of a snapshot without record (the Go snapshotter's) ▶ as prepare
 //! ```
 //!
 //! Invariant: a layer is in the tree only after its record is on disk, so whatever containerd was told survives a crash.
@@ -14,11 +15,12 @@ use super::{
     implied::{self, Below, Shown},
     observe::Observers,
     record::LazyRecord,
+    takeover::Waiting,
 };
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
-    index::{ImageTarget, Indexes, NoIndex, SociIndex, ZtocDescriptor, prefetch::Prefetch},
+    index::{ImageTarget, Indexes, NoIndex, SociIndex, Ways, ZtocDescriptor, prefetch::Prefetch},
     layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -70,8 +72,10 @@ pub struct LazyMounts {
     pub registry: Registry,
     pub indexes: Indexes,
     pub containerd: ContainerdContent,
-    /// Where containerd's content store is also asked for indexes and zTOCs.
-    pub artifacts: Option<Artifacts>,
+    /// Indexes and zTOCs that containerd's content store has.
+    pub artifacts: Artifacts,
+    /// Whether they are looked for at every Prepare, and not only for what was lazy before (`content_store.type`).
+    pub asks_containerd: bool,
     pub store: Arc<LayerStore>,
     pub tree: Arc<Tree>,
     pub observers: Arc<Observers>,
@@ -88,6 +92,8 @@ pub struct State {
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
     /// The layer that each snapshot uses in the store, from before it is opened until it is let go. Leaf lock.
     claims: Mutex<HashMap<SnapshotId, Digest>>,
+    /// What the Go snapshotter had mounted and we have not yet.
+    pub waiting: Waiting,
     /// One at a time shows again what could not be shown at start.
     healing: tokio::sync::Mutex<()>,
     /// Indexes whose layers were opened ahead of their Prepares, lately.
@@ -107,8 +113,8 @@ impl LazyMounts {
             warmed.insert(target.manifest)
         };
         if let (true, Ok(repository)) = (first, self.registry.repository(&target.reference)) {
-            let layer = target.layer;
-            tokio::spawn(async move { repository.warm(layer, CONNECTIONS).await });
+            let (layer, connections) = (target.layer, self.store.shared().scheduler.within_limit(CONNECTIONS));
+            tokio::spawn(async move { repository.warm(layer, connections).await });
         }
     }
 
@@ -196,8 +202,28 @@ impl LazyMounts {
         self.show(id, &record, implied, layer).map_err(|e| e.to_string())
     }
 
+    /// Whether reads of that layer are answered.
+    pub fn is_mounted(&self, id: SnapshotId) -> bool {
+        self.mounted().contains_key(&id)
+    }
+
+    /// Makes a layer lazy that was so in another snapshotter's hands. The rest of its image is there already or waits for the same.
+    pub async fn adopt(
+        self: &Arc<Self>,
+        id: SnapshotId,
+        target: &Target,
+        parents: &[SnapshotId],
+    ) -> Result<(), NotLazyReason> {
+        self.make_lazy_in_time(id, target, parents, Ways::All).await
+    }
+
     /// Tries once more what failed at start: a disk that was full or slow, descriptors that had run out.
     async fn heal(&self, id: SnapshotId) -> bool {
+        if self.state.waiting.has(id) {
+            let patience = self.settings().mount_timeout;
+            self.state.waiting.hurry(id, patience).await;
+            return self.mounted().contains_key(&id);
+        }
         let _one = self.state.healing.lock().await;
         if self.mounted().contains_key(&id) {
             return true;
@@ -225,6 +251,17 @@ impl LazyMounts {
 
     /// Forgets everything that is done for `id`: takes its layer out of the tree, and off the disk if nobody else uses it.
     fn let_go(&self, id: SnapshotId) {
+        self.state.waiting.forget(id);
+        self.undo(id);
+    }
+
+    /// What was adopted turned out to be removed.
+    pub fn abandon(&self, id: SnapshotId) {
+        self.let_go(id);
+    }
+
+    /// What was done for `id` so far is undone; it may be tried again.
+    fn undo(&self, id: SnapshotId) {
         if self.mounted().remove(&id).is_some() {
             self.tree.remove(id);
             self.observers.unmounted(id);
@@ -307,6 +344,7 @@ impl LazyMounts {
         id: SnapshotId,
         target: &Target,
         parents: &[SnapshotId],
+        ways: Ways,
     ) -> Result<(), NotLazyReason> {
         let image = target.reference.to_string();
         let unresolved = |why: String| NotLazyReason::Unresolved { layer: target.layer, image: image.clone(), why };
@@ -315,18 +353,20 @@ impl LazyMounts {
             manifest: target.manifest,
             explicit: target.index.clone(),
         };
-        if let Some(artifacts) = &self.artifacts {
-            artifacts.bring(&target.namespace, target.manifest, target.index.as_deref()).await;
+        if self.asks_containerd || ways == Ways::All {
+            self.artifacts.bring(&target.namespace, target.manifest, target.index.as_deref()).await;
         }
         // Whether containerd has the layer already is asked while the index comes; an answer that takes longer is not waited for.
         self.warm(target);
         let local = self.local(&target.namespace, target.layer);
-        let (index, is_local) = tokio::join!(self.indexes.get(&wanted), local.is_there());
+        let (index, is_local) = tokio::join!(self.indexes.search(&wanted, ways), local.is_there());
         let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex {
             image: image.clone(),
             why: crate::snapshot::chain(&why),
         })?;
-        self.open_ahead(&index, target);
+        if ways == Ways::Configured {
+            self.open_ahead(&index, target);
+        }
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
         let record = LazyRecord::new(target, ztoc, parents.len());
         let layer = self.open(id, &record).await.map_err(unresolved)?;
@@ -351,6 +391,49 @@ impl LazyMounts {
         };
         for range in wanted.ranges(last) {
             self.store.shared().scheduler.prefetch(layer, *range.start() as usize..*range.end() as usize + 1);
+        }
+    }
+
+    /// [`LazyMounts::make_lazy`] within the time that a Prepare may take. After an error nothing of it is left.
+    async fn make_lazy_in_time(
+        self: &Arc<Self>,
+        id: SnapshotId,
+        target: &Target,
+        parents: &[SnapshotId],
+        ways: Ways,
+    ) -> Result<(), NotLazyReason> {
+        let started = Instant::now();
+        // In a task of its own: cut off in the middle, it would leave a layer half opened.
+        let (me, wanted, below) = (self.clone(), target.clone(), parents.to_vec());
+        let mut work = tokio::spawn(async move { me.make_lazy(id, &wanted, &below, ways).await });
+        // Nobody but us waits for what is adopted, and an attempt must have ended before the next begins.
+        let limit = self.settings().mount_timeout.filter(|_| ways == Ways::Configured);
+        let ended = match limit {
+            Some(limit) => tokio::time::timeout(limit, &mut work).await,
+            None => Ok((&mut work).await),
+        };
+        match ended {
+            Ok(Ok(Ok(()))) => {
+                self.observers.prepared(&target.layer, started.elapsed());
+                Ok(())
+            }
+            Ok(Ok(Err(reason))) => {
+                self.undo(id);
+                Err(reason)
+            }
+            Ok(Err(_)) => {
+                self.undo(id);
+                Err(NotLazyReason::Unserved { layer: target.layer, why: "the work ended early".into() })
+            }
+            Err(_) => {
+                // containerd unpacks the layer; what comes of the work is not wanted any more.
+                let me = self.clone();
+                tokio::spawn(async move {
+                    let _ = work.await;
+                    me.undo(id);
+                });
+                Err(NotLazyReason::Timeout(target.layer))
+            }
         }
     }
 
@@ -395,39 +478,7 @@ impl LazyLayers for Arc<LazyMounts> {
         target: &'a Target,
         parents: &'a [SnapshotId],
     ) -> BoxFuture<'a, Result<(), NotLazyReason>> {
-        Box::pin(async move {
-            let started = Instant::now();
-            // In a task of its own: cut off in the middle, it would leave a layer half opened.
-            let (me, wanted, below) = (self.clone(), target.clone(), parents.to_vec());
-            let mut work = tokio::spawn(async move { me.make_lazy(id, &wanted, &below).await });
-            let ended = match self.settings().mount_timeout {
-                Some(limit) => tokio::time::timeout(limit, &mut work).await,
-                None => Ok((&mut work).await),
-            };
-            match ended {
-                Ok(Ok(Ok(()))) => {
-                    self.observers.prepared(&target.layer, started.elapsed());
-                    Ok(())
-                }
-                Ok(Ok(Err(reason))) => {
-                    self.let_go(id);
-                    Err(reason)
-                }
-                Ok(Err(_)) => {
-                    self.let_go(id);
-                    Err(NotLazyReason::Unserved { layer: target.layer, why: "the work ended early".into() })
-                }
-                Err(_) => {
-                    // containerd unpacks the layer; what comes of the work is not wanted any more.
-                    let me = self.clone();
-                    tokio::spawn(async move {
-                        let _ = work.await;
-                        me.let_go(id);
-                    });
-                    Err(NotLazyReason::Timeout(target.layer))
-                }
-            }
-        })
+        Box::pin(self.make_lazy_in_time(id, target, parents, Ways::Configured))
     }
 
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool> {

@@ -2,7 +2,7 @@
 //!
 //! [`run`] reads like that account. [`lazy`] is where a Prepare becomes a lazily loaded layer; [`eager`]
 //! is what pulled layers stand on; [`record`] is what makes it one again
-//! after a restart; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
+//! after a restart; [`takeover`] does so for what the Go snapshotter had mounted; [`implied`] gives directories the attributes that a layer leaves to those below; [`artifacts`] finds indexes that
 //! containerd has; [`condition`] tells `soci status` how we are; [`decisions`] remembers what was decided for each layer and why;
 //! [`settings`] are those of the file, or the last good ones; [`root`] is what must be true of the root directory; [`reload`] takes a changed
 //! configuration; [`systemd`] tells the service manager how we are.
@@ -23,6 +23,7 @@ mod root;
 mod run;
 mod settings;
 mod systemd;
+mod takeover;
 
 pub use registries::{logins_of, registry_of};
 pub use run::{discovery, main};

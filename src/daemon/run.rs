@@ -11,6 +11,7 @@ use super::{
     root::{self, RootError},
     settings::{self, Chosen},
     systemd::{self, Note},
+    takeover,
 };
 use crate::{
     config::{
@@ -305,9 +306,10 @@ async fn serve(
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
-        let (pulls, lazy) = (lazy.pulls.clone(), Arc::new(lazy.clone()));
+        let (pulls, lazy) = (lazy.pulls.clone(), lazy.clone());
         move || {
-            let opening = Snapshotter::open(snapshots.clone(), lazy.clone(), Arc::new(pulls.clone()), disk.clone());
+            let layers = Arc::new(lazy.clone());
+            let opening = Snapshotter::open(snapshots.clone(), layers, Arc::new(pulls.clone()), disk.clone());
             let pulls = pulls.clone();
             async move {
                 let snapshotter = opening.await?;
@@ -319,12 +321,23 @@ async fn serve(
     let records = record::all(&layout);
     match open().await {
         Ok(snapshotter) => {
-            recover(snapshotter.lazy_layers()?, &lazy, Unreferenced::Removed).await;
+            let recorded = takeover::adopt(&snapshotter, &lazy)?;
+            // What waits may still find its layer in the store.
+            let unreferenced = if lazy.state.waiting.is_empty() { Unreferenced::Removed } else { Unreferenced::Kept };
+            recover(recorded, &lazy, unreferenced).await;
             door.open(snapshotter);
         }
         // Containers read these, whatever else is wrong.
         Err(error) if !records.is_empty() => {
-            condition.open_later(&error, open);
+            let lazy_later = lazy.clone();
+            condition.open_later(&error, move || {
+                let (opening, lazy) = (open(), lazy_later.clone());
+                async move {
+                    let snapshotter = opening.await?;
+                    takeover::adopt(&snapshotter, &lazy)?;
+                    Ok(snapshotter)
+                }
+            });
             recover(records.clone(), &lazy, Unreferenced::Kept).await;
         }
         Err(error) => return Err(error.into()),
@@ -514,7 +527,7 @@ fn lazy_side(
 ) -> Result<LazyMounts, StartError> {
     let Parts { tree, observers, unpacker } = parts;
     let keychain = Arc::new(Keychain::new(registries::keychain_sources(config, cri_logins)));
-    let throttle = pull::Throttle::new(pulling.downloads);
+    let throttle = registry::Throttle::new(pulling.downloads);
     let exchanges = eager::Exchanges { observers: observers.clone(), throttle: throttle.clone() };
     let registry = Registry::observed(
         registries::http_settings(config),
@@ -524,14 +537,11 @@ fn lazy_side(
     )?;
     let store = ContentStore::soci(layout)?;
     let containerd = ContainerdContent::new(config.content_store.containerd_address.clone());
-    let artifacts = match config.content_store.kind {
-        config::ContentStoreType::Containerd => Some(Artifacts::new(containerd.clone(), store.clone())),
-        config::ContentStoreType::Soci => None,
-    };
+    let artifacts = Artifacts::new(containerd.clone(), store.clone());
     let indexes = Indexes::observed(registry.clone(), store, discovery(config), observers.clone());
     let shared = Shared::new(
         InflatedCache::new(config.layer_store.cache_memory_bytes),
-        Scheduler::new(scheduling(config)),
+        Scheduler::new(scheduling(config), throttle.clone()),
         tokio::runtime::Handle::current(),
         observers.clone(),
     );
@@ -548,6 +558,8 @@ fn lazy_side(
         unpacker,
         observer: Arc::new(eager::Told { scheduler: shared.scheduler.clone(), observers: observers.clone() }),
         throttle,
+        shelf: pull::Shelf::open(layout.checkpoints(), eager::indexed(layout.clone())),
+        scratch: layout.root().to_owned(),
     };
     Ok(LazyMounts {
         layout: layout.clone(),
@@ -555,6 +567,7 @@ fn lazy_side(
         indexes,
         containerd,
         artifacts,
+        asks_containerd: config.content_store.kind == config::ContentStoreType::Containerd,
         store: Arc::new(LayerStore::new(layout.clone(), shared, Limits::default())),
         tree,
         observers,

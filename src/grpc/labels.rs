@@ -38,6 +38,13 @@ pub fn extraction(labels: &Labels, namespace: Option<&str>) -> Result<Option<Ext
     Ok(Some(Extraction { chain_id: chain_id.clone(), namespace, size, target }))
 }
 
+/// The layer that a committed lazy snapshot shows, by the labels that it got when it was prepared, here or by the Go snapshotter.
+pub fn committed(labels: &Labels) -> Result<Target, NotLazyReason> {
+    let namespace = labels.get(label::NAMESPACE).ok_or(NotLazyReason::LabelMissing(label::NAMESPACE))?;
+    let namespace = valid(namespace).ok_or_else(|| invalid(label::NAMESPACE, "it is not the name of a namespace"))?;
+    target(labels, namespace, labels.get(label::SIZE).and_then(|size| size.parse().ok()))
+}
+
 fn target(labels: &Labels, namespace: &str, size: Option<u64>) -> Result<Target, NotLazyReason> {
     let reference: Reference = required(labels, label::IMAGE_REF)?;
     let manifest: Digest = required(labels, label::MANIFEST_DIGEST)?;

@@ -23,6 +23,8 @@
 //!   made here, empty, and never looked into.
 //! * Unmounting takes the capability this process gave away, so it is done by a second, short-lived `soci-mount --unmount`.
 //!
+//! What a Go snapshotter that was here before has left mounted is detached first, as nobody else may.
+//!
 //! Absent on purpose: serving. A holder that parsed requests could be made to hang or die by them.
 #![forbid(unsafe_code)]
 
@@ -149,6 +151,7 @@ fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
     let Some(lock) = lock_unless_held(layout)? else {
         return Ok(());
     };
+    detach_predecessors(layout);
     let store = Store::open();
     let holding = match still_held(layout)? {
         Some(holding) => holding,
@@ -278,6 +281,38 @@ impl Kept {
         let journal = fds.next();
         let sound = journal.as_ref().is_none_or(|fd| shared::is_shared(fd.as_fd()));
         (sound && fds.next().is_none()).then_some(Kept { device, init, journal })
+    }
+}
+
+/// The Go snapshotter mounted each lazily loaded layer on its own directory, and leaves those mounts behind when it ends: nobody will ever answer
+/// there again. One that is answered belongs to a Go snapshotter that still runs, and stays; the daemon says so.
+fn detach_predecessors(layout: &Layout) {
+    let snapshots = match layout.snapshots().canonicalize() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return complain(format_args!("looking for mounts of a Go snapshotter: {error}")),
+        Ok(snapshots) => snapshots,
+    };
+    let mounts = match mountinfo::mounts_two_below(&snapshots, Layout::FS) {
+        Ok(mounts) => mounts,
+        Err(error) => return complain(format_args!("looking for mounts of a Go snapshotter: {error}")),
+    };
+    let mut detached = 0;
+    for mount in mounts.iter().filter(|mount| mount.fstype == fuse::FSTYPE) {
+        let served = is_served(&mount.point);
+        match served.and_then(|served| if served { Ok(false) } else { fuse::detach(&mount.point).map(|()| true) }) {
+            Ok(true) => detached += 1,
+            Ok(false) => complain(format_args!(
+                "{} is mounted by another snapshotter that still runs: stop it, then start soci-mount again",
+                mount.point.display()
+            )),
+            Err(error) => complain(error),
+        }
+    }
+    if detached > 0 {
+        complain(format_args!(
+            "detached {detached} dead mounts that a Go snapshotter had left below {}",
+            snapshots.display()
+        ));
     }
 }
 

@@ -4,7 +4,7 @@
 //! manifest's referrers (v1). Only "there is none" goes on to the next; trouble, and an index that is named but missing, do
 //! not: another index than the one the image was published with would be a surprise.
 
-use super::{ContentStore, DiscoverySettings, NoIndex};
+use super::{ContentStore, DiscoverySettings, NoIndex, Ways};
 use crate::{
     oci::{Digest, annotation, media_type},
     registry::Repository,
@@ -32,12 +32,24 @@ pub(super) async fn find(
     settings: &DiscoverySettings,
     manifest: Digest,
     explicit: Option<Digest>,
+    ways: Ways,
 ) -> Result<Found, NoIndex> {
     if let Some(digest) = explicit {
         tracing::debug!(digest = %digest, "using provided soci index digest");
         return Ok(Found { digest, size: None });
     }
     tracing::debug!("index digest not provided");
+    let all = DiscoverySettings { v1: true, v2: true, ..*settings };
+    let settings = match ways {
+        Ways::Configured => settings,
+        Ways::All => &all,
+    };
+    if ways == Ways::All
+        && let Ok(Some(digest)) = store.index_of(manifest).await
+    {
+        tracing::debug!(digest = %digest, "using a soci v1 index that is here already");
+        return Ok(Found { digest, size: None });
+    }
     if !settings.v1 && !settings.v2 {
         return Err(NoIndex::Disabled);
     }

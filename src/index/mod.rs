@@ -62,6 +62,15 @@ impl Default for DiscoverySettings {
     }
 }
 
+/// Where an index is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ways {
+    /// As [`DiscoverySettings`] say.
+    Configured,
+    /// For an image that was loaded lazily before: among what is here, then in every way there is, whatever is configured now.
+    All,
+}
+
 /// The image to find an index for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageTarget {
@@ -172,6 +181,7 @@ struct Key {
     locator: String,
     manifest: Digest,
     explicit: Option<Digest>,
+    ways: Ways,
 }
 
 impl Indexes {
@@ -192,17 +202,22 @@ impl Indexes {
 
     /// The index of `image`, when it and all its zTOCs are here. Cancel-safe: the search goes on for the next who asks.
     pub async fn get(&self, image: &ImageTarget) -> Result<Arc<SociIndex>, NoIndex> {
+        self.search(image, Ways::Configured).await
+    }
+
+    /// As [`Indexes::get`], looking where `ways` says.
+    pub async fn search(&self, image: &ImageTarget, ways: Ways) -> Result<Arc<SociIndex>, NoIndex> {
         let explicit = explicit(image)?;
         let settings = self.inner.settings();
-        if explicit.is_none() && !settings.v1 && !settings.v2 {
+        if explicit.is_none() && !settings.v1 && !settings.v2 && ways == Ways::Configured {
             return Err(NoIndex::Disabled);
         }
-        let key = Key { locator: image.reference.locator(), manifest: image.manifest, explicit };
+        let key = Key { locator: image.reference.locator(), manifest: image.manifest, explicit, ways };
         let (inner, image) = (self.inner.clone(), image.clone());
         self.inner
             .flights
             .get(key, move || async move {
-                match tokio::time::timeout(TIME_LIMIT, inner.find(&image, explicit)).await {
+                match tokio::time::timeout(TIME_LIMIT, inner.find(&image, explicit, ways)).await {
                     Ok(result) => result.map(Arc::new),
                     Err(_) => Err(NoIndex::TimedOut(TIME_LIMIT)),
                 }
@@ -215,7 +230,9 @@ impl Indexes {
         let explicit = explicit(image)?;
         let inner = &self.inner;
         let repository = inner.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
-        let found = discover::find(&repository, &inner.store, &inner.settings(), image.manifest, explicit).await?;
+        let found =
+            discover::find(&repository, &inner.store, &inner.settings(), image.manifest, explicit, Ways::Configured)
+                .await?;
         fetch::preview(&repository, &inner.store, &inner.settings(), &found).await.map(Arc::new)
     }
 
@@ -270,10 +287,10 @@ impl Inner {
         *self.settings.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn find(&self, image: &ImageTarget, explicit: Option<Digest>) -> Result<SociIndex, NoIndex> {
+    async fn find(&self, image: &ImageTarget, explicit: Option<Digest>, ways: Ways) -> Result<SociIndex, NoIndex> {
         let repository = self.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
         let settings = self.settings();
-        let found = discover::find(&repository, &self.store, &settings, image.manifest, explicit).await?;
+        let found = discover::find(&repository, &self.store, &settings, image.manifest, explicit, ways).await?;
         // Read by tests and scripts: this text, and text fields only.
         tracing::info!(
             digest = %found.digest,

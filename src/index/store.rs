@@ -6,7 +6,7 @@
 
 use crate::{
     layout::Layout,
-    oci::{Digest, Hasher},
+    oci::{Digest, Hasher, media_type},
 };
 use bytes::Bytes;
 use std::{
@@ -22,6 +22,47 @@ use std::{
 const LAYOUT_VERSION: &str = "1.0.0";
 /// Leftovers in `ingest` that are older belong to nobody: no fetch takes as long.
 const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// Largest list of a store's manifests that is read: some ten thousand of them.
+const LISTING_MAX: u64 = 4 << 20;
+
+/// `index.json`, as far as we care.
+#[derive(Default, serde::Deserialize)]
+struct Listing {
+    #[serde(default)]
+    manifests: Vec<Entry>,
+}
+
+#[derive(serde::Deserialize)]
+struct Entry {
+    digest: String,
+}
+
+/// What tells a SOCI index of the first version from other manifests.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Listed {
+    #[serde(default)]
+    artifact_type: Option<String>,
+    #[serde(default)]
+    config: Option<Config>,
+    subject: Entry,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Config {
+    #[serde(default)]
+    media_type: String,
+}
+
+impl Listed {
+    fn is_index_of(&self, manifest: Digest) -> bool {
+        let config = self.config.as_ref().map(|config| config.media_type.as_str());
+        let soci = [self.artifact_type.as_deref(), config].contains(&Some(media_type::SOCI_INDEX_V1));
+        soci && self.subject.digest.parse() == Ok(manifest)
+    }
+}
 
 /// Why the store does not work.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +123,28 @@ impl ContentStore {
             Ok(found == size && hash(file, &path)? == digest)
         })
         .await
+    }
+
+    /// The SOCI index here whose subject is that image manifest. Only a store that the Go snapshotter filled lists what is in it.
+    pub async fn index_of(&self, manifest: Digest) -> Result<Option<Digest>, StoreError> {
+        let ContentStore::Soci(layout) = self;
+        let path = layout.layout.content_index();
+        let listed = blocking(move || {
+            let Some(file) = open(&path)? else { return Ok(Vec::new()) };
+            let mut bytes = Vec::new();
+            file.take(LISTING_MAX).read_to_end(&mut bytes).map_err(|e| StoreError::io(&path, &e))?;
+            // A list that cannot be read lists nothing: it is looked at for the sake of speed only.
+            let listing: Listing = serde_json::from_slice(&bytes).unwrap_or_default();
+            Ok(listing.manifests.into_iter().filter_map(|entry| entry.digest.parse().ok()).collect::<Vec<Digest>>())
+        });
+        for digest in listed.await? {
+            let Some(bytes) = self.read(digest, super::fetch::INDEX_MAX).await? else { continue };
+            let read: Option<Listed> = serde_json::from_slice(&bytes).ok();
+            if read.is_some_and(|read| read.is_index_of(manifest)) {
+                return Ok(Some(digest));
+            }
+        }
+        Ok(None)
     }
 
     /// Keeps `bytes`, which must have this digest.

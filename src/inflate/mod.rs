@@ -2,7 +2,7 @@
 //!
 //! [`SpanInflater`] resumes at a checkpoint: some bits of a shared first byte, a window of the 32 KiB before, then
 //! DEFLATE data that may run through the ends and headers of gzip members; [`inflate_span`] is the same for a span that is in
-//! memory. [`LayerDecoder`] takes a whole layer from its first byte, gzip, zstd or neither. [`Raw`] is the engine below them, which can
+//! memory. [`LayerDecoder`] takes a whole layer from its first byte, gzip, zstd or neither, or from an [`Entry`] in its middle. [`Raw`] is the engine below them, which can
 //! stop at block boundaries; [`gzip`] knows the wrapper around it.
 //!
 //! All input is hostile: too little is an error, never zeros; a wrong window gives an error or wrong bytes, never
@@ -11,11 +11,13 @@
 //! Absent on purpose: digests. Whoever fetched the bytes has verified them.
 #![deny(unsafe_code)] // `raw` is the seam to zlib's C interface, the only place that may
 
+mod entry;
 pub mod gzip;
 mod raw;
 mod span;
 mod stream;
 
+pub use entry::{Entry, Marker, Place};
 pub use raw::{Progress, Raw, State, Stop};
 pub use span::{Moved, SpanInflater};
 pub use stream::{LayerDecoder, StreamError};

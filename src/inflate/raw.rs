@@ -59,6 +59,10 @@ pub struct Raw {
     stream: Box<z::z_stream>,
 }
 
+// SAFETY: the library ties a stream to no thread: its state is memory that only this stream points to, from Rust's allocator; the pointers to
+// callers' buffers are stale between calls, and nothing reads them (invariant). All methods that touch it take `&mut self`.
+unsafe impl Send for Raw {}
+
 impl Default for Raw {
     fn default() -> Raw {
         Raw::new()

@@ -5,11 +5,16 @@
 //!           ├──▶ Zstd
 //!           └──▶ Plain
 //! ```
+//! A decoder may also begin in the middle, at an [`Entry`]; and it says when it stands where another one could have begun
+//! ([`LayerDecoder::place`]). So a layer can be decompressed in parts at the same time, and the parts be checked against each other.
+//!
 //! Checksums inside the formats are not compared: who unpacks a layer compares the sha256 of all that comes out.
 #![forbid(unsafe_code)]
 
 use super::{
-    Moved, Sniffed, gzip,
+    Moved, Sniffed,
+    entry::{Entry, Place},
+    gzip,
     raw::{Corrupt, Raw, State, Stop},
     sniff,
 };
@@ -36,12 +41,15 @@ pub struct LayerDecoder {
 enum At {
     /// What there is of the first [`MAGIC`] bytes.
     Sniffing(Vec<u8>),
+    /// Before a byte that is shared with what comes before the entry; so many of its bits are ours.
+    Shared(u8, Vec<u8>),
     /// Bytes that were looked at and are still to be decoded, in front of all others.
     Header(Box<Raw>, Vec<u8>, Member),
-    Body(Box<Raw>),
+    /// Between two blocks: how many bits of the last byte have not been used.
+    Body(Box<Raw>, Option<u8>),
     /// So many bytes of the trailer are still to come.
     Trailer(Box<Raw>, usize),
-    Zstd(Box<zstd::stream::raw::Decoder<'static>>, Held),
+    Zstd(Box<zstd::stream::raw::Decoder<'static>>, Held, Frame),
     Plain(Held),
     Over,
 }
@@ -50,6 +58,13 @@ enum At {
 enum Member {
     First,
     Later,
+}
+
+/// Whether the last frame has ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    Inside,
+    Ended,
 }
 
 /// The first bytes, and how many of them are used up.
@@ -66,18 +81,53 @@ impl LayerDecoder {
         LayerDecoder::default()
     }
 
-    /// Decodes from the front of `input` to the front of `output`. Nothing moves when the input is used up, or the output.
+    /// Begins in the middle of a layer, with the first byte that `entry` needs.
+    pub fn resume(entry: &Entry) -> LayerDecoder {
+        let at = match entry {
+            Entry::Start => return LayerDecoder::default(),
+            Entry::Block { bits: 0, window } => {
+                let mut raw = Box::<Raw>::default();
+                raw.set_window(window);
+                At::Body(raw, None)
+            }
+            Entry::Block { bits, window } => At::Shared(*bits, window.clone()),
+        };
+        LayerDecoder { at }
+    }
+
+    /// Decodes from the front of `input` to the front of `output`, until one of them is used up, or until it stands at a [`Place`].
     pub fn decode(&mut self, input: &[u8], output: &mut [u8]) -> Result<Moved, StreamError> {
         let mut moved = Moved { read: 0, written: 0 };
         while moved.written < output.len() {
             let step = self.step(&input[moved.read..], &mut output[moved.written..])?;
             moved.read += step.0.read;
             moved.written += step.0.written;
-            if step.1 == Step::Starved {
+            if step.1 == Step::Starved || self.place().is_some() {
                 break;
             }
         }
         Ok(moved)
+    }
+
+    /// Where it stands, if another decoder could begin there. Only what was decoded last counts: ask before going on.
+    pub fn place(&self) -> Option<Place> {
+        match &self.at {
+            At::Body(_, Some(bits)) => Some(Place::Block { bits: *bits }),
+            At::Header(_, held, Member::Later) if held.is_empty() => Some(Place::Start),
+            At::Zstd(_, held, Frame::Ended) if held.1 == held.0.len() => Some(Place::Start),
+            _ => None,
+        }
+    }
+
+    /// What the layer is, once that is known.
+    pub fn format(&self) -> Option<Sniffed> {
+        match &self.at {
+            At::Sniffing(_) => None,
+            At::Shared(..) | At::Header(..) | At::Body(..) | At::Trailer(..) => Some(Sniffed::Gzip),
+            At::Zstd(..) => Some(Sniffed::Zstd),
+            At::Plain(_) => Some(Sniffed::Tar),
+            At::Over => Some(Sniffed::Unknown),
+        }
     }
 
     /// No more bytes will come: whether the last thing that began also ended, and what was held back of a layer shorter than its magic.
@@ -85,7 +135,7 @@ impl LayerDecoder {
         match &self.at {
             At::Sniffing(held) => held.is_empty(),
             At::Header(_, held, member) => *member == Member::Later && held.is_empty(),
-            At::Body(_) | At::Trailer(..) => false,
+            At::Shared(..) | At::Body(..) | At::Trailer(..) => false,
             At::Zstd(..) | At::Plain(_) | At::Over => true,
         }
     }
@@ -104,11 +154,21 @@ impl LayerDecoder {
                 let held = std::mem::take(held);
                 self.at = match sniff(&held) {
                     Sniffed::Gzip => At::Header(Box::default(), held, Member::First),
-                    Sniffed::Zstd => At::Zstd(Box::new(zstd_decoder()?), Held(held, 0)),
+                    Sniffed::Zstd => At::Zstd(Box::new(zstd_decoder()?), Held(held, 0), Frame::Inside),
                     // The unpacker says what is wrong with what is no tar.
                     Sniffed::Tar | Sniffed::Unknown => At::Plain(Held(held, 0)),
                 };
                 Ok(read(wanted))
+            }
+            At::Shared(bits, window) => {
+                let Some(shared) = input.first() else {
+                    return Ok((Moved { read: 0, written: 0 }, Step::Starved));
+                };
+                let mut raw = Box::<Raw>::default();
+                raw.prime(*bits, shared >> (8 - *bits));
+                raw.set_window(window);
+                self.at = At::Body(raw, None);
+                Ok(read(1))
             }
             At::Header(raw, held, member) => {
                 let before = held.len();
@@ -129,7 +189,7 @@ impl LayerDecoder {
                     // What was held before was not enough, so the end lies in what was just added.
                     Ok(Some(length)) => {
                         raw.reset();
-                        self.at = At::Body(std::mem::take(raw));
+                        self.at = At::Body(std::mem::take(raw), Some(0));
                         Ok(read(length.saturating_sub(before)))
                     }
                     Ok(None) if held.len() == before => Err(StreamError::Header(gzip::HeaderError::Unknown)),
@@ -141,14 +201,17 @@ impl LayerDecoder {
                     Err(error) => Err(StreamError::Header(error)),
                 }
             }
-            At::Body(raw) => {
-                let step = raw.inflate(input, output, Stop::Never).map_err(|Corrupt| StreamError::Deflate)?;
+            At::Body(raw, between) => {
+                let step = raw.inflate(input, output, Stop::Block).map_err(|Corrupt| StreamError::Deflate)?;
                 let moved = Moved { read: step.read, written: step.written };
-                if step.state == State::End {
-                    self.at = At::Trailer(std::mem::take(raw), gzip::TRAILER);
-                    return Ok((moved, Step::On));
+                *between = None;
+                match step.state {
+                    State::End => self.at = At::Trailer(std::mem::take(raw), gzip::TRAILER),
+                    State::BlockEnd { last: true, .. } => {}
+                    State::BlockEnd { last: false, bits } => *between = Some(bits),
+                    State::Inside => return Ok(starved(moved)),
                 }
-                Ok(starved(moved))
+                Ok((moved, Step::On))
             }
             At::Trailer(raw, left) => {
                 let skipped = (*left).min(input.len());
@@ -159,10 +222,11 @@ impl LayerDecoder {
                 }
                 Ok((Moved { read: skipped, written: 0 }, Step::Starved))
             }
-            At::Zstd(decoder, held) => {
+            At::Zstd(decoder, held, frame) => {
                 let from_held = held.1 < held.0.len();
                 let source = if from_held { &held.0[held.1..] } else { input };
-                let moved = zstd_step(decoder, source, output)?;
+                let moved;
+                (moved, *frame) = zstd_step(decoder, source, output)?;
                 if from_held {
                     held.1 += moved.read;
                     return Ok((Moved { read: 0, written: moved.written }, Step::On));
@@ -200,12 +264,14 @@ fn zstd_step(
     decoder: &mut zstd::stream::raw::Decoder<'static>,
     input: &[u8],
     output: &mut [u8],
-) -> Result<Moved, StreamError> {
+) -> Result<(Moved, Frame), StreamError> {
     use zstd::stream::raw::{InBuffer, Operation, OutBuffer};
     let mut input = InBuffer::around(input);
     let mut output = OutBuffer::around(output);
-    decoder.run(&mut input, &mut output).map_err(|e| StreamError::Zstd(e.to_string()))?;
-    Ok(Moved { read: input.pos(), written: output.pos() })
+    // What it would like to have next; nothing once a frame has come out as a whole.
+    let wanted = decoder.run(&mut input, &mut output).map_err(|e| StreamError::Zstd(e.to_string()))?;
+    let frame = if wanted == 0 { Frame::Ended } else { Frame::Inside };
+    Ok((Moved { read: input.pos(), written: output.pos() }, frame))
 }
 
 #[cfg(test)]
@@ -223,7 +289,7 @@ mod tests {
                 let moved = decoder.decode(rest, &mut buffer)?;
                 rest = &rest[moved.read..];
                 out.extend_from_slice(&buffer[..moved.written]);
-                if moved.read == 0 && moved.written == 0 {
+                if rest.is_empty() && moved.written < buffer.len() {
                     break;
                 }
             }
@@ -279,7 +345,10 @@ mod tests {
         let whole = gzip(&[7; 100_000]);
         let mut decoder = LayerDecoder::new();
         let mut buffer = vec![0; 200_000];
-        decoder.decode(&whole[..whole.len() - 9], &mut buffer).unwrap();
+        let mut rest = &whole[..whole.len() - 9];
+        while !rest.is_empty() {
+            rest = &rest[decoder.decode(rest, &mut buffer).unwrap().read..];
+        }
         assert!(!decoder.is_whole());
     }
 }

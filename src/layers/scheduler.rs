@@ -8,6 +8,9 @@
 //! Near and background requests are sent while fewer bytes are on their way than the link holds ([`Window`]); bytes of demand
 //! count. So the link is full while anything is missing, and a blocked read finds at most one window of other bytes before its own.
 //!
+//! Pulls are asked for a share of the link ([`Scheduler::make_way`]) and, where the operator limits requests, for their leave ([`Throttle`]);
+//! they in turn give way to demand.
+//!
 //! Absent on purpose: the bytes. `fetch` moves them; this module only decides.
 
 use super::{
@@ -15,7 +18,7 @@ use super::{
     layer::Layer,
     window::{MIN_BYTES, Window},
 };
-use crate::telemetry::catalog::say;
+use crate::{registry::Throttle, telemetry::catalog::say};
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
@@ -45,6 +48,8 @@ const MAX_SILENT: usize = 64;
 const MIN_FULL: Duration = Duration::from_secs(1);
 /// See [`MIN_FULL`].
 const MAX_FULL: Duration = Duration::from_secs(60);
+/// The operator's limit of requests is used up: how soon to look again.
+const FULL_HOUSE: Duration = Duration::from_millis(50);
 /// Under a limit, requests are cut so that so many make a second's worth.
 const REQUESTS_PER_SECOND: u64 = 4;
 
@@ -148,6 +153,8 @@ struct Inner {
     state: Mutex<State>,
     wake: Notify,
     settings: RwLock<Arc<Settings>>,
+    /// Shared with pulls.
+    throttle: Throttle,
 }
 
 /// The scheduler; cheap to clone.
@@ -163,8 +170,10 @@ enum Next {
 }
 
 impl Scheduler {
-    pub fn new(settings: Settings) -> Scheduler {
-        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings: RwLock::new(Arc::new(settings)) };
+    /// `throttle`: of all requests for layers of this node.
+    pub fn new(settings: Settings, throttle: Throttle) -> Scheduler {
+        let settings = RwLock::new(Arc::new(settings));
+        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings, throttle };
         Scheduler { inner: Arc::new(inner) }
     }
 
@@ -210,11 +219,18 @@ impl Scheduler {
         self.inner.wake.notify_one();
     }
 
+    /// So many requests at once, or as many as the operator allows.
+    pub fn within_limit(&self, requests: usize) -> usize {
+        self.inner.throttle.ceiling().map_or(requests, |most| requests.min(most))
+    }
+
     /// Fetches what was taken, because a reader waits.
     pub(super) fn demand(&self, taken: Taken) {
         let (scheduler, since) = (self.clone(), Instant::now());
         self.lock().demanded = Some(since);
+        let reading = self.inner.throttle.reading();
         taken.layer().shared().runtime.clone().spawn(async move {
+            let _reading = reading;
             fetch::demand(&scheduler, taken, since).await;
             scheduler.wake();
         });
@@ -424,20 +440,29 @@ impl Scheduler {
     /// Decides until the runtime ends.
     pub async fn run(self) {
         loop {
+            let Some(slot) = self.inner.throttle.background() else {
+                tokio::time::sleep(FULL_HOUSE).await;
+                continue;
+            };
             match self.next(Instant::now()) {
                 Next::Fetch(layer, run) => {
                     let range = layer.blob_range(&run);
                     let ticket = OnTheirWay::new(&self, &layer, range.end - range.start);
                     let (scheduler, taken) = (self.clone(), Taken::new(layer, run));
                     tokio::spawn(async move {
+                        let _slot = slot;
                         fetch::background(&scheduler, taken, ticket).await;
                         scheduler.wake();
                     });
                 }
                 Next::WaitUntil(at) => {
+                    drop(slot);
                     let _ = tokio::time::timeout_at(at.into(), self.inner.wake.notified()).await;
                 }
-                Next::Wait => self.inner.wake.notified().await,
+                Next::Wait => {
+                    drop(slot);
+                    self.inner.wake.notified().await;
+                }
             }
         }
     }

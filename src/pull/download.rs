@@ -11,13 +11,10 @@
 //! Memory: pieces that have arrived before their turn are counted against one budget of the node ([`AHEAD_BYTES`]); the piece whose turn
 //! it is needs none, so every download always goes on.
 
-use super::{
-    Contents,
-    throttle::{Slot, Throttle},
-};
+use super::Contents;
 use crate::{
     oci::Digest,
-    registry::{Class, HostId, RangeBody, RegistryError, Repository},
+    registry::{Class, HostId, RangeBody, RegistryError, Repository, Slot, Throttle},
 };
 use bytes::Bytes;
 use std::{
@@ -80,11 +77,20 @@ pub trait Sink: Send {
     fn put(&mut self, bytes: Bytes) -> impl Future<Output = bool> + Send;
 }
 
+impl<S: Sink> Sink for &mut S {
+    fn put(&mut self, bytes: Bytes) -> impl Future<Output = bool> + Send {
+        (**self).put(bytes)
+    }
+}
+
 /// One layer to be downloaded.
 pub struct Wanted<'a> {
     pub repository: &'a Repository,
     pub digest: Digest,
+    /// Of the whole blob.
     pub size: u64,
+    /// What of it is wanted.
+    pub range: Range<u64>,
     /// The operator's limit for one image.
     pub limit: Option<Arc<Semaphore>>,
     /// Hosts that have served wrong bytes.
@@ -106,7 +112,7 @@ impl Downloads {
         Downloads { throttle, memory, piece: piece.map(|p| p.clamp(1, PIECE_LIMIT)), rangeless: Mutex::default() }
     }
 
-    /// Brings the layer to `sink`; the hosts that served it.
+    /// Brings what is wanted of the layer to `sink`; the hosts that served it.
     pub async fn fetch(
         &self,
         wanted: &Wanted<'_>,
@@ -114,7 +120,7 @@ impl Downloads {
         sink: &mut impl Sink,
     ) -> Result<Vec<HostId>, DownloadError> {
         let host = wanted.repository.reference().host.clone();
-        let mut delivered = 0;
+        let mut delivered = wanted.range.start;
         let error = match manner {
             Manner::Ranges if !self.is_rangeless(&host) => match self.ranges(wanted, &mut delivered, sink).await {
                 Err(DownloadError::Registry(error)) if is_about_ranges(&error) => Some(error),
@@ -153,7 +159,7 @@ impl Downloads {
         let step = self.piece_bytes(wanted.size);
         let mut hosts = Vec::new();
         let mut queue: VecDeque<Piece> = VecDeque::new();
-        let mut next = 0;
+        let mut next = wanted.range.start;
         loop {
             self.ahead(wanted, step, &mut next, &mut queue);
             let Some(piece) = queue.front_mut() else { return Ok(hosts) };
@@ -181,8 +187,8 @@ impl Downloads {
 
     /// Starts as many pieces as there is memory for, and always the one whose turn it is.
     fn ahead(&self, wanted: &Wanted<'_>, step: u64, next: &mut u64, queue: &mut VecDeque<Piece>) {
-        while *next < wanted.size && queue.len() < AHEAD_PIECES {
-            let range = *next..(*next + step).min(wanted.size);
+        while *next < wanted.range.end && queue.len() < AHEAD_PIECES {
+            let range = *next..(*next + step).min(wanted.range.end);
             let kibibytes = (range.end - range.start).div_ceil(1024) as u32;
             let memory = match self.memory.clone().try_acquire_many_owned(kibibytes) {
                 Ok(memory) => Some(memory),
@@ -227,6 +233,7 @@ impl Downloads {
                     Ok(None) => return Ok(vec![body.host()]),
                     Ok(Some(mut chunk)) => {
                         let length = chunk.len() as u64;
+                        self.throttle.give_way().await;
                         self.throttle.arrived(length);
                         at += length;
                         if at <= delivered {
@@ -235,11 +242,18 @@ impl Downloads {
                         let new = at - delivered;
                         let known = length - new;
                         // Less than the chunk's length.
-                        let chunk = chunk.split_off(known as usize);
+                        let mut chunk = chunk.split_off(known as usize);
+                        chunk.truncate(
+                            usize::try_from(wanted.range.end.saturating_sub(delivered)).unwrap_or(usize::MAX),
+                        );
                         if !sink.put(chunk).await {
                             return Err(DownloadError::NotWanted);
                         }
                         delivered = at;
+                        // Of a whole blob the end is still to come: whether there is more than there should be.
+                        if delivered >= wanted.range.end && wanted.range.end < wanted.size {
+                            return Ok(vec![body.host()]);
+                        }
                     }
                     Err(error) => break error,
                 }
@@ -344,6 +358,7 @@ impl Work {
         out: &mpsc::UnboundedSender<Result<Chunk, DownloadError>>,
     ) -> Result<(), RegistryError> {
         while let Some(bytes) = body.chunk().await? {
+            self.throttle.give_way().await;
             self.throttle.arrived(bytes.len() as u64);
             *at += bytes.len() as u64;
             if out.send(Ok(Chunk::Bytes(bytes))).is_err() {

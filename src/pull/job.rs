@@ -3,8 +3,11 @@
 use super::{
     Contents, Depth, Ingest, Keep, Observer, Settings, UnpackFailure, Unpacker,
     download::{DownloadError, Downloads, Manner, Sink, Wanted, from_contents},
+    flights::{Flights, Role},
     image::{Image, ImageLayer},
-    pipeline::{self, Passed, PipelineError},
+    parts::Crew,
+    pipeline::{self, Passed, PipelineError, Through},
+    shelf::{Draft, Inflating, Shelf},
 };
 use crate::{
     layout::SnapshotId,
@@ -28,6 +31,9 @@ pub(super) struct Workshop {
     pub unpacker: Arc<dyn Unpacker>,
     pub observer: Arc<dyn Observer>,
     pub downloads: Downloads,
+    pub flights: Flights,
+    pub shelf: Arc<Shelf>,
+    pub crew: Crew,
     /// Layers at work at a time.
     pub benches: Arc<Semaphore>,
 }
@@ -56,6 +62,21 @@ enum Origin {
     Registry(Manner),
 }
 
+/// How an attempt is made.
+struct Try<'a> {
+    origin: Origin,
+    /// Others may do some of the work: bring the bytes, inflate parts. Not again where the result was wrong.
+    help: Help,
+    /// Hosts that have served wrong bytes.
+    avoid: &'a [HostId],
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Help {
+    Welcome,
+    Unwanted,
+}
+
 /// Why an attempt failed, and whether another one may not.
 struct Failed {
     why: NotPulled,
@@ -80,11 +101,11 @@ pub(super) async fn run(shop: &Workshop, places: &dyn Places, order: &Order) -> 
     let is_there = shop.contents.size(&order.namespace, digest).await == Some(layer.blob.size);
     let contents = is_there.then_some(Origin::Contents);
     let registry = [Manner::Ranges, Manner::Ranges, Manner::Plain].map(Origin::Registry);
-    let mut avoid = Vec::new();
+    let (mut avoid, mut help) = (Vec::new(), Help::Welcome);
     let mut last = NotPulled::Abandoned;
     for origin in contents.into_iter().chain(registry) {
         let started = Instant::now();
-        match attempt(shop, places, order, origin, &avoid).await {
+        match attempt(shop, places, order, Try { origin, help, avoid: &avoid }).await {
             Ok(place) => {
                 tracing::debug!(layer = %digest, size = layer.blob.size, ?origin, took = ?started.elapsed(), "layer unpacked");
                 return Ok(Pulled { place: Arc::new(tokio::sync::Mutex::new(Some(place))) });
@@ -95,6 +116,7 @@ pub(super) async fn run(shop: &Workshop, places: &dyn Places, order: &Order) -> 
                 }
                 tracing::info!(layer = %digest, error = %failed.why, "pulling the layer again");
                 avoid.extend(failed.hosts);
+                help = Help::Unwanted;
                 last = failed.why;
             }
         }
@@ -139,13 +161,7 @@ impl Drop for Unpacking {
     }
 }
 
-async fn attempt(
-    shop: &Workshop,
-    places: &dyn Places,
-    order: &Order,
-    origin: Origin,
-    avoid: &[HostId],
-) -> Result<Box<dyn Place>, Failed> {
+async fn attempt(shop: &Workshop, places: &dyn Places, order: &Order, how: Try<'_>) -> Result<Box<dyn Place>, Failed> {
     let layer = order.layer();
     let digest = layer.blob.digest;
     let trouble =
@@ -157,17 +173,28 @@ async fn attempt(
     shop.observer.begins(id);
     let (read, write) = pipe().map_err(|e| trouble(e.to_string(), Again::Yes))?;
     let budget = shop.unpacker.room();
-    let program = shop.settings.programs.of(&layer.blob.media_type);
+    let inflating = match how.help {
+        Help::Welcome => {
+            let (shelf, size) = (shop.shelf.clone(), layer.blob.size);
+            // Files are read, of a large layer some megabytes.
+            tokio::task::spawn_blocking(move || shelf.inflating(&digest, size)).await.unwrap_or(Inflating::Alone)
+        }
+        Help::Unwanted => Inflating::Alone,
+    };
+    let through = match shop.settings.programs.of(&layer.blob.media_type) {
+        Some(program) => Through::Program(program),
+        None => Through::Inflate(inflating, &shop.crew),
+    };
     let pipeline =
-        pipeline::start(write, program, budget.bytes.saturating_mul(2)).map_err(|e| trouble(chain(&e), Again::Yes))?;
+        pipeline::start(write, through, budget.bytes.saturating_mul(2)).map_err(|e| trouble(chain(&e), Again::Yes))?;
     let worker = tokio::spawn({
         let unpacker = shop.unpacker.clone();
         let depth = if order.index == 0 { Depth::Bottom } else { Depth::Above };
         async move { unpacker.unpack(id, read, depth, budget).await }
     });
     let worker = AbortOnDrop(worker);
-    let mut feed = Feed { layer: digest, input: pipeline.input, ingest: ingest(shop, order, origin).await };
-    let fetched = bring(shop, order, origin, avoid, &mut feed).await;
+    let mut feed = Feed { layer: digest, input: pipeline.input, ingest: ingest(shop, order, how.origin).await };
+    let fetched = bring(shop, order, &how, &mut feed).await;
     let Feed { input, ingest, .. } = feed;
     drop(input);
     let passed = pipeline.result.await.unwrap_or(Err(PipelineError::Aborted));
@@ -177,7 +204,14 @@ async fn attempt(
         Ok(hosts) => hosts.clone(),
         Err(_) => Vec::new(),
     };
-    judge(layer, fetched, passed, unpacked).map_err(|(why, again)| Failed { why, again, hosts })?;
+    if let Ok(passed) = &passed {
+        let (bytes, parts) = (passed.bytes, passed.parts);
+        tracing::debug!(layer = %digest, bytes, parts, "layer inflated");
+    }
+    let draft = judge(layer, fetched, passed, unpacked).map_err(|(why, again)| Failed { why, again, hosts })?;
+    if let Some(draft) = draft {
+        shop.shelf.keep(draft);
+    }
     if let Some(ingest) = ingest
         && let Err(error) = ingest.finish().await
     {
@@ -208,29 +242,41 @@ fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
     Ok((read, write))
 }
 
-async fn bring(
-    shop: &Workshop,
-    order: &Order,
-    origin: Origin,
-    avoid: &[HostId],
-    feed: &mut Feed,
-) -> Result<Vec<HostId>, DownloadError> {
+async fn bring(shop: &Workshop, order: &Order, how: &Try<'_>, feed: &mut Feed) -> Result<Vec<HostId>, DownloadError> {
     let blob = &order.layer().blob;
-    match origin {
+    match how.origin {
         Origin::Contents => {
             from_contents(shop.contents.as_ref(), &order.namespace, blob.digest, blob.size, feed).await?;
             Ok(Vec::new())
         }
         Origin::Registry(manner) => {
             let repository = shop.registry.repository(&order.reference).map_err(DownloadError::Registry)?;
-            let wanted = Wanted {
+            let wanted = |range| Wanted {
                 repository: &repository,
                 digest: blob.digest,
                 size: blob.size,
+                range,
                 limit: order.image.downloads.clone(),
-                avoid: avoid.to_vec(),
+                avoid: how.avoid.to_vec(),
             };
-            shop.downloads.fetch(&wanted, manner, feed).await
+            let whole = wanted(0..blob.size);
+            if how.help == Help::Unwanted {
+                return shop.downloads.fetch(&whole, manner, feed).await;
+            }
+            match shop.flights.join(blob.digest, feed) {
+                Role::Leader(mut lead) => shop.downloads.fetch(&whole, manner, &mut lead).await,
+                Role::Follower(follow, feed) => {
+                    let mut hosts = match follow.from {
+                        0 => Vec::new(),
+                        from => shop.downloads.fetch(&wanted(0..from), manner, feed).await?,
+                    };
+                    let end = follow.pass(feed).await.ok_or(DownloadError::NotWanted)?;
+                    if end < blob.size {
+                        hosts.extend(shop.downloads.fetch(&wanted(end..blob.size), manner, feed).await?);
+                    }
+                    Ok(hosts)
+                }
+            }
         }
     }
 }
@@ -268,13 +314,13 @@ impl Sink for Feed {
     }
 }
 
-/// What became of an attempt. What the bytes are comes before what became of them.
+/// What became of an attempt; where inflating may begin the next time. What the bytes are comes before what became of them.
 fn judge(
     layer: &ImageLayer,
     fetched: Result<Vec<HostId>, DownloadError>,
     passed: Result<Passed, PipelineError>,
     unpacked: Result<(), UnpackFailure>,
-) -> Result<(), (NotPulled, Again)> {
+) -> Result<Option<Draft>, (NotPulled, Again)> {
     let digest = layer.blob.digest;
     let unpack = |why: String| NotPulled::Unpack { layer: digest, why };
     match fetched {
@@ -295,10 +341,13 @@ fn judge(
     }
     if passed.uncompressed != layer.diff_id {
         let (expected, actual) = (layer.diff_id, passed.uncompressed);
-        return Err((NotPulled::Uncompressed { layer: digest, expected, actual }, Again::No));
+        // What helpers have made is thrown away where it is seen to be wrong, and everything where it was not seen.
+        let again = if passed.parts > 0 { Again::Yes } else { Again::No };
+        return Err((NotPulled::Uncompressed { layer: digest, expected, actual }, again));
     }
     match unpacked {
-        Ok(()) => Ok(()),
+        // With parts that can be guessed every time nothing needs to be written down.
+        Ok(()) => Ok(passed.draft.filter(|_| passed.parts == 0)),
         Err(UnpackFailure::Tar(why)) => Err((unpack(why), Again::No)),
         Err(UnpackFailure::Trouble(why)) => Err((unpack(why), Again::Yes)),
     }

@@ -6,33 +6,41 @@
 //!   image (its other layers) ────────┘
 //! ```
 //! A job begins with its first [`Use`] and is aborted with the last one, done or not: what was unpacked and nobody has asked for is swept.
-//! A request uses a job while it waits. An image uses the jobs of its layers until [`CLAIM`] after its latest request, or until
-//! a snapshot of it is removed.
+//! A request uses a job while it waits. An image uses the jobs of its layers for a while after its latest request: for [`CLAIM`] if containerd may be
+//! busy with a layer itself, for [`PAUSE`] if it has everything it asked for, and for no more than [`REGRET`] when its requests were cancelled; or
+//! until a snapshot of it is removed.
 
 use super::{
     Contents, Keep, Observer, Settings, Unpacker,
     download::Downloads,
+    flights::Flights,
     image::{self, CONFIG_MAX, Image, MANIFEST_MAX},
     job::{self, Order, Workshop},
-    throttle::Throttle,
+    parts::Crew,
+    shelf::Shelf,
 };
 use crate::{
     layout::SnapshotId,
     oci::{Digest, media_type},
-    registry::Registry,
+    registry::{Registry, Throttle},
     snapshot::{EagerLayers, Extent, NotPulled, Places, Pulled, Target, Usage, Wanted},
 };
 use futures::future::BoxFuture;
 use std::{
     collections::{HashMap, HashSet},
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
-use tokio::sync::{OnceCell, Semaphore, watch};
+use tokio::sync::{Notify, OnceCell, Semaphore, watch};
 
 /// How long the layers of an image wait for their Prepares. containerd prepares them one after another; between two of them it may download one itself.
 const CLAIM: Duration = Duration::from_secs(120);
+/// The same after a layer that was brought: containerd prepares the next one at once, but a loaded node takes its time.
+const PAUSE: Duration = Duration::from_secs(20);
+/// The same after a request that was cancelled, the image's last: whoever cancels a pull cancels it as a whole, and who tries again does so at once.
+const REGRET: Duration = Duration::from_millis(500);
 /// How long a failure is believed: the Prepare of a layer that failed ahead of it need not fail again, a pull that is repeated may succeed.
 const BELIEF: Duration = Duration::from_secs(15);
 /// Images whose layers are remembered.
@@ -63,6 +71,48 @@ struct Entry {
 struct Claim {
     uses: HashMap<Key, Use>,
     until: Instant,
+    /// Requests that wait for one of its layers.
+    asking: usize,
+    /// `until` has come nearer.
+    sooner: Arc<Notify>,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Brought,
+    LeftToContainerd,
+    Cancelled,
+}
+
+/// A request of an image. Dropped before its end, it was cancelled.
+struct Asking {
+    inner: Arc<Inner>,
+    claimed: (Digest, String),
+    asked: Asked,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        let Some(claim) = state.claims.get_mut(&self.claimed) else { return };
+        claim.asking = claim.asking.saturating_sub(1);
+        let rest = match self.asked {
+            Asked::Brought => PAUSE,
+            Asked::LeftToContainerd => CLAIM,
+            // The others say when it is over.
+            Asked::Cancelled if claim.asking > 0 => return,
+            Asked::Cancelled => REGRET,
+        };
+        claim.until = Instant::now() + rest;
+        claim.sooner.notify_one();
+    }
+}
+
+impl Claim {
+    fn new(until: Instant) -> Claim {
+        Claim { uses: HashMap::new(), until, asking: 0, sooner: Arc::default() }
+    }
 }
 
 #[derive(Default)]
@@ -76,7 +126,7 @@ struct State {
 struct Inner {
     shop: Workshop,
     places: OnceLock<Arc<dyn Places>>,
-    /// Leaf lock. A `Use` is never dropped while it is held.
+    /// Only the store of snapshots is asked while it is held. A `Use` is never dropped then.
     state: Mutex<State>,
     images: Mutex<HashMap<Digest, Arc<OnceCell<Arc<Image>>>>>,
 }
@@ -92,6 +142,9 @@ pub struct Parts {
     pub unpacker: Arc<dyn Unpacker>,
     pub observer: Arc<dyn Observer>,
     pub throttle: Throttle,
+    pub shelf: Shelf,
+    /// Where files without names may live.
+    pub scratch: PathBuf,
 }
 
 /// Somebody wants a job's result.
@@ -141,6 +194,9 @@ impl Pulls {
         let benches = settings.unpacks.unwrap_or((cores * BENCHES_PER_CORE).max(BENCHES_MIN));
         let shop = Workshop {
             downloads: Downloads::new(parts.throttle, settings.piece),
+            flights: Flights::new(parts.scratch),
+            shelf: Arc::new(parts.shelf),
+            crew: Crew::new(cores),
             benches: Arc::new(Semaphore::new(benches.clamp(1, Semaphore::MAX_PERMITS))),
             registry: parts.registry,
             contents: parts.contents,
@@ -155,6 +211,15 @@ impl Pulls {
     pub fn open(&self, places: Arc<dyn Places>) {
         // A second call would be a mistake of ours, and changes nothing.
         let _ = self.0.places.set(places);
+    }
+
+    /// A request waits for a layer of the image from now on.
+    fn ask(&self, target: &Target) -> Asking {
+        let claimed = (target.manifest, target.namespace.clone());
+        if let Some(claim) = self.0.lock().claims.get_mut(&claimed) {
+            claim.asking += 1;
+        }
+        Asking { inner: self.0.clone(), claimed, asked: Asked::Cancelled }
     }
 
     /// Begins to pull the layers of `target`'s image that `is_wanted` picks: their Prepares are about to come.
@@ -237,7 +302,7 @@ impl Pulls {
         let (is_new, surplus) = {
             let mut state = self.0.lock();
             let is_new = !state.claims.contains_key(&claimed);
-            let claim = state.claims.entry(claimed.clone()).or_insert(Claim { uses: HashMap::new(), until });
+            let claim = state.claims.entry(claimed.clone()).or_insert_with(|| Claim::new(until));
             claim.until = until;
             let surplus: Vec<Use> = uses.into_iter().filter_map(|(key, user)| claim.uses.insert(key, user)).collect();
             (is_new, surplus)
@@ -252,16 +317,20 @@ impl Pulls {
     /// Lets go of an image's layers when nobody has asked for one of them for long.
     async fn watch(self, claimed: (Digest, String)) {
         loop {
-            let until = match self.0.lock().claims.get(&claimed) {
-                Some(claim) => claim.until,
-                None => return,
+            let (until, sooner) = {
+                let mut state = self.0.lock();
+                let Some(claim) = state.claims.get_mut(&claimed) else { return };
+                if claim.asking > 0 {
+                    claim.until = claim.until.max(Instant::now() + PAUSE);
+                }
+                (claim.until, claim.sooner.clone())
             };
             if until <= Instant::now() {
                 let ended = self.0.lock().claims.remove(&claimed);
                 drop(ended);
                 return self.let_go(claimed).await;
             }
-            tokio::time::sleep_until(until.into()).await;
+            let _ = tokio::time::timeout_at(until.into(), sooner.notified()).await;
         }
     }
 
@@ -283,13 +352,18 @@ impl Pulls {
         }
     }
 
+    fn is_committed(&self, key: &Key) -> bool {
+        self.0.places.get().is_some_and(|places| places.is_committed(&key.chain_id))
+    }
+
     /// The job for `key`, begun if there is none.
     fn use_job(&self, key: Key, order: Order) -> Use {
         let mut state = self.0.lock();
         if let Some(entry) = state.jobs.get_mut(&key) {
             let is_stale = match &*entry.result.borrow() {
                 Some((Err(_), at)) => at.elapsed() > BELIEF,
-                Some((Ok(pulled), _)) => is_taken(pulled),
+                // As long as it is there, whoever asks is told so; another job is for when it was removed.
+                Some((Ok(pulled), _)) => is_taken(pulled) && !self.is_committed(&key),
                 None => false,
             };
             if !is_stale {
@@ -343,7 +417,10 @@ impl EagerLayers for Pulls {
                 Extent::Image => (index + 1..image.layers.len()).collect(),
             };
             self.claim(target, &image, &others);
-            job.result().await
+            let mut asking = self.ask(target);
+            let result = job.result().await;
+            asking.asked = if result.is_ok() { Asked::Brought } else { Asked::LeftToContainerd };
+            result
         })
     }
 

@@ -15,22 +15,25 @@
 //!   the last who wants it and not before: what one of them does harms no other ([`jobs`]).
 //! * Nothing of a job outlives the process but a directory without record, which the next start sweeps.
 //! * Memory is bounded: pieces ahead of their turn by one budget for the node ([`download`]), buffers by the number of jobs at work
-//!   ([`pipeline`]).
+//!   ([`pipeline`]), parts of layers that are inflated ahead by the number of helpers ([`parts`]).
 //!
 //! Absent on purpose: making files ([`Unpacker`], a process that can do nothing else), records of snapshots, the decision whether to pull.
 #![forbid(unsafe_code)]
 
 mod download;
+mod flights;
+mod front;
 mod image;
 mod job;
 mod jobs;
+mod parts;
 mod pipeline;
 mod programs;
-mod throttle;
+mod shelf;
 
 pub use jobs::{Parts, Pulls};
 pub use programs::{Program, ProgramError, Programs};
-pub use throttle::Throttle;
+pub use shelf::{Indexed, Known, Point, Shelf};
 
 use crate::{
     layout::SnapshotId,

@@ -2,19 +2,25 @@
 //!
 //! ```text
 //!   download ──Bytes──▶ [ sha256 of the layer ▶ inflate ] ──buffers──▶ [ sha256 of the tar ▶ pipe ] ──▶ unpacker (a process)
-//!                            a thread                                        a thread
+//!                            a thread, and helpers                           a thread
 //! ```
-//! So a single layer keeps three cores busy, and each stage waits for the slowest. With a program of the operator's
-//! (`decompress_streams`) the first thread feeds it, and a third one reads what it says.
+//! So a single layer keeps three cores busy, and each stage waits for the slowest. Inflating would be that; where decoding can begin in the
+//! middle of the layer, others help ([`super::front`]). With a program of the operator's (`decompress_streams`) the first thread feeds it, and
+//! a third one reads what it says.
 //!
 //! The threads are their own and not the runtime's: they wait for the network as long as that takes, and would keep everybody else
 //! from the few that the runtime lends for disk work.
 //!
-//! Memory per layer: [`BUFFERS`] of [`BUFFER`], and the queue in front.
+//! Memory per layer: [`BUFFERS`] of [`BUFFER`], the queue in front, and what is held for helpers ([`super::parts`]).
 
-use super::programs::Program;
+use super::{
+    front::{Front, Inflated},
+    parts::Crew,
+    programs::Program,
+    shelf::{Draft, Inflating},
+};
 use crate::{
-    inflate::{LayerDecoder, StreamError},
+    inflate::StreamError,
     oci::{Digest, Hasher},
 };
 use bytes::Bytes;
@@ -31,14 +37,14 @@ use tokio::sync::{mpsc, oneshot};
 /// Pieces between the download and the first thread. A piece is what a socket gave at a time, mostly 8 to 64 KiB.
 const QUEUE: usize = 64;
 /// Large enough that handing one over costs nothing, small enough to stay in a core's cache until it is hashed and written.
-const BUFFER: usize = 256 << 10;
+pub const BUFFER: usize = 256 << 10;
 /// Enough that a stage that pauses (a page fault, a full pipe) does not stop the one before it.
 const BUFFERS: usize = 8;
 /// Of a program's error output, what is shown.
 const PROGRAM_WORDS: u64 = 512;
 
 /// What went through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Passed {
     /// sha256 of the compressed bytes.
     pub compressed: Digest,
@@ -46,8 +52,16 @@ pub struct Passed {
     pub uncompressed: Digest,
     /// Bytes of the tar.
     pub bytes: u64,
-    /// Whether the compressed stream ended where it may.
-    pub whole: bool,
+    /// How many parts helpers have inflated. If they were wrong, doing it alone may help.
+    pub parts: u32,
+    /// Where inflating could begin another time.
+    pub draft: Option<Draft>,
+}
+
+/// Where the tar comes from.
+pub enum Through<'a> {
+    Inflate(Inflating, &'a Crew),
+    Program(&'a Program),
 }
 
 /// Why a layer did not go through.
@@ -78,7 +92,7 @@ pub struct Pipeline {
 type Part = (Vec<u8>, usize);
 
 /// Starts the threads. The tar goes to `pipe`, and is at most `limit` bytes.
-pub fn start(pipe: OwnedFd, program: Option<&Program>, limit: u64) -> Result<Pipeline, PipelineError> {
+pub fn start(pipe: OwnedFd, through: Through<'_>, limit: u64) -> Result<Pipeline, PipelineError> {
     let (input, compressed) = mpsc::channel(QUEUE);
     let (answer, result) = oneshot::channel();
     let (parts, filled) = sync_channel(BUFFERS);
@@ -92,19 +106,26 @@ pub fn start(pipe: OwnedFd, program: Option<&Program>, limit: u64) -> Result<Pip
         thread::Builder::new().name(name.into()).spawn(work).map_err(PipelineError::Thread)
     };
     let tail = spawn_tail(filled, give_back, pipe)?;
-    let program = program.cloned();
+    let first: Box<dyn FnOnce() -> Result<Inflated, PipelineError> + Send> = match through {
+        Through::Inflate(inflating, crew) => {
+            let front = Front::new(compressed, out, crew.clone(), inflating)?;
+            Box::new(move || front.run())
+        }
+        Through::Program(program) => {
+            let program = program.clone();
+            Box::new(move || run(&program, compressed, out))
+        }
+    };
     spawn(
         "layer-inflate",
         Box::new(move || {
-            let first = match program {
-                None => inflate(compressed, out),
-                Some(program) => through(&program, compressed, out),
-            };
-            // `out` is gone, so the tail ends too.
+            let first = first();
+            // Its `out` is gone, so the tail ends too.
             let tail = tail.join().map_err(|_| PipelineError::Aborted);
-            let passed = first.and_then(|(compressed, whole)| {
+            let passed = first.and_then(|first| {
                 let (uncompressed, bytes) = tail?;
-                Ok(Passed { compressed, uncompressed, bytes, whole })
+                let Inflated { compressed, parts, draft } = first;
+                Ok(Passed { compressed, uncompressed, bytes, parts, draft })
             });
             // Who abandoned the layer does not listen.
             let _ = answer.send(passed);
@@ -142,49 +163,25 @@ fn spawn_tail(
 }
 
 /// Where the tar goes.
-struct Out {
+pub struct Out {
     parts: SyncSender<Part>,
     empty: Receiver<Vec<u8>>,
-    bytes: u64,
+    pub bytes: u64,
     limit: u64,
 }
 
 impl Out {
-    fn buffer(&self) -> Result<Vec<u8>, PipelineError> {
+    pub fn buffer(&self) -> Result<Vec<u8>, PipelineError> {
         self.empty.recv().map_err(|_| PipelineError::Aborted)
     }
 
-    fn send(&mut self, buffer: Vec<u8>, length: usize) -> Result<(), PipelineError> {
+    pub fn send(&mut self, buffer: Vec<u8>, length: usize) -> Result<(), PipelineError> {
         self.bytes += length as u64;
         if self.bytes > self.limit {
             return Err(PipelineError::TooLarge { limit: self.limit });
         }
         self.parts.send((buffer, length)).map_err(|_| PipelineError::Aborted)
     }
-}
-
-fn inflate(mut compressed: mpsc::Receiver<Bytes>, mut out: Out) -> Result<(Digest, bool), PipelineError> {
-    let (mut hasher, mut decoder) = (Hasher::new(), LayerDecoder::new());
-    let (mut buffer, mut filled) = (out.buffer()?, 0);
-    while let Some(bytes) = compressed.blocking_recv() {
-        hasher.update(&bytes);
-        let mut rest: &[u8] = &bytes;
-        loop {
-            let moved = decoder.decode(rest, &mut buffer[filled..]).map_err(PipelineError::Stream)?;
-            rest = &rest[moved.read..];
-            filled += moved.written;
-            if filled == buffer.len() {
-                out.send(std::mem::take(&mut buffer), filled)?;
-                (buffer, filled) = (out.buffer()?, 0);
-            } else if moved.read == 0 && moved.written == 0 {
-                break;
-            }
-        }
-    }
-    if filled > 0 {
-        out.send(buffer, filled)?;
-    }
-    Ok((hasher.finish(), decoder.is_whole()))
 }
 
 /// A program that ends with us.
@@ -197,11 +194,7 @@ impl Drop for Running {
     }
 }
 
-fn through(
-    program: &Program,
-    mut compressed: mpsc::Receiver<Bytes>,
-    mut out: Out,
-) -> Result<(Digest, bool), PipelineError> {
+fn run(program: &Program, mut compressed: mpsc::Receiver<Bytes>, mut out: Out) -> Result<Inflated, PipelineError> {
     let name = program.path.display().to_string();
     let failed = |source| PipelineError::Start { program: name.clone(), source };
     let mut child = Command::new(&program.path)
@@ -265,7 +258,7 @@ fn through(
     let words = words.join().unwrap_or_default();
     read?;
     match status.success() {
-        true => Ok((hasher.finish(), true)),
+        true => Ok(Inflated { compressed: hasher.finish(), parts: 0, draft: None }),
         false => Err(PipelineError::Program { program: name, what: format!("{status}: {words}") }),
     }
 }
@@ -273,11 +266,17 @@ fn through(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pull::Shelf;
     use std::path::PathBuf;
 
     async fn pass(bytes: &[u8], program: Option<Program>, limit: u64) -> (Result<Passed, PipelineError>, Vec<u8>) {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let pipeline = start(write, program.as_ref(), limit).unwrap();
+        let crew = Crew::new(2);
+        let through = match &program {
+            Some(program) => Through::Program(program),
+            None => Through::Inflate(Inflating::Alone, &crew),
+        };
+        let pipeline = start(write, through, limit).unwrap();
         let reader = thread::spawn(move || {
             let mut out = Vec::new();
             File::from(read).read_to_end(&mut out).unwrap();
@@ -312,10 +311,124 @@ mod tests {
         for program in [None, Some(program(&["-c", "exec gzip -dc"]))] {
             let (passed, out) = pass(&layer, program, u64::MAX).await;
             let passed = passed.unwrap();
-            assert!(out == tar && passed.whole);
+            assert!(out == tar);
             assert_eq!((passed.compressed, passed.uncompressed), (Digest::of(&layer), Digest::of(&tar)));
             assert_eq!(passed.bytes, tar.len() as u64);
         }
+    }
+
+    /// Half of it is noise, so that a few megabytes are several parts.
+    fn large() -> Vec<u8> {
+        let mut state = 88_172_645_463_325_252u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            b"0123456789abcdef"[(state >> 60) as usize]
+        };
+        (0..9 << 20).map(|_| next()).collect()
+    }
+
+    async fn helped(bytes: &[u8], inflating: Inflating) -> (Passed, Vec<u8>) {
+        let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let pipeline = start(write, Through::Inflate(inflating, &Crew::new(5)), u64::MAX).unwrap();
+        let reader = thread::spawn(move || {
+            let mut out = Vec::new();
+            File::from(read).read_to_end(&mut out).unwrap();
+            out
+        });
+        for piece in bytes.chunks(200_000) {
+            pipeline.input.send(Bytes::copy_from_slice(piece)).await.unwrap();
+        }
+        drop(pipeline.input);
+        (pipeline.result.await.unwrap().unwrap(), reader.join().unwrap())
+    }
+
+    fn nothing_known() -> Inflating {
+        Inflating::Helped { known: None, draft: None }
+    }
+
+    /// `tar` as one gzip member that is flushed in this way now and then.
+    fn flushed(tar: &[u8], how: flate2::FlushCompress) -> Vec<u8> {
+        let mut compress = flate2::Compress::new(flate2::Compression::new(1), false);
+        let mut out = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
+        let mut pieces = tar.chunks(100_000).peekable();
+        while let Some(piece) = pieces.next() {
+            out.reserve(2 * piece.len() + 100);
+            let flush = if pieces.peek().is_some() { how } else { flate2::FlushCompress::Finish };
+            let before = compress.total_in();
+            compress.compress_vec(piece, &mut out, flush).unwrap();
+            assert_eq!(compress.total_in() - before, piece.len() as u64);
+        }
+        out.extend_from_slice(&crc32fast::hash(tar).to_le_bytes());
+        out.extend_from_slice(&(tar.len() as u32).to_le_bytes());
+        out
+    }
+
+    #[tokio::test]
+    async fn layers_of_many_members_or_frames_are_inflated_in_parts_and_come_out_the_same() {
+        let tar = large();
+        let members: Vec<u8> = tar.chunks(65_000).flat_map(gzip).collect();
+        let frames: Vec<u8> = tar.chunks(300_000).flat_map(|piece| zstd::encode_all(piece, 1).unwrap()).collect();
+        let independent = flushed(&tar, flate2::FlushCompress::Full);
+        for (name, layer) in [("members", &members), ("frames", &frames), ("pigz -i", &independent)] {
+            let (passed, out) = helped(layer, nothing_known()).await;
+            assert!(out == tar, "{name}");
+            assert!(passed.parts >= 3, "{name}: {}", passed.parts);
+            assert_eq!(passed.compressed, Digest::of(layer), "{name}");
+            assert_eq!((passed.uncompressed, passed.bytes), (Digest::of(&tar), tar.len() as u64), "{name}");
+            let (passed, out) = helped(layer, Inflating::Alone).await;
+            assert!(out == tar && passed.parts == 0, "{name}");
+        }
+        // What looks like it and is not.
+        let dependent = flushed(&tar, flate2::FlushCompress::Sync);
+        let (_, out) = helped(&dependent, nothing_known()).await;
+        assert!(out == tar);
+        let lure = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255].repeat(600_000);
+        for layer in [gzip_stored(&lure), zstd::encode_all(&lure[..], 1).unwrap()] {
+            assert!(helped(&layer, nothing_known()).await.1 == lure);
+        }
+    }
+
+    /// One gzip member of stored blocks.
+    fn gzip_stored(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_a_first_pass_writes_down_lets_the_second_go_in_parts_and_lies_change_nothing() {
+        let tar = large();
+        let layer = gzip(&tar);
+        let directory = tempfile::tempdir().unwrap();
+        let shelf = Shelf::open(directory.path().to_owned(), Box::new(|_| None));
+        let (one, size) = (Digest::of(b"one"), 100 << 20);
+        let (passed, out) = helped(&layer, shelf.inflating(&one, size)).await;
+        assert!(out == tar && passed.parts == 0);
+        shelf.keep(passed.draft.unwrap());
+        let (passed, out) = helped(&layer, shelf.inflating(&one, size)).await;
+        assert!(out == tar);
+        assert!(passed.parts > 0 && passed.draft.is_none());
+        // Damage of every kind to what was written down; the first record begins at 12, the second at 12 + 17 + 32768.
+        let path = directory.path().join(one.hex());
+        let good = std::fs::read(&path).unwrap();
+        let second = 12 + 17 + 32_768;
+        for (at, what) in
+            [(second, 1), (second + 1, 7), (second + 16, 1), (second + 17 + 32_767, 1), (second + 17, 0x55), (12, 3)]
+        {
+            let mut bad = good.clone();
+            bad[at] ^= what;
+            std::fs::write(&path, &bad).unwrap();
+            let (passed, out) = helped(&layer, shelf.inflating(&one, size)).await;
+            assert!(out == tar, "{at}: {} parts", passed.parts);
+        }
+        // Of another layer altogether.
+        std::fs::write(&path, &good).unwrap();
+        let other = gzip(&tar[1..]);
+        let (passed, out) = helped(&other, shelf.inflating(&one, size)).await;
+        assert!(out == tar[1..]);
+        assert_eq!(passed.parts, 0);
     }
 
     #[tokio::test]
@@ -335,7 +448,7 @@ mod tests {
     #[tokio::test]
     async fn an_unpacker_that_goes_away_stops_nobody() {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-        let pipeline = start(write, None, u64::MAX).unwrap();
+        let pipeline = start(write, Through::Inflate(Inflating::Alone, &Crew::new(2)), u64::MAX).unwrap();
         drop(read);
         pipeline.input.send(gzip(&tar()).into()).await.unwrap();
         drop(pipeline.input);

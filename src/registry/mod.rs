@@ -12,6 +12,8 @@
 //! Repository ── client: hosts × attempts ── one attempt: remembered place, or registry + auth + redirects ── transport
 //! ```
 //!
+//! [`Throttle`] is the count of requests for layers that are in flight, shared by all who download them.
+//!
 //! Absent on purpose: which bytes to fetch when (`layers`), what to do with an index (`index`).
 #![forbid(unsafe_code)]
 
@@ -31,6 +33,7 @@ mod redirect;
 mod referrers;
 mod retry;
 mod settings;
+mod throttle;
 mod transport;
 mod url;
 
@@ -42,6 +45,7 @@ pub use hosts_file::Capabilities;
 pub use push::{Pushed, Upload};
 pub use retry::RetrySettings;
 pub use settings::{HostSettings, HttpSettings, Limit, Mirror, MirrorTimeout, Security};
+pub use throttle::{Reading, Slot, Throttle};
 pub use transport::{Kind, Observer, Outcome};
 
 use crate::{

@@ -1,5 +1,8 @@
 //! Snapshot directories: making them, turning one into a lazy layer, finding those nobody owns.
 //!
+//! A directory is on disk before the record that names it: [`Unsettled`] collects them, and the writer of records has them synced, once for all
+//! the records that it commits together.
+//!
 //! The daemon makes all of them itself and so owns them; what containers put in is not its business but [`super::Disk`]'s.
 //! Everything here blocks and is called where that is allowed.
 
@@ -8,6 +11,7 @@ use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// Only root looks into a snapshot's directory from outside.
 const PRIVATE: u32 = 0o700;
@@ -59,19 +63,63 @@ pub fn create(layout: &Layout, id: SnapshotId, access: Access) -> io::Result<()>
     })
 }
 
+/// Directories that were made and that a power cut might still take. A record that is on disk must find its directory there, too.
+#[derive(Debug)]
+pub struct Unsettled {
+    layout: Layout,
+    ids: Mutex<Vec<SnapshotId>>,
+}
+
+impl Unsettled {
+    pub fn new(layout: Layout) -> Unsettled {
+        Unsettled { layout, ids: Mutex::default() }
+    }
+
+    /// The directory of `id` was made.
+    pub fn made(&self, id: SnapshotId) {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner).push(id);
+    }
+
+    /// Everything made before this call is on disk after it, under its name.
+    pub fn settle(&self) -> io::Result<()> {
+        let mut ids = std::mem::take(&mut *self.ids.lock().unwrap_or_else(PoisonError::into_inner));
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let settled = ids.iter().try_for_each(|id| match sync(&self.layout.snapshot(*id)) {
+            // Removed since.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        });
+        settled.and_then(|()| sync(&self.layout.snapshots())).inspect_err(|_| {
+            self.ids.lock().unwrap_or_else(PoisonError::into_inner).append(&mut ids);
+        })
+    }
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    fs::File::open(directory)?.sync_all()
+}
+
 /// Owner of the root of a snapshot's filesystem. For a lazy layer this asks the lazy filesystem.
 pub fn owner(layout: &Layout, id: SnapshotId) -> io::Result<(u32, u32)> {
     let metadata = fs::metadata(layout.snapshot_fs(id))?;
     Ok((metadata.uid(), metadata.gid()))
 }
 
-/// Points the snapshot's `fs` at the layer in the lazy filesystem. Its own `fs` must be empty, and is back after an error.
+/// Points the snapshot's `fs` at the layer in the lazy filesystem. Its own `fs` must be empty, and is back after an error. What is missing is made.
 pub fn link_to_lazy(layout: &Layout, id: SnapshotId) -> io::Result<()> {
     let path = layout.snapshot_fs(id);
-    if fs::symlink_metadata(&path)?.is_symlink() {
-        return Ok(());
+    match fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_symlink() => return Ok(()),
+        Ok(_) => fs::remove_dir(&path)?,
+        // The Go snapshotter makes these again, too: all that is in them is a mount.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => match make(&layout.snapshot(id), PRIVATE) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        },
+        Err(e) => return Err(e),
     }
-    fs::remove_dir(&path)?;
     std::os::unix::fs::symlink(Layout::lazy_link(id), &path).inspect_err(|_| {
         // Restores what the deferred layer will be unpacked into; if even that fails, its mounts will.
         let _ = make(&path, FS_MODE);
@@ -81,17 +129,28 @@ pub fn link_to_lazy(layout: &Layout, id: SnapshotId) -> io::Result<()> {
     Ok(())
 }
 
-/// Numbers of all snapshot directories.
-pub fn list(layout: &Layout) -> io::Result<Vec<SnapshotId>> {
-    let mut ids = Vec::new();
+/// What is beside one another in the directory of all snapshots.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// In order.
+    pub ids: Vec<SnapshotId>,
+    /// Names that are not ours: the Go snapshotter makes `new-*` and, for user namespaces, `<id>_<id>`.
+    pub others: Vec<String>,
+}
+
+/// All snapshot directories.
+pub fn list(layout: &Layout) -> io::Result<Found> {
+    let mut found = Found::default();
     for entry in fs::read_dir(layout.snapshots())? {
-        // Other names are not ours: the Go snapshotter makes `new-*` and `<id>_<id>`.
-        if let Some(id) = entry?.file_name().to_str().and_then(parse) {
-            ids.push(id);
+        let name = entry?.file_name();
+        match name.to_str().and_then(parse) {
+            Some(id) => found.ids.push(id),
+            None => found.others.push(name.to_string_lossy().into_owned()),
         }
     }
-    ids.sort_unstable();
-    Ok(ids)
+    found.ids.sort_unstable();
+    found.others.sort_unstable();
+    Ok(found)
 }
 
 /// A number as we write it: no sign, no leading zero.
@@ -125,6 +184,11 @@ mod tests {
         assert_eq!(fs::read_link(layout.snapshot_fs(id)).unwrap(), Path::new("../../lazy/4"));
         assert!(!layout.snapshot_work(id).exists());
         assert_eq!(create(&layout, id, Access::ReadOnly).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(list(&layout).unwrap(), [id]);
+        fs::create_dir(layout.snapshots().join("3_4")).unwrap();
+        assert_eq!(list(&layout).unwrap(), Found { ids: vec![id], others: vec!["3_4".into()] });
+        // All that was in it was the link.
+        fs::remove_dir_all(layout.snapshot(id)).unwrap();
+        link_to_lazy(&layout, id).unwrap();
+        assert_eq!(fs::read_link(layout.snapshot_fs(id)).unwrap(), Path::new("../../lazy/4"));
     }
 }

@@ -65,6 +65,19 @@ pub enum StoreError {
         path.display()
     )]
     Damaged { path: PathBuf, what: String },
+    #[error(
+        "the Go snapshotter that was here before is still running: it has its database {} open. Stop it, then start this one; \
+         nothing was changed",
+        path.display()
+    )]
+    PredecessorRuns { path: PathBuf },
+    /// As with [`StoreError::Damaged`]: containerd's records name the snapshots in it.
+    #[error(
+        "the database {} of the Go snapshotter that was here before cannot be read: {what}. Nothing was taken over or changed: bring \
+         back a copy, or remove the images of this snapshotter from containerd, move the file away and pull them again",
+        path.display()
+    )]
+    PredecessorDamaged { path: PathBuf, what: String },
     #[error("record of snapshot {name:?} is damaged")]
     DamagedRecord { name: String, source: serde_json::Error },
     #[error("the records of snapshots contradict each other: {0}")]
@@ -73,6 +86,8 @@ pub enum StoreError {
     File { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Database(#[from] Box<redb::Error>),
+    #[error("cannot sync the directories of new snapshots to disk")]
+    Unsettled(#[source] io::Error),
     /// A transaction shared by several operations failed; this is what the first one said.
     #[error("transaction failed: {0}")]
     Batch(String),

@@ -1,6 +1,7 @@
 //! Snapshots: their records, their directories, and what containerd may do with them.
 //!
 //! * [`Store`] keeps records in one transactional database: a record exists or it does not, whatever dies when.
+//! * [`import`] reads the records of the Go snapshotter that was on this node before, once.
 //! * [`state`] decides, without a clock, a lock or a disk: lazy or deferred, which mounts.
 //! * [`Snapshotter`] acts: containerd's snapshotter semantics over both, for the gRPC service to translate.
 //!
@@ -15,7 +16,8 @@
 //! ```
 //!
 //! Invariants:
-//! * A record always has its directory: directories are made before their record and removed after it.
+//! * A record always has its directory: directories are made, and synced, before their record and removed after it. So a power cut may leave a
+//!   directory without record, never a record without directory. (What is in them is not synced, as with containerd's own snapshotter.)
 //! * A snapshot's number is never reused, not even for a directory whose record was never written.
 //! * A directory whose number this database never gave out is not ours, and never removed.
 //! * `ALREADY_EXISTS` for a layer means that a committed snapshot under its chain id can be listed.
@@ -37,6 +39,7 @@ mod record;
 mod snapshotter;
 pub mod state;
 mod store;
+mod takeover;
 #[cfg(test)]
 mod tests;
 
@@ -49,4 +52,5 @@ pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
 pub use model::{Info, Kind, Labels, Timestamp, Usage, label};
 pub use snapshotter::{Options, Snapshotter};
 pub use state::{Mount, MountKind, Pull};
-pub use store::{Change, Store};
+pub use store::{Change, Link, Store};
+pub use takeover::{Import, NotImported, Refused, import};

@@ -10,6 +10,7 @@ use super::lazy::{Extraction, LazyLayers};
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::state::{self, Mount, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
+use super::takeover;
 use crate::layout::{Layout, SnapshotId};
 use crate::telemetry::catalog::say;
 use futures::StreamExt;
@@ -57,6 +58,7 @@ pub(super) struct Inner {
     disk: Arc<dyn Disk>,
     /// Numbers given out whose record is not written yet: their directories are not orphans. Held for moments only.
     making: Mutex<HashSet<u32>>,
+    unsettled: Arc<directories::Unsettled>,
     /// One sweep at a time: two would remove the same directories.
     sweeping: tokio::sync::Mutex<()>,
     /// A record was removed, or all this is being dropped. A permit stays stored while the sweeper is busy, so no wake-up
@@ -119,26 +121,22 @@ impl Snapshotter {
         let file = |source| StoreError::File { path: path.clone(), source };
         let utf8 = || io::Error::new(io::ErrorKind::InvalidInput, "mounts can only name paths in UTF-8");
         let snapshots = path.to_str().ok_or_else(utf8).map_err(file)?.to_owned();
-        let (store, strange) = {
-            let layout = layout.clone();
+        let unsettled = Arc::new(directories::Unsettled::new(layout.clone()));
+        let store = {
+            let (layout, unsettled) = (layout.clone(), unsettled.clone());
             let opened = blocking(move || {
                 directories::make_parents(&layout)?;
-                let ids = directories::list(&layout)?;
+                let directories::Found { ids, others } = directories::list(&layout)?;
                 let floor = ids.last().map_or(1, |id| id.0.saturating_add(1));
-                let store = Store::open(&layout.snapshot_db(), floor);
-                let strange = store.as_ref().map_or(0, |store| ids.iter().filter(|id| !store.is_ours(**id)).count());
-                Ok((store, strange))
+                let store = open_store(&layout, floor, unsettled);
+                if let Ok(store) = &store {
+                    let strange = ids.iter().filter(|id| !store.is_ours(**id)).map(SnapshotId::to_string);
+                    name_strange(strange.chain(others).collect());
+                }
+                Ok(store)
             });
-            let (store, strange) = opened.await.map_err(file)?;
-            (store?, strange)
+            opened.await.map_err(file)??
         };
-        if strange > 0 {
-            say!(
-                StrangeDirectories,
-                directories = strange.to_string(),
-                "snapshot directories that the snapshot database does not know are left alone"
-            );
-        }
         let inner = Inner {
             layout,
             snapshots,
@@ -148,6 +146,7 @@ impl Snapshotter {
             eager,
             disk,
             making: Mutex::default(),
+            unsettled,
             sweeping: tokio::sync::Mutex::default(),
             removed: Arc::default(),
             slots: Semaphore::new(slots),
@@ -160,10 +159,14 @@ impl Snapshotter {
         Ok(snapshotter)
     }
 
-    /// Numbers of all lazy layers: what has to be readable under `lazy/` before the first request is answered.
-    pub fn lazy_layers(&self) -> Result<Vec<SnapshotId>, StoreError> {
-        let infos = self.0.store.page(None, usize::MAX, &Info::is_lazy)?;
-        Ok(infos.into_iter().map(|info| info.id).collect())
+    /// All lazy layers: what has to be readable under `lazy/` before the first request is answered.
+    pub fn lazy_layers(&self) -> Result<Vec<Info>, StoreError> {
+        self.0.store.page(None, usize::MAX, &Info::is_lazy)
+    }
+
+    /// The snapshots below one, nearest first.
+    pub fn parents(&self, info: &Info) -> Result<Vec<Link>, SnapshotError> {
+        self.0.store.chain(info.parent.as_deref())
     }
 
     /// Where layers can be unpacked that have no record yet.
@@ -298,6 +301,65 @@ impl Snapshotter {
     }
 }
 
+/// The records below `layout`. Where there are none, those of the Go snapshotter that was here before become ours.
+fn open_store(layout: &Layout, floor: u32, unsettled: Arc<directories::Unsettled>) -> Result<Store, StoreError> {
+    let theirs = layout.go_snapshot_db();
+    let (mut taken, mut refused) = (None, Vec::new());
+    let import = || {
+        let mut import = takeover::read(&theirs)?;
+        if let Some(import) = &mut import {
+            taken = Some((import.infos.len(), import.infos.iter().filter(|info| info.is_lazy()).count()));
+            refused = std::mem::take(&mut import.refused);
+        }
+        Ok(import)
+    };
+    let store = Store::open(&layout.snapshot_db(), floor, import, move || unsettled.settle())?;
+    match taken {
+        Some((snapshots, lazy)) => {
+            for takeover::Refused { name, why } in &refused {
+                say!(NotTakenOver, snapshot = name, error = %why, "a snapshot of the Go snapshotter is not taken over");
+            }
+            say!(
+                TakenOver,
+                snapshots = snapshots.to_string(),
+                lazy = lazy.to_string(),
+                refused = refused.len().to_string(),
+                database = %theirs.display(),
+                "took over the snapshots of the Go snapshotter"
+            );
+        }
+        None => {
+            if let Some(now) = takeover::transaction(&theirs)
+                && store.imported_at() != Some(now)
+            {
+                say!(
+                    PredecessorChanged,
+                    database = %theirs.display(),
+                    "the Go snapshotter's database has changed since it was taken over; what is new in it is not known here"
+                );
+            }
+        }
+    }
+    Ok(store)
+}
+
+/// Directories named one by one in the journal; the rest is counted.
+const NAMED: usize = 20;
+
+fn name_strange(mut names: Vec<String>) {
+    let count = names.len();
+    if count == 0 {
+        return;
+    }
+    names.truncate(NAMED);
+    say!(
+        StrangeDirectories,
+        directories = count.to_string(),
+        names = names.join(" "),
+        "snapshot directories that the snapshot database does not know are left alone"
+    );
+}
+
 /// The label that an update's field names.
 fn label_of<'a>(field: &'a str, name: &str) -> Result<&'a str, SnapshotError> {
     let immutable = || SnapshotError::ImmutableField { field: field.to_owned(), name: name.to_owned() };
@@ -401,6 +463,7 @@ impl Inner {
         let layout = self.layout.clone();
         let made = blocking(move || directories::create(&layout, id, access)).await;
         made.map_err(|source| SnapshotError::Directory { id, source })?;
+        self.unsettled.made(id);
         Ok(making)
     }
 
@@ -449,7 +512,7 @@ impl Inner {
         // In this order: a directory made meanwhile is not in the list, one being made is in `making`, and one that has
         // left `making` since has its record.
         let layout = self.layout.clone();
-        let listed = blocking(move || directories::list(&layout)).await;
+        let listed = blocking(move || Ok(directories::list(&layout)?.ids)).await;
         let found = listed.map_err(|source| StoreError::File { path: self.layout.snapshots(), source })?;
         let making = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let recorded = self.store.ids()?;
@@ -471,14 +534,19 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes the links of lazy layers that a power failure may have taken.
+    /// Makes the links of lazy layers that a power failure may have taken, or that the Go snapshotter never had.
     async fn relink(&self) -> Result<(), StoreError> {
         let lazy = self.store.page(None, usize::MAX, &Info::is_lazy)?;
         let layout = self.layout.clone();
         let links = blocking(move || {
             for info in lazy {
-                if let Err(error) = directories::link_to_lazy(&layout, info.id) {
-                    say!(LinkLost, snapshot = %info.id, %error, "lazy layer has lost its directory");
+                match directories::link_to_lazy(&layout, info.id) {
+                    Ok(()) => {}
+                    // Nobody serves the mount on it, or somebody does.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::NotConnected | io::ErrorKind::ResourceBusy) => {
+                        say!(StaleMount, snapshot = %info.id, %error, "the directory of a lazy layer is a mount of the Go snapshotter");
+                    }
+                    Err(error) => say!(LinkLost, snapshot = %info.id, %error, "lazy layer has lost its directory"),
                 }
             }
             Ok(())

@@ -8,7 +8,8 @@
 //! records   name -> record (JSON)          in byte order, which is the order of List
 //! names     id -> name
 //! children  (parent id, child id) -> ()
-//! facts     schema, next-id, first-id
+//! facts     schema, next-id, first-id, imported
+//! imported  id -> ()                       what a Go snapshotter had given out
 //! ```
 //!
 //! Invariant: `names` and `children` follow from `records`; all three change in one transaction.
@@ -17,9 +18,11 @@
 use super::error::{SnapshotError, StoreError};
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::record;
+use super::takeover::Import;
 use crate::layout::SnapshotId;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use std::collections::HashSet;
+use std::io;
 use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,10 +35,15 @@ const NAMES: TableDefinition<u32, &str> = TableDefinition::new("names");
 const CHILDREN: TableDefinition<(u32, u32), ()> = TableDefinition::new("children");
 const FACTS: TableDefinition<&str, u64> = TableDefinition::new("facts");
 
+/// Not in databases of before there was a takeover; those of a node that was not taken over need not have it.
+const IMPORTED: TableDefinition<u32, ()> = TableDefinition::new("imported");
+
 const SCHEMA: &str = "schema";
 const NEXT_ID: &str = "next-id";
 /// The first number this database ever gave out. Directories with smaller ones are somebody else's.
 const FIRST_ID: &str = "first-id";
+/// The transaction of the Go snapshotter's database that was taken over.
+const IMPORTED_AT: &str = "imported";
 /// Schema of this version.
 const SCHEMA_VERSION: u64 = 1;
 
@@ -88,7 +96,23 @@ pub struct Store {
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<JoinHandle<()>>,
     next_id: AtomicU32,
-    first_id: u32,
+    ours: Ours,
+}
+
+/// Which numbers are ours.
+struct Ours {
+    /// All from this one on.
+    first: u32,
+    /// And these, which came with a takeover.
+    imported: HashSet<u32>,
+    imported_at: Option<u64>,
+}
+
+/// What [`Store::open`] finds out before there is a writer.
+struct Opened {
+    db: Database,
+    next: u64,
+    ours: Ours,
 }
 
 impl Drop for Store {
@@ -163,18 +187,24 @@ fn chain(
 }
 
 impl Store {
-    /// Opens the database, or makes one where there is none. `floor` is above every snapshot directory that exists.
-    pub fn open(path: &Path, floor: u32) -> Result<Store, StoreError> {
+    /// Opens the database, or makes one where there is none, of what `import` gives. `floor` is above every snapshot directory that exists.
+    /// `settle` is called before anything becomes durable: what the records name is to be so first.
+    pub fn open(
+        path: &Path,
+        floor: u32,
+        import: impl FnOnce() -> Result<Option<Import>, StoreError>,
+        settle: impl Fn() -> io::Result<()> + Send + 'static,
+    ) -> Result<Store, StoreError> {
         match std::fs::symlink_metadata(path) {
             Ok(_) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => create(path, floor)?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => create(path, floor, import()?.as_ref())?,
             Err(source) => return Err(StoreError::File { path: path.into(), source }),
         }
         // redb checks what it reads but may panic on a damaged file; the operator is owed a message.
         let opened = std::panic::catch_unwind(|| open_existing(path));
         let damaged = |what: &str| StoreError::Damaged { path: path.into(), what: what.into() };
-        let (db, stored_next, first_id) = opened.unwrap_or_else(|_| Err(damaged("its pages make no sense")))?;
-        let next = u32::try_from(stored_next).map_err(|_| damaged("its next snapshot number is too large"))?;
+        let Opened { db, next, ours } = opened.unwrap_or_else(|_| Err(damaged("its pages make no sense")))?;
+        let next = u32::try_from(next).map_err(|_| damaged("its next snapshot number is too large"))?;
         if next < floor {
             // A crash lost a number that a directory has: without this the number would come again once that is swept.
             let txn = db.begin_write().map_err(StoreError::database)?;
@@ -185,11 +215,11 @@ impl Store {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let writer = std::thread::Builder::new().name("snapshot-store".into()).spawn({
             let db = db.clone();
-            move || write_loop(&db, queue)
+            move || write_loop(&db, &settle, queue)
         });
         let writer = writer.map_err(|source| StoreError::File { path: path.into(), source })?;
         let next_id = AtomicU32::new(next.max(floor).max(1));
-        Ok(Store { db, jobs: Some(jobs), writer: Some(writer), next_id, first_id })
+        Ok(Store { db, jobs: Some(jobs), writer: Some(writer), next_id, ours })
     }
 
     /// A number that no snapshot ever had.
@@ -200,7 +230,12 @@ impl Store {
 
     /// Whether a directory with this number is ours to remove.
     pub fn is_ours(&self, id: SnapshotId) -> bool {
-        id.0 >= self.first_id
+        id.0 >= self.ours.first || self.ours.imported.contains(&id.0)
+    }
+
+    /// The transaction of the Go snapshotter's database that was taken over, if one was.
+    pub fn imported_at(&self) -> Option<u64> {
+        self.ours.imported_at
     }
 
     fn records(&self) -> Result<redb::ReadOnlyTable<&'static str, &'static [u8]>, StoreError> {
@@ -407,7 +442,7 @@ impl Store {
 }
 
 /// Makes an empty database beside `path` and moves it there, so that a file at `path` was whole once.
-fn create(path: &Path, floor: u32) -> Result<(), StoreError> {
+fn create(path: &Path, floor: u32, import: Option<&Import>) -> Result<(), StoreError> {
     let file = |source| StoreError::File { path: path.into(), source };
     let new = path.with_extension("redb.new");
     match std::fs::remove_file(&new) {
@@ -418,8 +453,22 @@ fn create(path: &Path, floor: u32) -> Result<(), StoreError> {
     let txn = db.begin_write().map_err(StoreError::database)?;
     {
         let mut tables = Tables::open(&txn)?;
-        for (fact, value) in [(SCHEMA, SCHEMA_VERSION), (NEXT_ID, floor.into()), (FIRST_ID, floor.into())] {
+        let first = import.map_or(floor, |import| floor.max(import.last_id.saturating_add(1)));
+        for (fact, value) in [(SCHEMA, SCHEMA_VERSION), (NEXT_ID, first.into()), (FIRST_ID, first.into())] {
             tables.facts.insert(fact, value).map_err(StoreError::database)?;
+        }
+        if let Some(import) = import {
+            tables.facts.insert(IMPORTED_AT, import.transaction).map_err(StoreError::database)?;
+            let mut imported = txn.open_table(IMPORTED).map_err(StoreError::database)?;
+            for info in &import.infos {
+                if let Some(name) = &info.parent {
+                    let missing = || StoreError::Inconsistent(format!("parent {name:?} is missing"));
+                    let parent = get(&tables.records, name)?.ok_or_else(missing)?;
+                    tables.children.insert((parent.id.0, info.id.0), ()).map_err(StoreError::database)?;
+                }
+                tables.put(info)?;
+                imported.insert(info.id.0, ()).map_err(StoreError::database)?;
+            }
         }
     }
     txn.commit().map_err(StoreError::database)?;
@@ -429,9 +478,8 @@ fn create(path: &Path, floor: u32) -> Result<(), StoreError> {
     std::fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(file)
 }
 
-/// The database, its next and its first snapshot number.
-fn open_existing(path: &Path) -> Result<(Database, u64, u32), StoreError> {
-    use redb::{DatabaseError, StorageError};
+fn open_existing(path: &Path) -> Result<Opened, StoreError> {
+    use redb::{DatabaseError, StorageError, TableError};
     let damaged = |what: String| StoreError::Damaged { path: path.into(), what };
     let db = match Database::builder().set_cache_size(CACHE_BYTES).open(path) {
         Ok(db) => db,
@@ -446,10 +494,10 @@ fn open_existing(path: &Path) -> Result<(Database, u64, u32), StoreError> {
     };
     let txn = db.begin_read().map_err(StoreError::database)?;
     let facts = txn.open_table(FACTS).map_err(|e| damaged(e.to_string()))?;
-    let fact = |name: &str| -> Result<u64, StoreError> {
-        let value = facts.get(name).map_err(StoreError::database)?;
-        value.map(|value| value.value()).ok_or_else(|| damaged(format!("it does not say its {name}")))
+    let optional = |name: &str| -> Result<Option<u64>, StoreError> {
+        Ok(facts.get(name).map_err(StoreError::database)?.map(|value| value.value()))
     };
+    let fact = |name: &str| optional(name)?.ok_or_else(|| damaged(format!("it does not say its {name}")));
     let found = fact(SCHEMA)?;
     if found > SCHEMA_VERSION {
         return Err(StoreError::Newer { path: path.into(), found, known: SCHEMA_VERSION });
@@ -459,12 +507,21 @@ fn open_existing(path: &Path) -> Result<(Database, u64, u32), StoreError> {
     txn.open_table(RECORDS).map_err(|e| damaged(e.to_string()))?;
     txn.open_table(NAMES).map_err(|e| damaged(e.to_string()))?;
     txn.open_table(CHILDREN).map_err(|e| damaged(e.to_string()))?;
+    let imported_at = optional(IMPORTED_AT)?;
+    let imported = match txn.open_table(IMPORTED) {
+        Ok(table) => {
+            let ids = table.iter().map_err(StoreError::database)?;
+            ids.map(|entry| entry.map(|(id, _)| id.value()).map_err(StoreError::database)).collect::<Result<_, _>>()?
+        }
+        Err(TableError::TableDoesNotExist(_)) => HashSet::new(),
+        Err(e) => return Err(damaged(e.to_string())),
+    };
     drop((facts, txn));
-    Ok((db, next, first))
+    Ok(Opened { db, next, ours: Ours { first, imported, imported_at } })
 }
 
 /// Applies what is waiting, commits, answers; until nobody can send any more.
-fn write_loop(db: &Database, mut queue: mpsc::Receiver<Job>) {
+fn write_loop(db: &Database, settle: &dyn Fn() -> io::Result<()>, mut queue: mpsc::Receiver<Job>) {
     while let Some(first) = queue.blocking_recv() {
         let mut batch = vec![first];
         while batch.len() < BATCH
@@ -473,7 +530,7 @@ fn write_loop(db: &Database, mut queue: mpsc::Receiver<Job>) {
             batch.push(job);
         }
         let mut outcomes = Vec::with_capacity(batch.len());
-        let committed = write_batch(db, batch, &mut outcomes);
+        let committed = write_batch(db, settle, batch, &mut outcomes);
         let failed = committed.err().map(|error| error.to_string());
         for outcome in outcomes {
             outcome(failed.clone().map_or(Ok(()), |error| Err(StoreError::Batch(error))));
@@ -482,9 +539,17 @@ fn write_loop(db: &Database, mut queue: mpsc::Receiver<Job>) {
 }
 
 /// One transaction. Jobs that are dropped unapplied answer "closed" by dropping their channel.
-fn write_batch(db: &Database, batch: Vec<Job>, outcomes: &mut Vec<Outcome>) -> Result<(), StoreError> {
-    let mut txn = db.begin_write().map_err(StoreError::database)?;
+fn write_batch(
+    db: &Database,
+    settle: &dyn Fn() -> io::Result<()>,
+    batch: Vec<Job>,
+    outcomes: &mut Vec<Outcome>,
+) -> Result<(), StoreError> {
     let durable = batch.iter().any(|job| job.change == Change::Durable);
+    if durable {
+        settle().map_err(StoreError::Unsettled)?;
+    }
+    let mut txn = db.begin_write().map_err(StoreError::database)?;
     let durability = if durable { Durability::Immediate } else { Durability::None };
     txn.set_durability(durability).map_err(StoreError::database)?;
     {

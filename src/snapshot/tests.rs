@@ -9,6 +9,11 @@ use std::sync::Arc;
 
 const AT: Timestamp = Timestamp { seconds: 1, nanos: 2 };
 
+/// The store on a node that no Go snapshotter was on.
+fn open(path: &Path, floor: u32) -> Result<Store, StoreError> {
+    Store::open(path, floor, || Ok(None), || Ok(()))
+}
+
 fn active(store: &Store, name: &str, parent: Option<&str>) -> Info {
     let (id, labels) = (store.allocate().unwrap(), Labels::from([("l".into(), name.into())]));
     let (parent, usage) = (parent.map(Into::into), Usage::default());
@@ -30,28 +35,28 @@ fn names(store: &Store) -> Vec<String> {
 async fn records_survive_a_restart_and_numbers_do_not_come_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("metadata.redb");
-    let store = Store::open(&path, 1).unwrap();
+    let store = open(&path, 1).unwrap();
     let base = committed(&store, "base", None).await;
     let top = committed(&store, "top", Some("base")).await;
     assert_eq!((base.id, top.id), (SnapshotId(1), SnapshotId(2)));
     store.remove("top", Change::Durable).await.unwrap();
     drop(store);
-    let store = Store::open(&path, 1).unwrap();
+    let store = open(&path, 1).unwrap();
     assert_eq!(names(&store), ["base"]);
     assert_eq!(store.get("base").unwrap(), base);
     assert_eq!(store.allocate().unwrap(), SnapshotId(3));
     drop(store);
-    let store = Store::open(&path, 9).unwrap();
+    let store = open(&path, 9).unwrap();
     assert_eq!(store.allocate().unwrap(), SnapshotId(9), "a directory has the number 8");
     drop(store);
-    let store = Store::open(&path, 1).unwrap();
+    let store = open(&path, 1).unwrap();
     assert_eq!(store.allocate().unwrap(), SnapshotId(9), "even after that directory is gone");
 }
 
 #[tokio::test]
 async fn each_precondition_has_its_error_and_leaves_no_trace() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&dir.path().join("db"), 1).unwrap();
+    let store = open(&dir.path().join("db"), 1).unwrap();
     committed(&store, "base", None).await;
     store.insert(active(&store, "a", Some("base")), Change::Soon).await.unwrap();
     let before = names(&store);
@@ -76,7 +81,7 @@ async fn each_precondition_has_its_error_and_leaves_no_trace() {
 #[tokio::test]
 async fn chains_are_nearest_first() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&dir.path().join("db"), 1).unwrap();
+    let store = open(&dir.path().join("db"), 1).unwrap();
     let mut parent = None;
     for name in ["one", "two", "three"] {
         committed(&store, name, parent).await;
@@ -90,7 +95,7 @@ async fn chains_are_nearest_first() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_commits_under_one_name_exactly_one_wins() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Arc::new(Store::open(&dir.path().join("db"), 1).unwrap());
+    let store = Arc::new(open(&dir.path().join("db"), 1).unwrap());
     let mut tasks = Vec::new();
     for i in 0..40 {
         let store = store.clone();
@@ -114,7 +119,7 @@ async fn of_many_commits_under_one_name_exactly_one_wins() {
 #[tokio::test]
 async fn changes_that_share_a_transaction_fail_and_succeed_one_by_one() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(&dir.path().join("db"), 1).unwrap();
+    let store = open(&dir.path().join("db"), 1).unwrap();
     let insert = |i: usize| store.insert(active(&store, &format!("k{}", i / 2), None), Change::Durable);
     let results = futures::future::join_all((0..100).map(insert)).await;
     assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 50);
@@ -125,13 +130,13 @@ async fn changes_that_share_a_transaction_fail_and_succeed_one_by_one() {
 async fn what_was_answered_is_there_after_a_crash() {
     let dir = tempfile::tempdir().unwrap();
     let (path, crashed) = (dir.path().join("db"), dir.path().join("crashed"));
-    let store = Store::open(&path, 1).unwrap();
+    let store = open(&path, 1).unwrap();
     committed(&store, "base", None).await;
     store.insert(active(&store, "durable", Some("base")), Change::Durable).await.unwrap();
     store.insert(active(&store, "soon", Some("base")), Change::Soon).await.unwrap();
     // The file as a killed process leaves it: open, nothing flushed on the way out.
     std::fs::copy(&path, &crashed).unwrap();
-    let after = Store::open(&crashed, 4).unwrap();
+    let after = open(&crashed, 4).unwrap();
     assert_eq!(names(&after), ["base", "durable"]);
     assert_eq!(after.allocate().unwrap(), SnapshotId(4));
     assert!(matches!(after.remove("base", Change::Durable).await, Err(SnapshotError::HasChildren(_))));
@@ -141,13 +146,13 @@ async fn what_was_answered_is_there_after_a_crash() {
 async fn a_database_in_use_is_said_to_be_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db");
-    let _first = Store::open(&path, 1).unwrap();
-    assert!(matches!(Store::open(&path, 1), Err(StoreError::InUse { .. })));
+    let _first = open(&path, 1).unwrap();
+    assert!(matches!(open(&path, 1), Err(StoreError::InUse { .. })));
 }
 
 fn refused(path: &Path) -> StoreError {
     let before = std::fs::read(path).unwrap();
-    let error = Store::open(path, 1).err().expect("refused");
+    let error = open(path, 1).err().expect("refused");
     assert!(std::fs::read(path).unwrap() == before, "left as it is");
     error
 }
@@ -156,13 +161,13 @@ fn refused(path: &Path) -> StoreError {
 async fn a_newer_schema_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db");
-    drop(Store::open(&path, 1).unwrap());
+    drop(open(&path, 1).unwrap());
     let db = redb::Database::open(&path).unwrap();
     let txn = db.begin_write().unwrap();
     txn.open_table(redb::TableDefinition::<&str, u64>::new("facts")).unwrap().insert("schema", 2).unwrap();
     txn.commit().unwrap();
     drop(db);
-    let error = Store::open(&path, 1).err().expect("refused");
+    let error = open(&path, 1).err().expect("refused");
     assert!(matches!(error, StoreError::Newer { found: 2, known: 1, .. }), "{error}");
     assert!(error.to_string().contains("written by a newer version"), "{error}");
 }
@@ -171,7 +176,7 @@ async fn a_newer_schema_is_refused_by_name() {
 async fn a_damaged_database_is_reported_and_never_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db");
-    let store = Store::open(&path, 1).unwrap();
+    let store = open(&path, 1).unwrap();
     for i in 0..50 {
         committed(&store, &format!("snapshot-{i}"), None).await;
     }
@@ -187,7 +192,7 @@ async fn a_damaged_database_is_reported_and_never_replaced() {
         assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Database(_)), "{error:?}");
     }
     std::fs::write(&path, &blank).unwrap();
-    assert!(Store::open(&path, 1).is_err(), "pages of zeros");
+    assert!(open(&path, 1).is_err(), "pages of zeros");
     std::fs::write(&path, &good).unwrap();
-    assert_eq!(names(&Store::open(&path, 1).unwrap()).len(), 50);
+    assert_eq!(names(&open(&path, 1).unwrap()).len(), 50);
 }

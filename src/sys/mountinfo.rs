@@ -53,6 +53,15 @@ impl Mounts {
     }
 }
 
+/// All mounts two levels below `directory`: on `<directory>/<anything>/<name>`. Each as often as mounts are stacked there.
+pub fn mounts_two_below(directory: &Path, name: &str) -> io::Result<Vec<Mount>> {
+    let is_one = |mount: &Mount| {
+        mount.point.file_name().is_some_and(|last| last == name)
+            && mount.point.parent().and_then(Path::parent) == Some(directory)
+    };
+    Ok(Mounts::open()?.read()?.into_iter().filter(is_one).collect())
+}
+
 /// The mount on `point`, the topmost if several are stacked there.
 pub fn mount_at(point: &Path) -> io::Result<Option<Mount>> {
     Mounts::open()?.at(point)

@@ -205,8 +205,31 @@ messages! {
         happened "The kernel's requests cannot be read or answered: @SOCI_ERROR@."
         means "Containers that read lazily loaded layers get errors or wait."
         act "Restart the daemon (systemctl restart soci-snapshotter). If it comes back, report it with the lines around this one.";
+    TakenOver = "6c1f0c1c0b5d4f3e9a1f8a2a9be1c7d4" INFO Always "The snapshots of the Go snapshotter were taken over"
+        happened "@SOCI_SNAPSHOTS@ snapshots, @SOCI_LAZY@ of them lazily loaded, came from @SOCI_DATABASE@; @SOCI_REFUSED@ could not be taken over."
+        means "Images that are here need not be pulled again. Containers that ran on the Go snapshotter's lazily loaded layers lost them when it \
+               ended: start them again."
+        act "Nothing. The file is kept as it was; soci-snapshotter-grpc(8) says how to go back.";
+    NotTakenOver = "e2f1c0a39c4d4f4d8f2d1f6b8a7c5e03" ERROR Always "A snapshot of the Go snapshotter could not be taken over"
+        happened "Snapshot @SOCI_SNAPSHOT@ cannot be taken over: @SOCI_ERROR@."
+        means "Containers cannot be started from it, or from what stands on it. Its directory and the Go snapshotter's records are left as they are."
+        act "Remove the image or container that it belongs to from containerd, and pull or make it again.";
+    TakeoverWaits = "a50c8d4b6d0e4b0f9b5a3c1e7d2f8b96" WARN Always "A lazily loaded layer of the Go snapshotter cannot be mounted yet"
+        happened "Snapshot @SOCI_SNAPSHOT@ of @SOCI_IMAGE@ has no local record of how to serve it, and its index and zTOC cannot be had yet: @SOCI_ERROR@."
+        means "Containers cannot be started from the image yet. Nothing else waits for it."
+        act "Nothing if the registry is about to come back: it is tried again by itself, and when a container is started from the image. Otherwise \
+             see that the image and its SOCI index are in the registry (soci doctor IMAGE), or remove the image and pull it again.";
+    PredecessorChanged = "0b9d7c52f1a84a6fb6e3d48c9e5a7f21" WARN Always "The Go snapshotter has changed its records since they were taken over"
+        happened "@SOCI_DATABASE@ is not as it was when it was taken over, or never was taken over: a Go snapshotter has run since."
+        means "What it made is not known here: containers cannot be started from that."
+        act "Remove from containerd what was pulled or made meanwhile, and pull it again; or, with the daemon stopped, move metadata.redb beside it \
+             away: the next start takes over anew, and forgets what was made with this snapshotter.";
+    StaleMount = "f7b8a6d95c3e4d21a0c4e2b1d9f68375" WARN Always "A lazily loaded layer is still mounted by the Go snapshotter"
+        happened "Something is mounted on the directory of snapshot @SOCI_SNAPSHOT@, which only soci-mount may take away, at its start."
+        means "Containers cannot be started from the image."
+        act "Stop the Go snapshotter if it still runs, then:\n\n    systemctl restart soci-mount soci-snapshotter";
     StrangeDirectories = "d8ed19083cb84f23a323db36cf2da37d" WARN Always "There are snapshot directories that no record knows"
-        happened "@SOCI_DIRECTORIES@ directories below snapshotter/snapshots are not in the snapshot database."
+        happened "@SOCI_DIRECTORIES@ directories below snapshotter/snapshots are not in the snapshot database: @SOCI_NAMES@."
         means "Nothing: they are left alone. They take room."
         act "If this follows the loss of the database, bring back a copy of it. Directories of images that are gone may be removed by hand while the \
              daemon is stopped.";

@@ -2,12 +2,13 @@
 
 use crate::options::{Options, Section};
 use crate::report::{Report, median, table};
+use crate::support::cgroup::Cgroup;
 use crate::support::containerd::container_name;
 use crate::support::daemon::Settings;
 use crate::support::engine::{Engine, Kind};
 use crate::support::link::{Link, Shape};
 use crate::support::registry::{self, Registry, image_manifest};
-use crate::support::slot::Slot;
+use crate::support::slot::{Root, Slot};
 use crate::support::workload::{of, until_ready};
 use crate::support::{cache, suite_image};
 use serde_json::json;
@@ -27,8 +28,54 @@ struct Run {
     run: f64,
     /// MB of all processes of the engine together, at their worst moment during the pull.
     rss: f64,
-    /// CPU seconds of the pull.
+    /// The same of our daemon with its helpers and workers.
+    rss_ours: f64,
+    /// CPU seconds of the pull, those of processes that ended meanwhile included.
     cpu: f64,
+    /// Seconds from the first byte of the largest layer until its files were there, by our daemon's log.
+    largest: f64,
+}
+
+/// Seconds that the largest layer needs at least: on the link alone, to be inflated by one core, to be written.
+#[derive(Clone, Copy)]
+struct Bounds {
+    link: f64,
+    inflate: f64,
+    write: f64,
+}
+
+impl Bounds {
+    fn of(image: &str, registry: &Registry, root: &Root) -> Bounds {
+        let layout = suite_image(image);
+        let (_, manifest) = image_manifest(&layout);
+        let layer = manifest.layers.iter().max_by_key(|layer| layer.size).expect("an image has layers");
+        let blob = registry::blob_path(&layout, &layer.digest);
+        let (tar, out) = (root.join("layer.tar"), root.dir("written"));
+        let timed = |command: &mut Command| {
+            let start = Instant::now();
+            assert!(command.status().unwrap().success(), "{command:?}");
+            start.elapsed().as_secs_f64()
+        };
+        let link = timed(
+            Command::new("curl")
+                .args(["--silent", "--fail", "-o", "/dev/null"])
+                .arg(format!("http://{}/v2/{image}/blobs/{}", registry.host, layer.digest)),
+        );
+        let to = |path: &std::path::Path| std::fs::File::create(path).unwrap();
+        let gunzip = || {
+            let mut command = Command::new("gzip");
+            command.args(["-dc"]).arg(&blob);
+            command
+        };
+        let inflate = timed(gunzip().stdout(to(std::path::Path::new("/dev/null"))));
+        timed(gunzip().stdout(to(&tar)));
+        let write = timed(Command::new("tar").arg("-xpf").arg(&tar).arg("--numeric-owner").arg("-C").arg(&out));
+        Bounds { link, inflate, write }
+    }
+
+    fn most(self) -> f64 {
+        self.link.max(self.inflate).max(self.write)
+    }
 }
 
 pub fn measure(options: &Options, report: &mut Report) {
@@ -46,6 +93,11 @@ pub fn measure(options: &Options, report: &mut Report) {
         link.shape(*shape);
         let mut body = Vec::new();
         for image in images {
+            let bounds = Bounds::of(image, &registry, &slot.fresh_root());
+            eprintln!(
+                "{image:10} largest layer: {:.2} s on the link, {:.2} s to inflate by one core (gzip -dc), {:.2} s to write (tar -x)",
+                bounds.link, bounds.inflate, bounds.write
+            );
             let mut curls = Vec::new();
             let mut runs: Vec<Vec<Run>> = engines.iter().map(|_| Vec::new()).collect();
             for turn in 0..options.runs {
@@ -54,17 +106,20 @@ pub fn measure(options: &Options, report: &mut Report) {
                     match run(*kind, image, &slot, &registry, options) {
                         Ok(run) => {
                             eprintln!(
-                                "{image:10} {:8} pull {:6.2} run {:5.2}  {:4.0} MB  {:5.1} CPU s   (curl {:.2})",
+                                "{image:10} {:8} pull {:6.2} run {:5.2}  {:4.0} MB (ours {:.0})  {:5.1} CPU s   largest layer {:.2}  (curl {:.2})",
                                 kind.name(),
                                 run.pull,
                                 run.run,
                                 run.rss,
+                                run.rss_ours,
                                 run.cpu,
+                                run.largest,
                                 curls[turn],
                             );
                             report.record(json!({
                                 "section": "eager", "image": image, "engine": kind.name(), "mbit": shape.mbit, "turn": turn, "curl": curls[turn],
-                                "pull": run.pull, "run": run.run, "rss_mb": run.rss, "cpu_s": run.cpu,
+                                "pull": run.pull, "run": run.run, "rss_mb": run.rss, "rss_ours_mb": run.rss_ours, "cpu_s": run.cpu,
+                                "largest_layer": run.largest, "bound_link": bounds.link, "bound_inflate": bounds.inflate, "bound_write": bounds.write,
                             }));
                             runs.push(run);
                         }
@@ -72,7 +127,7 @@ pub fn measure(options: &Options, report: &mut Report) {
                     }
                 }
             }
-            body.push(row(image, &engines, median(curls), &runs));
+            body.push(row(image, &engines, median(curls), bounds, &runs));
         }
         report.section(&summary(options.runs, &engines, *shape, &body));
     }
@@ -97,19 +152,30 @@ fn curl(image: &str, registry: &Registry) -> f64 {
 
 fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Options) -> Result<Run, String> {
     let root = slot.fresh_root();
-    let settings = Settings { more: options.config.clone(), ..Default::default() };
+    let settings = Settings { more: options.config.clone(), log_level: "debug".into(), ..Default::default() };
+    let cgroup = Cgroup::new(kind.name());
     let engine = Engine::start(kind, &root, &registry.host, &settings);
     let reference = registry.reference(image, "latest");
     let name = container_name();
     let arguments: Vec<String> = of(image).command.iter().map(|a| a.to_string()).collect();
-    let cpu = || engine.usage().iter().map(|(_, u)| u.cpu.as_secs_f64()).sum::<f64>();
-    let (before, done, peak) = (cpu(), AtomicBool::new(false), AtomicU64::new(0));
+    // Workers are nobody's children for long, so their time is counted by the kernel, for all that is born of the engine.
+    let cgroup = cgroup.filter(|cgroup| engine.pids().iter().all(|pid| cgroup.add(*pid)));
+    let cpu = || match cgroup.as_ref().and_then(Cgroup::cpu) {
+        Some(cpu) => cpu.as_secs_f64(),
+        None => engine.usage().iter().map(|(_, u)| u.cpu.as_secs_f64()).sum::<f64>(),
+    };
+    let (before, done) = (cpu(), AtomicBool::new(false));
+    let (peak, peak_ours) = (AtomicU64::new(0), AtomicU64::new(0));
     let start = Instant::now();
     let pulled = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                let all: u64 = engine.usage().iter().map(|(_, u)| u.rss_now_kb).sum();
-                peak.fetch_max(all, Ordering::Relaxed);
+                let usage = engine.usage();
+                let sum = |of: &dyn Fn(&str) -> bool| -> u64 {
+                    usage.iter().filter(|(name, _)| of(name)).map(|(_, u)| u.rss_now_kb).sum()
+                };
+                peak.fetch_max(sum(&|_| true), Ordering::Relaxed);
+                peak_ours.fetch_max(sum(&|name| name.starts_with("soci")), Ordering::Relaxed);
                 std::thread::sleep(SAMPLE);
             }
         });
@@ -131,40 +197,80 @@ fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Opti
     let run = start.elapsed().as_secs_f64();
     engine.kill(&name);
     let _ = ready.child.wait();
-    Ok(Run { pull, run, rss: peak.into_inner() as f64 / 1024.0, cpu })
+    let largest = engine.daemon.as_ref().map_or(0.0, |daemon| largest(&daemon.log()));
+    let megabytes = |kibibytes: AtomicU64| kibibytes.into_inner() as f64 / 1024.0;
+    Ok(Run { pull, run, rss: megabytes(peak), rss_ours: megabytes(peak_ours), cpu, largest })
 }
 
-fn row(image: &str, engines: &[Kind], curl: f64, runs: &[Vec<Run>]) -> Vec<String> {
+/// How long the largest layer took, by what the daemon says of each.
+fn largest(log: &str) -> f64 {
+    let unpacked = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        (line["msg"] == "layer unpacked").then_some(())?;
+        let size = line["size"].as_u64().or_else(|| line["size"].as_str()?.parse().ok())?;
+        let took = line["took"].as_str()?;
+        let seconds = match (took.strip_suffix("ms"), took.strip_suffix("µs")) {
+            (Some(ms), _) => ms.parse::<f64>().ok()? / 1e3,
+            (_, Some(us)) => us.parse::<f64>().ok()? / 1e6,
+            _ => took.strip_suffix('s')?.parse().ok()?,
+        };
+        Some((size, seconds))
+    };
+    log.lines().filter_map(unpacked).max_by_key(|(size, _)| *size).map_or(0.0, |(_, seconds)| seconds)
+}
+
+fn row(image: &str, engines: &[Kind], curl: f64, bounds: Bounds, runs: &[Vec<Run>]) -> Vec<String> {
     let megabytes = bytes(image) as f64 / 1e6;
     let of = |runs: &[Run], what: fn(&Run) -> f64| median(runs.iter().map(what).collect());
     let mut row = vec![image.to_string(), format!("{megabytes:.0}"), format!("{curl:.2}")];
     row.extend(runs.iter().map(|runs| match runs.len() {
         0 => "failed".into(),
         _ => format!(
-            "{:.2} + {:.2} = **{:.2}**; {:.0} MB; {:.1} CPU s/GB",
+            "{:.2} + {:.2} = **{:.2}**; {:.0} MB (ours {:.0}); {:.1} CPU s/GB",
             of(runs, |r| r.pull),
             of(runs, |r| r.run),
             of(runs, |r| r.pull + r.run),
             of(runs, |r| r.rss),
+            of(runs, |r| r.rss_ours),
             of(runs, |r| r.cpu) * 1000.0 / megabytes,
         ),
     }));
     let pull_of = |kind: Kind| {
         engines.iter().position(|e| *e == kind).map(|at| of(&runs[at], |r| r.pull)).filter(|pull| pull.is_finite())
     };
-    let Some(ours) = pull_of(Kind::Fallback) else { return row };
+    let Some((ours, largest)) = pull_of(Kind::Fallback)
+        .and_then(|pull| Some((pull, of(&runs[engines.iter().position(|e| *e == Kind::Fallback)?], |r| r.largest))))
+    else {
+        row.extend(["–"; 4].map(String::from));
+        return row;
+    };
     let ratio = |other: Option<f64>| other.map_or("–".into(), |other| format!("**{:.2}**", ours / other));
     row.extend([ratio(pull_of(Kind::Docker)), ratio(pull_of(Kind::Ctd2)), ratio(Some(curl))]);
+    row.push(format!(
+        "{:.0} % ({largest:.2} s; link {:.2}, inflate {:.2}, write {:.2})",
+        100.0 * bounds.most() / largest,
+        bounds.link,
+        bounds.inflate,
+        bounds.write
+    ));
     row
 }
 
 fn summary(runs: usize, engines: &[Kind], shape: Shape, body: &[Vec<String>]) -> String {
     let mut head = vec!["image".to_string(), "MB".to_string(), "curl".to_string()];
     head.extend(engines.iter().map(|e| e.name().to_string()));
-    head.extend(["÷ docker (≤ 0.5)", "÷ ctd2 (≤ 0.6)", "÷ curl (or ≤ 1.1)"].map(String::from));
+    head.extend(
+        [
+            "÷ docker (≤ 0.5)",
+            "÷ ctd2 (≤ 0.6)",
+            "÷ curl (or ≤ 1.1)",
+            "largest layer: share of what it needs at least (≥ 90 %)",
+        ]
+        .map(String::from),
+    );
     let link = if shape.mbit == 0 { "unshaped".to_string() } else { shape.to_string() };
     format!(
-        "## Images without an index; {link}; medians of {runs}\n\nPull + run = ready, seconds; memory of all processes of the engine together at most; CPU of the pull per compressed GB\n\n{}",
+        "## Images without an index; {link}; medians of {runs}\n\nPull + run = ready, seconds; memory of all processes of the engine together at most (our daemon and workers: ≤ 150 MB); CPU of the pull per compressed GB, workers included\n\n{}",
         table(&head, body)
     )
 }

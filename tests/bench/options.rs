@@ -8,9 +8,9 @@ use std::path::PathBuf;
 pub const USAGE: &str = "\
 bench [key=value]…
   sections=pull,full,…      what to measure: pull eager full ztoc index reads mount
-  images=redis,numpy,…      of: redis nginx numpy node postgres rabbitmq ffmpeg tensorflow torch
+  images=redis,numpy,…      of: redis nginx numpy node postgres rabbitmq ffmpeg tensorflow torch gigabyte
   engines=ctd2,ours,…       of: ctd16 ctd2 ctd2par docker ours ours16 fallback
-  links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; none; or MBIT:MICROSECONDS
+  links=region,zone         region: 500 Mbit/s, 10 ms each way; zone: 2 Gbit/s, 1 ms; unshaped; or MBIT:MICROSECONDS
   n=2                       runs of each, interleaved
   min_layer=BYTES           `soci convert --min-layer-size` (its default if not given)
   config=FILE               TOML to put first in our daemon's configuration
@@ -140,7 +140,7 @@ fn shape(word: &str) -> Result<Shape, String> {
     match word {
         "region" => Ok(Shape::REGION),
         "zone" => Ok(Shape::ZONE),
-        "none" => Ok(Shape::NONE),
+        "unshaped" | "none" => Ok(Shape::NONE),
         _ => {
             let (mbit, delay) = word.split_once(':').ok_or_else(|| format!("'{word}' is no link"))?;
             Ok(Shape { mbit: number(mbit)? as u32, delay_us: number(delay)? as u32 })

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds real container images from Debian and PyPI packages, for the demo and the bench: one OCI layout per image.
 #
-#   images.sh NAME…      numpy redis nginx node postgres rabbitmq ffmpeg tensorflow torch
+#   images.sh NAME…      numpy redis nginx node postgres rabbitmq ffmpeg tensorflow torch gigabyte
 #
 # The layouts go to $SOCI_LAB_CACHE/images/NAME (tag "latest") and are kept: an image that is already there is not built again.
 # Nobody's registry is asked: the base comes from mmdebstrap, every further layer is what a package manager changed, as umoci sees
@@ -74,6 +74,18 @@ pypi() {
 # file PATH: standard input becomes a file of its own small last layer, as an application on top of its runtime is
 file() { mkdir -p "$ROOT/$(dirname "$1")"; cat >"$ROOT/$1"; layer; }
 
+# gigabyte: one layer of more than 10^9 compressed bytes, of what tensorflow consists of, three times
+gigabyte() {
+    [ -f "$IMAGES/tensorflow/index.json" ] || (flock -u 9; SOCI_LAB_CACHE=$CACHE "$0" tensorflow)
+    umoci unpack --image "$IMAGES/tensorflow:latest" "$WORK/tensorflow"
+    mkdir "$ROOT/opt/"{1,2,3}
+    for copy in 1 2 3; do
+        cp -a "$WORK/tensorflow/rootfs/usr/local/lib/python$PYTHON/dist-packages" "$ROOT/opt/$copy/"
+    done
+    rm -rf "$WORK/tensorflow"
+    layer
+}
+
 # end NAME: only a finished image gets the name
 end() {
     umoci tag --image "$LAYOUT:step" latest
@@ -96,6 +108,7 @@ build() {
     numpy) begin; debian python3; debian python3-numpy ;;
     tensorflow) begin; debian python3; pypi tensorflow-cpu ;;
     torch) begin; debian python3; pypi numpy; pypi torch ;;
+    gigabyte) begin; gigabyte ;;
     *) die "no recipe for '$1'" ;;
     esac
     file app/main.js <<'JS'

@@ -22,9 +22,9 @@ GO_AT_LEAST=24 # containerd 2.2 wants go 1.24
 
 PACKAGES="ca-certificates systemd gcc libc6-dev libnetfilter-queue-dev pkg-config
     containerd runc docker-registry docker.io stargz-snapshotter skopeo umoci mmdebstrap
-    fuse3 iproute2 iptables e2fsprogs mount procps util-linux jq busybox-static python3 python3-pip xz-utils"
+    fuse3 iproute2 iptables e2fsprogs btrfs-progs mount procps util-linux jq busybox-static python3 python3-pip xz-utils"
 COMMANDS="gcc systemd-analyze containerd runc docker-registry dockerd docker ctr-remote skopeo umoci mmdebstrap
-    fusermount3 ip tc iptables mkfs.ext4 losetup nsenter jq python3"
+    fusermount3 ip tc iptables mkfs.ext4 mkfs.btrfs losetup nsenter jq python3"
 
 say() { echo "setup: $*" >&2; }
 die() { echo "setup: $*" >&2; exit 1; }

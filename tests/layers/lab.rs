@@ -343,7 +343,8 @@ impl Lab {
 
     fn sharing(root: &Path, settings: Settings, with: impl FnOnce(Shared) -> Shared) -> Lab {
         let layout = Layout::new(root);
-        let (seen, scheduler) = (Arc::new(Seen::default()), Scheduler::new(settings));
+        let (seen, scheduler) =
+            (Arc::new(Seen::default()), Scheduler::new(settings, soci::registry::Throttle::new(None)));
         let runtime = tokio::runtime::Handle::current();
         let cache = InflatedCache::new(CACHE);
         let shared = with(Shared::new(cache, scheduler.clone(), runtime, seen.clone()));
@@ -355,9 +356,12 @@ impl Lab {
     pub fn wanted(&self, image: &Image, source: Arc<dyn Source>) -> Wanted {
         let ztoc = Digest::of(&image.ztoc);
         let ztoc_path = self.layout.content_blob(&ztoc);
-        if !ztoc_path.exists() {
+        // As the content store does it: whole, or not under its name; what a crash has torn is fetched again.
+        if fs::read(&ztoc_path).ok().map(|bytes| Digest::of(&bytes)) != Some(ztoc) {
             fs::create_dir_all(ztoc_path.parent().unwrap()).unwrap();
-            fs::write(&ztoc_path, &image.ztoc).unwrap();
+            let new = ztoc_path.with_extension("new");
+            fs::write(&new, &image.ztoc).unwrap();
+            fs::rename(new, &ztoc_path).unwrap();
         }
         Wanted { layer: image.layer, ztoc, ztoc_path, depth: 0, source }
     }

@@ -162,6 +162,18 @@ impl Engine {
             .collect()
     }
 
+    /// Its long-running processes.
+    pub fn pids(&self) -> Vec<u32> {
+        let runtime = match &self.runtime {
+            Runtime::Docker(docker) => docker.process.pid(),
+            Runtime::Containerd { containerd, .. } => containerd.process.pid(),
+        };
+        // dockerd has a containerd of its own.
+        let children = super::process::descendants(runtime);
+        let ours = self.daemon.iter().flat_map(Daemon::pids).map(|(_, pid)| pid);
+        std::iter::once(runtime).chain(children).chain(ours).collect()
+    }
+
     /// How many layers were lazy, of an engine that can.
     pub fn layers(&self) -> Option<Layers> {
         self.daemon.as_ref().map(Daemon::layers)

@@ -11,6 +11,7 @@
 // Three programs include this module and each leaves part of it alone.
 #![allow(dead_code)]
 
+pub mod cgroup;
 pub mod command;
 pub mod containerd;
 pub mod daemon;

@@ -191,6 +191,13 @@ struct Shared {
     released: AtomicU64,
     stopped: AtomicBool,
     rate: AtomicU64,
+    /// Bytes per second of all bodies together, and when the line is free again.
+    line_rate: AtomicU64,
+    line: Mutex<Option<Instant>>,
+    /// Requests for blobs: how many at a time are answered, how many are being answered, and the most that were.
+    most_allowed: AtomicU64,
+    at_work: AtomicU64,
+    most_at_work: AtomicU64,
     delay_us: AtomicU64,
 }
 
@@ -217,6 +224,11 @@ impl Proxy {
             released: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             rate: AtomicU64::new(0),
+            line_rate: AtomicU64::new(0),
+            line: Mutex::default(),
+            most_allowed: AtomicU64::new(u64::MAX),
+            at_work: AtomicU64::new(0),
+            most_at_work: AtomicU64::new(0),
             delay_us: AtomicU64::new(0),
         });
         std::thread::spawn({
@@ -269,7 +281,27 @@ impl Proxy {
         self.shared.down.store(false, Ordering::SeqCst);
     }
 
-    /// Shapes all bodies together to so many bytes per second (0: not at all) and delays each answer.
+    /// All bodies share a line of so many bytes per second, in the order in which they have something to send. 0: no such line.
+    pub fn share_line(&self, bytes_per_second: u64) {
+        self.shared.line_rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Of requests for blobs, more than so many at a time are answered with 429.
+    pub fn allow_at_once(&self, requests: u64) {
+        self.shared.most_allowed.store(requests, Ordering::Relaxed);
+    }
+
+    /// The most requests for blobs that were being answered at the same time since the last call of this.
+    pub fn take_most_at_once(&self) -> u64 {
+        self.shared.most_at_work.swap(0, Ordering::SeqCst)
+    }
+
+    /// Requests for blobs that are being answered now.
+    pub fn at_once(&self) -> u64 {
+        self.shared.at_work.load(Ordering::SeqCst)
+    }
+
+    /// Shapes each body to so many bytes per second (0: not at all) and delays each answer.
     pub fn shape(&self, bytes_per_second: u64, delay: Duration) {
         self.shared.rate.store(bytes_per_second, Ordering::Relaxed);
         self.shared.delay_us.store(delay.as_micros() as u64, Ordering::Relaxed);
@@ -346,7 +378,7 @@ impl Shared {
         Some(format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"repository:x:pull\"", self.host))
     }
 
-    /// Sleeps as long as `bytes` take at the shaped rate. Shared by all connections through a simple clock of when the line is free.
+    /// Sleeps as long as `bytes` take at the shaped rate, and until the shared line has carried them.
     fn pace(&self, bytes: usize, own_rate: u64) {
         let rate = match (self.rate.load(Ordering::Relaxed), own_rate) {
             (0, rate) | (rate, 0) => rate,
@@ -354,6 +386,15 @@ impl Shared {
         };
         if rate > 0 {
             std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
+        }
+        let line_rate = self.line_rate.load(Ordering::Relaxed);
+        if line_rate > 0 {
+            let until = {
+                let mut line = self.line.lock().unwrap();
+                let free = line.filter(|at| *at > Instant::now()).unwrap_or_else(Instant::now);
+                *line.insert(free + Duration::from_secs_f64(bytes as f64 / line_rate as f64))
+            };
+            std::thread::sleep(until.saturating_duration_since(Instant::now()));
         }
     }
 }
@@ -456,7 +497,21 @@ fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
             method,
             path,
         };
-        let result = answer(shared, connection, &mut writer, request, &body, &mut seen);
+        let is_blob = seen.method == "GET" && seen.path.contains("/blobs/");
+        let result = match is_blob {
+            true => {
+                let at_work = shared.at_work.fetch_add(1, Ordering::SeqCst) + 1;
+                let result = if at_work > shared.most_allowed.load(Ordering::Relaxed) {
+                    say(&mut writer, &mut seen, 429, &[], "")
+                } else {
+                    shared.most_at_work.fetch_max(at_work, Ordering::SeqCst);
+                    answer(shared, connection, &mut writer, request, &body, &mut seen)
+                };
+                shared.at_work.fetch_sub(1, Ordering::SeqCst);
+                result
+            }
+            false => answer(shared, connection, &mut writer, request, &body, &mut seen),
+        };
         shared.seen.lock().unwrap().push(seen);
         result?;
     }

@@ -25,7 +25,7 @@ const RABBITMQ: &str = "echo NODENAME=rabbit@localhost > /etc/rabbitmq/rabbitmq-
 const FFMPEG: &str = "ffmpeg -loglevel error -f lavfi -i testsrc=duration=0.2 -c:v libx264 -f null - && echo READY";
 
 /// In the order of their size.
-pub const SUITE: [Workload; 9] = [
+pub const SUITE: [Workload; 10] = [
     Workload {
         image: "redis",
         command: &["redis-server", "--save", "", "--port", "7379"],
@@ -43,6 +43,8 @@ pub const SUITE: [Workload; 9] = [
     Workload { image: "ffmpeg", command: &["sh", "-c", FFMPEG], ready: &["READY"] },
     Workload { image: "tensorflow", command: &["python3", "-c", TENSORFLOW], ready: &["READY"] },
     Workload { image: "torch", command: &["python3", "-c", TORCH], ready: &["READY"] },
+    // A layer of more than 10^9 bytes, to be pulled; there is nothing in it to be run.
+    Workload { image: "gigabyte", command: &["sh", "-c", "ls /opt; echo READY"], ready: &["READY"] },
 ];
 
 /// Reads every file of the image.

@@ -4,14 +4,13 @@
 //! changed and at no other time, so that a command that builds for minutes does not keep others waiting; the Go CLI holds the lock
 //! all the while, so we wait, say so, and can be interrupted.
 
-mod bolt;
 mod row;
 
 pub use row::{Kind, Row};
 
 use super::interrupt::{self, Stopped};
+use crate::bolt::{self, Bucket, Database, Value};
 use crate::oci::Digest;
-use bolt::{Bucket, Database, Value};
 use rustix::fs::{FlockOperation, flock};
 use std::{
     fs::{DirBuilder, File},

@@ -1,6 +1,6 @@
 //! One row of `artifacts.db`: what the Go CLI keeps about an artifact, in its encoding (`formats.md` 7.2). Pure.
 
-use super::bolt::{Bucket, Value};
+use crate::bolt::{Bucket, Value};
 use crate::oci::Digest;
 use jiff::Timestamp;
 use std::collections::BTreeMap;

@@ -1,15 +1,18 @@
-//! The file format of `artifacts.db`: bbolt, as the Go CLI writes it, so that both can use the file in turn. Pure: bytes in, pages out.
+//! bbolt, the file format of the Go programs' databases: `artifacts.db`, which both tools use in turn, and `snapshotter/metadata.db`, which is
+//! read once when a node is taken over. Pure: bytes in, values or pages out.
 //!
 //! ```text
 //!   page 0, 1: meta (the valid one with the higher transaction id counts) ── root ──▶ branch pages ──▶ leaf pages
 //!   leaf element: key and value, or key and bucket; a small bucket is a page of its own inside the value
 //! ```
 //!
-//! The file is small (some hundred bytes for each layer of each image), so it is read as a whole and its tree is written anew. A
+//! The files are small (a kB or so for each layer of each image), so they are read as a whole and their tree is written anew. A
 //! commit puts the new tree on pages that the current one does not use, and then the other meta page: at every moment one meta page
 //! describes a complete tree. No list of free pages is kept; bbolt makes its own when it finds none.
 //!
-//! The file is hostile input: every offset is checked, no page is visited twice.
+//! The file is hostile input: every offset is checked, no page is visited twice, keys must be in order, buckets nest [`MAX_DEPTH`] deep, and all
+//! that is taken out of a file is never more than the file.
+#![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,6 +33,10 @@ const BRANCH: u16 = 0x01;
 const LEAF: u16 = 0x02;
 const META: u16 = 0x04;
 const IS_BUCKET: u32 = 0x01;
+/// Buckets within buckets. The deepest schema that is read here has four; a file made of nothing but buckets shall not end the stack.
+pub const MAX_DEPTH: usize = 16;
+/// Enough of a file for [`transaction`]: two meta pages of the largest size.
+pub const HEAD: usize = 2 << 16;
 
 /// Why bytes are not a database.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -154,19 +161,29 @@ pub fn empty() -> Database {
     Database { root: Bucket::default(), page_size: PAGE, transaction: 0, used: BTreeSet::from([0, 1]), pages: 2 }
 }
 
-/// Reads a whole file.
-pub fn read(file: &[u8]) -> Result<Database, Damaged> {
+/// The meta page that counts.
+fn meta(file: &[u8]) -> Result<Meta, Damaged> {
     let first = Meta::read(file);
     // Where the second is depends on the page size, which the first may be too damaged to tell.
     let size = first.as_ref().map(|m| m.page_size);
     let sizes = size.map_or_else(|| (9..=16).map(|n| 1usize << n).collect(), |size| vec![size]);
     let mut second = sizes.into_iter().filter_map(|size| Meta::read(file.get(size..)?).filter(|m| m.page_size == size));
     let metas = first.into_iter().chain(second.next());
-    let Some(meta) = metas.max_by_key(|m| m.transaction) else {
+    metas.max_by_key(|m| m.transaction).ok_or_else(|| {
         let magic = u32_at(file, PAGE_HEADER) == Some(MAGIC);
-        return Err(if magic { Damaged::Meta } else { Damaged::NotBolt });
-    };
-    let mut walk = Walk { file, page_size: meta.page_size, used: BTreeSet::from([0, 1]) };
+        if magic { Damaged::Meta } else { Damaged::NotBolt }
+    })
+}
+
+/// The number of the last transaction in a file, of which the first [`HEAD`] bytes are enough: it grows with every change.
+pub fn transaction(head: &[u8]) -> Result<u64, Damaged> {
+    meta(head).map(|meta| meta.transaction)
+}
+
+/// Reads a whole file.
+pub fn read(file: &[u8]) -> Result<Database, Damaged> {
+    let meta = meta(file)?;
+    let mut walk = Walk { file, page_size: meta.page_size, used: BTreeSet::from([0, 1]), budget: file.len(), depth: 0 };
     let mut root = Bucket { sequence: meta.sequence, entries: BTreeMap::new() };
     walk.tree(meta.root, &mut root)?;
     if meta.freelist != NO_FREELIST {
@@ -186,6 +203,9 @@ struct Walk<'a> {
     file: &'a [u8],
     page_size: usize,
     used: BTreeSet<u64>,
+    /// Bytes that may still be taken out of the file. In a sound one no byte is in two elements; in another, elements may share their bytes.
+    budget: usize,
+    depth: usize,
 }
 
 impl<'a> Walk<'a> {
@@ -234,13 +254,17 @@ impl<'a> Walk<'a> {
             let (flags, key_at) = (field(0)?, at + field(4)?);
             let value_at = key_at + field(8)?;
             let end = value_at + field(12)?;
-            let key = page.get(key_at..value_at).ok_or_else(bad)?.to_vec();
+            let key = page.get(key_at..value_at).ok_or_else(bad)?;
             let value = page.get(value_at..end).ok_or_else(bad)?;
-            let value = if flags & IS_BUCKET as usize != 0 {
-                Value::Bucket(self.bucket(value, number)?)
-            } else {
-                Value::Bytes(value.to_vec())
-            };
+            let is_bucket = flags & IS_BUCKET as usize != 0;
+            let taken = ELEMENT + key.len() + if is_bucket { BUCKET_HEADER } else { value.len() };
+            self.budget = self.budget.checked_sub(taken).ok_or_else(bad)?;
+            if into.entries.last_key_value().is_some_and(|(last, _)| last.as_slice() >= key) {
+                return Err(bad());
+            }
+            let key = key.to_vec();
+            let value =
+                if is_bucket { Value::Bucket(self.bucket(value, number)?) } else { Value::Bytes(value.to_vec()) };
             into.entries.insert(key, value);
         }
         Ok(())
@@ -250,21 +274,49 @@ impl<'a> Walk<'a> {
         let bad = || Damaged::Page(number);
         let root = u64_at(value, 0).ok_or_else(bad)?;
         let mut bucket = Bucket { sequence: u64_at(value, 8).ok_or_else(bad)?, entries: BTreeMap::new() };
+        self.depth += 1;
+        if self.depth > MAX_DEPTH {
+            return Err(bad());
+        }
         if root != 0 {
             self.tree(root, &mut bucket)?;
         } else {
-            // A page inside the value. It can hold no bucket that is not inside it as well, so this ends.
+            // A page inside the value.
             let page = value.get(BUCKET_HEADER..).ok_or_else(bad)?;
             if u16_at(page, 8).ok_or_else(bad)? & LEAF == 0 {
                 return Err(bad());
             }
             self.leaf(page, number, &mut bucket)?;
         }
+        self.depth -= 1;
         Ok(bucket)
     }
 }
 
+impl Bucket {
+    /// The bucket of that name.
+    pub fn bucket(&self, name: &[u8]) -> Option<&Bucket> {
+        match self.entries.get(name)? {
+            Value::Bucket(bucket) => Some(bucket),
+            Value::Bytes(_) => None,
+        }
+    }
+
+    /// The value of that name.
+    pub fn bytes(&self, name: &[u8]) -> Option<&[u8]> {
+        match self.entries.get(name)? {
+            Value::Bytes(bytes) => Some(bytes),
+            Value::Bucket(_) => None,
+        }
+    }
+}
+
 impl Database {
+    /// The number of the transaction that wrote it.
+    pub fn transaction(&self) -> u64 {
+        self.transaction
+    }
+
     /// What to write so that the file holds `root`.
     pub fn commit(&self, root: &Bucket) -> Commit {
         let mut writer = Writer { database: self, pages: Vec::new(), next: 2, top: self.pages };
@@ -490,6 +542,35 @@ mod tests {
         let at = database.offset(commit.meta.0) as usize;
         file[at..at + 60].copy_from_slice(&commit.meta.1[..60]);
         assert_eq!(read(&file).unwrap().root, sample(50, 1));
+    }
+
+    #[test]
+    fn a_file_cannot_be_deeper_or_larger_inside_than_it_is() {
+        let mut deep = Bucket::default();
+        for _ in 0..MAX_DEPTH {
+            deep = Bucket { sequence: 0, entries: BTreeMap::from([(b"b".to_vec(), Value::Bucket(deep))]) };
+        }
+        let mut file = Vec::new();
+        apply(&mut file, &empty(), &deep);
+        assert_eq!(read(&file).unwrap().root, deep);
+        deep = Bucket { sequence: 0, entries: BTreeMap::from([(b"b".to_vec(), Value::Bucket(deep))]) };
+        let mut file = Vec::new();
+        apply(&mut file, &empty(), &deep);
+        assert!(matches!(read(&file), Err(Damaged::Page(_))));
+
+        // Keys whose values are the same bytes: more comes out than is in the file.
+        let mut file = Vec::new();
+        let rows =
+            (0..40u8).map(|n| (vec![n], Value::Bytes(vec![n; 30]))).chain([(vec![200], Value::Bytes(vec![9; 2000]))]);
+        apply(&mut file, &empty(), &Bucket { sequence: 0, entries: rows.collect() });
+        read(&file).unwrap();
+        let leaf = (0..file.len() / PAGE).find(|p| u16_at(&file, p * PAGE + 8) == Some(LEAF)).unwrap() * PAGE;
+        for element in (0..40).map(|n| PAGE_HEADER + n * ELEMENT) {
+            let key = element + u32_at(&file, leaf + element + 4).unwrap() as usize;
+            let all = u32::try_from(PAGE - key - 1).unwrap();
+            file[leaf + element + 12..leaf + element + 16].copy_from_slice(&all.to_le_bytes());
+        }
+        assert!(matches!(read(&file), Err(Damaged::Page(_))));
     }
 
     #[test]

@@ -1,7 +1,10 @@
-//! How many requests for layers are in flight at a time.
+//! How many requests for layers are in flight at a time, of all who download: pulls, readers of lazy layers, and the background.
 //!
 //! Nothing is to be tuned: the number climbs while more requests bring more bytes, goes back when they do not, and is halved when a registry
-//! says that it is too much. What the operator wrote down is a ceiling.
+//! says that it is too much. What the operator wrote down is a ceiling, for pulls and the background together.
+//!
+//! Who waits for a read comes first: it is never held back, it counts, and while it is in flight pulls send few requests and take what comes
+//! slowly ([`Throttle::give_way`]), so that the link is the reader's.
 //!
 //! [`Climb`] decides, without a clock; [`Throttle`] counts.
 
@@ -23,6 +26,13 @@ const GROWTH: f64 = 1.08;
 const REST: u32 = 20;
 /// Slices without a new attempt after a registry has complained.
 const LONG_REST: u32 = 100;
+/// Requests of pulls while somebody waits for a read.
+const BESIDE_READERS: usize = 2;
+/// How long a pull waits before it takes the next bytes, while somebody waits for a read: enough for the connections' buffers to fill and the
+/// others to stop sending, short enough that a pull never stands still.
+const GIVE_WAY: Duration = Duration::from_millis(100);
+/// A read that has waited this long has other trouble than the link.
+const READERS_HURRY: Duration = Duration::from_secs(2);
 
 /// The decision.
 #[derive(Debug)]
@@ -75,7 +85,11 @@ impl Climb {
 
 struct State {
     climb: Climb,
+    /// Requests of pulls and of the background.
     in_flight: usize,
+    /// Requests that somebody's read waits for, and when the last of them began.
+    readers: usize,
+    read: Option<Instant>,
     waiting: usize,
     since: Option<Instant>,
     bytes: u64,
@@ -87,20 +101,46 @@ struct State {
 #[derive(Clone)]
 pub struct Throttle(Arc<Inner>);
 
+impl State {
+    fn is_read(&self) -> bool {
+        self.readers > 0 && self.read.is_some_and(|at| at.elapsed() < READERS_HURRY)
+    }
+
+    /// How many requests pulls and the background may have in flight.
+    fn limit(&self) -> usize {
+        // The operator's ceiling is about the registry: to that they all are the same.
+        let left = self.climb.most.saturating_sub(self.readers).max(1);
+        let limit = self.climb.limit.min(left);
+        if self.is_read() { limit.min(BESIDE_READERS) } else { limit }
+    }
+}
+
 struct Inner {
     state: Mutex<State>,
     freed: Notify,
+    /// The operator has set a limit.
+    is_limited: bool,
 }
 
-/// The right to one request.
-pub struct Slot(Throttle);
+/// The right to one request; empty where nobody counts.
+pub struct Slot(Option<Throttle>);
+
+/// A request that a read waits for.
+pub struct Reading(Throttle);
 
 impl Throttle {
     /// `most`: what the operator allows, if anything.
     pub fn new(most: Option<usize>) -> Throttle {
         let climb = Climb::new(most.unwrap_or(MOST).max(1));
-        let state = State { climb, in_flight: 0, waiting: 0, since: None, bytes: 0, slack: false };
-        Throttle(Arc::new(Inner { state: Mutex::new(state), freed: Notify::new() }))
+        let state =
+            State { climb, in_flight: 0, readers: 0, read: None, waiting: 0, since: None, bytes: 0, slack: false };
+        let inner = Inner { state: Mutex::new(state), freed: Notify::new(), is_limited: most.is_some() };
+        Throttle(Arc::new(inner))
+    }
+
+    /// What the operator allows, if that was said.
+    pub fn ceiling(&self) -> Option<usize> {
+        self.0.is_limited.then(|| self.lock().climb.most)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -116,16 +156,47 @@ impl Throttle {
             freed.as_mut().enable();
             {
                 let mut state = self.lock();
-                if state.in_flight < state.climb.limit {
+                if state.in_flight < state.limit() {
                     state.in_flight += 1;
-                    return Slot(self.clone());
+                    return Slot(Some(self.clone()));
                 }
                 if !waits.counted {
                     waits.counted = true;
                     state.waiting += 1;
                 }
             }
-            freed.await;
+            // Time alone ends the hurry of a read.
+            let _ = tokio::time::timeout(READERS_HURRY, freed).await;
+        }
+    }
+
+    /// A slot for what nobody waits for, if there is room and nobody else wants it. Without the operator's limit there is always: the background
+    /// knows by itself when to stop.
+    pub fn background(&self) -> Option<Slot> {
+        if !self.0.is_limited {
+            return Some(Slot(None));
+        }
+        let mut state = self.lock();
+        if state.waiting > 0 || state.in_flight >= state.limit() {
+            return None;
+        }
+        state.in_flight += 1;
+        Some(Slot(Some(self.clone())))
+    }
+
+    /// A request is sent that somebody's read waits for.
+    pub fn reading(&self) -> Reading {
+        let mut state = self.lock();
+        state.readers += 1;
+        state.read = Some(Instant::now());
+        drop(state);
+        Reading(self.clone())
+    }
+
+    /// Before a pull takes more bytes: leaves the link to a read that waits, for a moment.
+    pub async fn give_way(&self) {
+        if self.lock().is_read() {
+            tokio::time::sleep(GIVE_WAY).await;
         }
     }
 
@@ -159,6 +230,13 @@ impl Throttle {
     }
 }
 
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.lock().readers -= 1;
+        self.0.0.freed.notify_one();
+    }
+}
+
 /// Somebody waits; forgotten when the wait ends, however it ends.
 struct Waits<'a> {
     throttle: &'a Throttle,
@@ -175,8 +253,9 @@ impl Drop for Waits<'_> {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.lock().in_flight -= 1;
-        self.0.0.freed.notify_one();
+        let Slot(Some(throttle)) = self else { return };
+        throttle.lock().in_flight -= 1;
+        throttle.0.freed.notify_one();
     }
 }
 
@@ -243,5 +322,40 @@ mod tests {
         assert!(given_up.is_err());
         assert_eq!(throttle.lock().waiting, 0);
         drop(held);
+    }
+
+    #[tokio::test]
+    async fn a_pull_leaves_the_link_to_a_read_and_does_not_stand_still() {
+        let throttle = Throttle::new(None);
+        let reading = throttle.reading();
+        let slots = [throttle.slot().await, throttle.slot().await];
+        let third = tokio::time::timeout(Duration::from_millis(50), throttle.slot()).await;
+        assert!(third.is_err(), "two beside a reader");
+        let start = Instant::now();
+        throttle.give_way().await;
+        assert!(start.elapsed() >= GIVE_WAY);
+        drop(reading);
+        let third = throttle.slot().await;
+        let at_once = throttle.give_way();
+        assert!(futures::FutureExt::now_or_never(at_once).is_some());
+        drop((slots, third));
+    }
+
+    #[tokio::test]
+    async fn the_ceiling_is_for_all_and_readers_go_through_it() {
+        let throttle = Throttle::new(Some(2));
+        let background = throttle.background().unwrap();
+        let pull = throttle.slot().await;
+        assert!(throttle.background().is_none());
+        let readers = [throttle.reading(), throttle.reading(), throttle.reading()];
+        drop(background);
+        let waits = tokio::time::timeout(Duration::from_millis(20), throttle.slot()).await;
+        assert!(waits.is_err(), "readers count");
+        drop(readers);
+        let second = throttle.slot().await;
+        drop((pull, second));
+        let unlimited = Throttle::new(None);
+        let all: Vec<_> = (0..50).map(|_| unlimited.background().unwrap()).collect();
+        drop((unlimited.slot().await, all));
     }
 }
