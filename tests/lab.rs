@@ -54,8 +54,7 @@ fn privileged_whatever_a_test_leaves_behind_is_seen() {
     nix::mount::umount(&point).unwrap();
     // A connection whose mount is gone and whose device somebody still holds.
     let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
-    let options =
-        format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&device));
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&device));
     nix::mount::mount(Some("x"), &point, Some("fuse.test"), nix::mount::MsFlags::empty(), Some(&options[..])).unwrap();
     leaks::watch_connection(&point);
     assert_eq!(leaks::remaining(root.path()).len(), 2, "mount and connection");

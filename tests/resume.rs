@@ -73,7 +73,8 @@ fn privileged_a_read_survives_the_death_of_the_holder_and_then_of_the_daemon() {
     let slot = Slot::take();
     for kernel in [&[][..], &[("SOCI_MOUNT_NO_RESEND", "1")]] {
         let mut stalled = stalled(&slot, kernel);
-        let mounted = stalled.node.containerd.mount("soci", "default", &stalled.reference, &stalled.node.root.join("view"));
+        let mounted =
+            stalled.node.containerd.mount("soci", "default", &stalled.reference, &stalled.node.root.join("view"));
         let reader = reader(&mounted.path.join("data"));
         for _ in 0..2 {
             let daemon = &mut stalled.node.daemon;
