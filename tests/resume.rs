@@ -196,7 +196,7 @@ fn privileged_a_part_that_stands_still_stops_the_watchdog_and_the_next_daemon_go
         while fed_within(Duration::from_secs(3)) {
             assert!(start.elapsed() < Duration::from_secs(60), "{name} stands still, and nobody notices");
         }
-        assert_eq!(daemon.log().contains("thread fuse-0 was not seen"), true, "{name}");
+        assert!(daemon.log().contains("thread fuse-0 was not seen"), "{name}");
         // What systemd does now.
         daemon.signal(Signal::SIGKILL);
         frozen.into_iter().for_each(Frozen::bury);
@@ -216,8 +216,8 @@ fn database_schema(path: &Path, new: Option<u64>) -> u64 {
         change.commit().unwrap();
     }
     let read = db.begin_read().unwrap();
-    let schema = read.open_table(FACTS).unwrap().get("schema").unwrap().unwrap().value();
-    schema
+    let facts = read.open_table(FACTS).unwrap();
+    facts.get("schema").unwrap().expect("it has a schema").value()
 }
 
 fn edit(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
