@@ -82,7 +82,7 @@ fn image(payload: &Payload, built: &Path) -> Outcome {
     let at = payload.work.join("storm");
     let script = format!(
         r#"rm -rf {at}; mkdir -p {at}/registry {at}/python/usr/bin {at}/data/data; cd {at}
-        program=$(readlink -f /usr/bin/python3); library=$(python3 -c 'import os; print(os.path.dirname(os.__file__))')
+        program=$(readlink -f /usr/bin/python3); library=$(/usr/bin/python3 -c 'import os; print(os.path.dirname(os.__file__))')
         for file in $program $(ldd $program | grep -o '/[^ ]*'); do mkdir -p python$(dirname $file); cp -L $file python$file; done
         [ $program = /usr/bin/python3 ] || ln -s $program python/usr/bin/python3
         mkdir -p python$library python/tmp python/proc python/sys python/dev python/etc python/run
@@ -90,7 +90,7 @@ fn image(payload: &Payload, built: &Path) -> Outcome {
             -o -name dist-packages -o -name 'config-*' \) -prune -o -type f \( -name '*.py' -o -name '*.so' \) -print | cpio -pdm --quiet {at}/python$library)
         cp {source}/tests/storm/storm.py python/usr/bin/storm; chmod 755 python/usr/bin/storm
         for n in $(seq 12); do head -c 1048576 /dev/urandom >data/data/$n; done
-        python3 -c 'import hashlib, sys
+        /usr/bin/python3 -c 'import hashlib, sys
 for name in sys.argv[1:]:
     content = open("data/data/" + name, "rb").read()
     for offset in range(0, len(content), 65536):
