@@ -95,11 +95,16 @@
 //!     second of the cancelled request, two minutes after containerd was last left to pull a layer itself.
 //! 16. **One count of requests** (`registry::Throttle`) for pulls and streaming. The operator's limit holds for both; a read that a container waits
 //!     for goes through it, and pulls leave it the link while it is on its way.
+//! 17. **Containers in user namespaces get layers of their own.** The Prepare of such a container carries id mappings; each layer below it is
+//!     shown once more under a number of its own, a lazy one with owners translated in `fs`, an unpacked one copied by a worker of the custodian
+//!     (contents shared where the filesystem can). They are shared by all containers with the same mappings and outlive the daemon; the
+//!     Go daemon makes them per container and forgets the mappings when it ends. File capabilities are made those of the namespace,
+//!     ACLs are shown as they are. Id-mapped mounts would cost nothing, but take a kernel of 5.19 (6.12 for FUSE) and a privileged mount.
 //!
 //! # Who may name whom
 //!
 //! ```text
-//!   words       oci layout notation                   no I/O
+//!   words       oci layout notation sync              no I/O; sync: the locks whose interleavings are explored
 //!   pure        ztoc inflate tar bolt                 bytes in, values out; no tokio, clock or lock
 //!   trust       tls → keychain → registry             only tls names rustls, only keychain and registry name reqwest
 //!   read path   registry → index → layers → fs        only fs names fuser; layers and fs name sys for memory that is mapped
@@ -146,6 +151,7 @@ pub mod oci;
 pub mod pull;
 pub mod registry;
 pub mod snapshot;
+mod sync;
 pub mod sys;
 pub mod tar;
 pub mod telemetry;

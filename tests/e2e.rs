@@ -355,3 +355,41 @@ fn privileged_nothing_stays_mounted_after_unmount() {
     assert!(done.status.success(), "{}", text(&done.stderr));
     assert!(!mounted());
 }
+
+#[test]
+fn privileged_a_container_in_a_user_namespace_sees_its_own_owners_on_every_kind_of_layer() {
+    let slot = Slot::take();
+    // busybox is small enough to be pulled, the rest is lazy.
+    let mixed = "[snapshotter]\nmin_layer_size = 2000000\n";
+    for (settings, lazy) in [("", 2), (mixed, 1)] {
+        let node = Node::new(&slot, Version::V22, settings);
+        let mut top = bulk("bulk", 11, 3);
+        top.file("bulk/ours", "of 1000").owner(1000, 1000);
+        let (_, layers, reference) = node.publish("app", &Image::new(vec![busybox(), top]));
+        node.containerd.rpull("soci", &reference, &["-labels", "nerdctl"]).unwrap();
+        assert_eq!((node.daemon.layers().lazy, layers), (lazy, 2), "{settings}");
+        let name = container_name();
+        let run = |command: &str| {
+            let mut ctr = node.containerd.ctr();
+            ctr.args(["run", "--rm", "--snapshotter", "soci", "--remap-labels"]);
+            ctr.args(["--uidmap", "0:12345:1001", "--gidmap", "0:12345:1001"]);
+            let done = attempt(ctr.args([&reference, &name, "sh", "-c", command]));
+            assert!(done.status.success(), "{settings}: {}{}", text(&done.stdout), text(&done.stderr));
+            text(&done.stdout)
+        };
+        let inside = run(
+            "id -u; stat -c %u:%g /bin/busybox /bulk/ours; echo x > /bulk/new; stat -c %u /bulk/new; cat /proc/self/uid_map",
+        );
+        let words: Vec<&str> = inside.split_whitespace().collect();
+        assert_eq!(words, ["0", "0:0", "1000:1000", "0", "0", "12345", "1001"], "{settings}");
+        // containerd has removed the container; what was made for it goes, the image stays.
+        node.containerd.run("soci", &reference, &["cat", "/bulk/ours"]).unwrap();
+        node.containerd.remove_image(&reference);
+        let snapshots = node.daemon.lazy().with_file_name("snapshots");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while std::fs::read_dir(&snapshots).unwrap().next().is_some() {
+            assert!(Instant::now() < deadline, "mapped layers are swept");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}

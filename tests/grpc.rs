@@ -11,5 +11,7 @@ mod content;
 mod lab;
 #[path = "grpc/lazy.rs"]
 mod lazy;
+#[path = "grpc/mapped.rs"]
+mod mapped;
 #[path = "grpc/operations.rs"]
 mod operations;

@@ -340,7 +340,8 @@ fn docker(args: &args::Enable, global: &args::Global) -> String {
          1. The containerd that dockerd uses must know the snapshotter. With the system's containerd: soci enable containerd\n   \
             In another one's configuration (dockerd started its own: /var/run/docker/containerd/containerd.toml is written anew each time;\n   \
             give dockerd --containerd /run/containerd/containerd.sock instead):\n\n\
-         [proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{socket}\"\n  [proxy_plugins.soci.exports]\n    root = \"{root}\"\n    \
+         [proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{socket}\"\n  \
+             capabilities = [\"remap-ids\", \"multi-remap-ids\"]\n  [proxy_plugins.soci.exports]\n    root = \"{root}\"\n    \
              enable_remote_snapshot_annotations = \"true\"\n\n\
          2. In /etc/docker/daemon.json:\n\n\
          {{\n  \"features\": {{ \"containerd-snapshotter\": true }},\n  \"storage-driver\": \"soci\"\n}}\n\n\
@@ -356,7 +357,8 @@ fn k3s(args: &args::Enable, global: &args::Global) -> String {
         "k3s runs a containerd of its own and writes its configuration at each start, from a template.\n\n\
          1. As /var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.tmpl (k3s with containerd 2; with 1.x: config.toml.tmpl):\n\n\
          {{{{ template \"base\" . }}}}\n\n\
-         [proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{socket}\"\n  [proxy_plugins.soci.exports]\n    root = \"{root}\"\n    \
+         [proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{socket}\"\n  \
+             capabilities = [\"remap-ids\", \"multi-remap-ids\"]\n  [proxy_plugins.soci.exports]\n    root = \"{root}\"\n    \
              enable_remote_snapshot_annotations = \"true\"\n\n\
          2. In /etc/rancher/k3s/config.yaml:\n\n\
          snapshotter: soci\n\n\

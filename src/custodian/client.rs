@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     layout::{Layout, SnapshotId},
+    oci::IdMaps,
     sys::{
         process,
         seqpacket::{self, Patience},
@@ -126,6 +127,14 @@ pub fn start(layout: &Layout) -> Result<Connection, CustodianError> {
     Ok(Connection { layout: layout.clone(), socket: ours, redial: Redial::Impossible })
 }
 
+/// A file without a name, to be read from its start.
+fn in_memory(label: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = std::fs::File::from(rustix::fs::memfd_create(label, rustix::fs::MemfdFlags::CLOEXEC)?);
+    io::Write::write_all(&mut file, bytes)?;
+    io::Seek::rewind(&mut file)?;
+    Ok(file.into())
+}
+
 fn absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
@@ -223,17 +232,29 @@ impl Client {
         place: Place,
         budget: Budget,
     ) -> Result<Budget, UnpackError> {
-        let failed = |source: io::Error| UnpackError::Custodian { doing: "unpack the layer", source };
         // A smaller pipe works too.
         let _ = rustix::pipe::fcntl_setpipe_size(&tar, PIPE);
+        self.labour(Operation::Unpack { id, place, budget }, tar, "unpack the layer").await
+    }
+
+    /// Makes the `fs` of the snapshot `id` a copy of that of `from`, with its owners translated. `id` must be new, `from` is left alone.
+    pub async fn copy(&self, from: SnapshotId, id: SnapshotId, maps: &IdMaps) -> Result<(), UnpackError> {
+        let failed = |source| UnpackError::Custodian { doing: "copy the layer", source };
+        let mappings = in_memory("soci-id-mappings", maps.to_string().as_bytes()).map_err(failed)?;
+        self.labour(Operation::Copy { id, from }, mappings, "copy the layer").await?;
+        self.publish(id, &[]).await
+    }
+
+    /// Has a worker do it. Ends early, and the worker with it, when the future is dropped.
+    async fn labour(&self, operation: Operation, input: OwnedFd, doing: &'static str) -> Result<Budget, UnpackError> {
+        let failed = |source: io::Error| UnpackError::Custodian { doing, source };
         // Held until the end: when its other end sees it closed, whoever waited for this has gone.
         let (theirs, leash) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
-        let operation = Operation::Unpack { id, place, budget };
-        let fds = [tar.as_fd(), theirs.as_fd()];
+        let fds = [input.as_fd(), theirs.as_fd()];
         let slots = &self.inner.unpack_slots;
         let outcome = match self.inner.try_ask(&operation, &fds, slots).await {
-            // Nobody has read from the pipe yet.
+            // Nobody has read from the input yet.
             Err(Lost::Unsent) => self.inner.try_ask(&operation, &fds, slots).await,
             other => other,
         };
@@ -284,12 +305,7 @@ impl Client {
             Implied { path: path.to_vec(), lazy: lazy.collect() }
         };
         let implied: Vec<Implied> = list.split(|c| *c == 0).filter(|path| !path.is_empty()).map(answer).collect();
-        let bytes = implied::encode(&implied);
-        let file = rustix::fs::memfd_create("soci-implied", rustix::fs::MemfdFlags::CLOEXEC)?;
-        let mut file = std::fs::File::from(file);
-        std::io::Write::write_all(&mut file, &bytes)?;
-        std::io::Seek::rewind(&mut file)?;
-        Ok(file.into())
+        in_memory("soci-implied", &implied::encode(&implied))
     }
 
     async fn ask(&self, operation: Operation) -> io::Result<Usage> {
@@ -426,5 +442,8 @@ impl crate::snapshot::Disk for Client {
     }
     fn own_upper(&self, id: SnapshotId, uid: u32, gid: u32) -> BoxFuture<'_, io::Result<()>> {
         Client::own_upper(self, id, uid, gid)
+    }
+    fn copy<'a>(&'a self, from: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { Client::copy(self, from, id, maps).await.map_err(io::Error::other) })
     }
 }

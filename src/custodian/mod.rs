@@ -142,7 +142,7 @@ fn confine(snapshots: &tree::Snapshots, args: &Args, alone: &sys::process::Singl
     sys::capabilities::keep_only(&CAPABILITIES)?;
     let landlock = match args.as_on_an_old_kernel {
         true => Confinement::Unsupported,
-        false => landlock::confine_to(snapshots.directory(), landlock::Rights::TakeAway, alone)?,
+        false => landlock::confine_to([(snapshots.directory(), landlock::Rights::TakeAway)], alone)?,
     };
     sys::seccomp::confine(sys::seccomp::Role::Custodian, alone)?;
     Ok(landlock)

@@ -6,8 +6,8 @@
 //! reply    version u8 | status u8    | zero u16 | errno    u32 | tag u64 | size u64 | inodes u64
 //!          | a worker's report [u8; 224], see `unpack::report`                                          256 bytes, little endian
 //! ```
-//! Fields that an operation does not use are zero, and anything else there is refused: two encodings of one request would be one too many.
-//! Descriptors: `Unpack` comes with two, the tar and the leash; `Publish` with one, the answers of [`super::implied`]; the others with none.
+//! `Copy` has the snapshot to be copied in the place of `uid`. Fields that an operation does not use are zero, and anything else there is refused: two encodings of one request would be one too many.
+//! Descriptors: `Unpack` comes with two, the tar and the leash; `Copy` with the id mappings and the leash; `Publish` with one, the answers of [`super::implied`]; the others with none.
 #![forbid(unsafe_code)]
 
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
 use std::io;
 
 /// Both ends are installed together; this catches a daemon that talks to the custodian of another release.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// chown(2) reads this number as "leave it", so it can be nobody's id.
 const NO_ID: u32 = u32::MAX;
 /// Layers below one. Images have at most 127 layers: that is what Docker and containerd can mount.
@@ -51,6 +51,8 @@ pub enum Operation {
     Publish { id: SnapshotId, parents: Vec<SnapshotId> },
     /// Remove what was unpacked and not published.
     Discard { id: SnapshotId },
+    /// Copy the `fs` of another snapshot, with other owners, to where a tar would be unpacked.
+    Copy { id: SnapshotId, from: SnapshotId },
 }
 
 /// An operation, and the number its reply will carry.
@@ -88,6 +90,7 @@ impl Request {
             Operation::Unpack { id, .. } => (4, *id),
             Operation::Publish { id, .. } => (5, *id),
             Operation::Discard { id } => (6, *id),
+            Operation::Copy { id, .. } => (7, *id),
         };
         let mut out = [0; Request::LEN];
         out[0] = VERSION;
@@ -99,6 +102,7 @@ impl Request {
                 out[8..12].copy_from_slice(&uid.to_le_bytes());
                 out[12..16].copy_from_slice(&gid.to_le_bytes());
             }
+            Operation::Copy { from, .. } => out[8..12].copy_from_slice(&from.0.to_le_bytes()),
             Operation::Unpack { place, budget, .. } => {
                 out[2] = u8::from(*place == Place::Above);
                 out[24..32].copy_from_slice(&budget.bytes.to_le_bytes());
@@ -145,6 +149,7 @@ impl Request {
                 Operation::Publish { id, parents }
             }
             6 => Operation::Discard { id },
+            7 => Operation::Copy { id, from: SnapshotId(half(8)) },
             unknown => return Err(Malformed::Operation(unknown)),
         };
         let request = Request { tag: word(16), operation };
@@ -255,7 +260,8 @@ mod tests {
                 Operation::Unpack { id, place, budget: Budget { bytes, inodes } }
             }),
             (id.clone(), parents).prop_map(|(id, parents)| Operation::Publish { id, parents }),
-            id.prop_map(|id| Operation::Discard { id }),
+            id.clone().prop_map(|id| Operation::Discard { id }),
+            (id.clone(), id).prop_map(|(id, from)| Operation::Copy { id, from }),
         ]
     }
 

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     layout::SnapshotId,
     sys::seqpacket,
-    unpack::{Order, report, spawner::Spawner},
+    unpack::{Budget, Order, Place, Task, report, spawner::Spawner},
 };
 use rustix::{
     event::{PollFd, PollFlags},
@@ -45,8 +45,18 @@ const CONNECTIONS: usize = 4;
 /// Layers unpacked at the same time. More than a node has cores for, and few enough for the memory of so many workers.
 const UNPACKS: usize = 32;
 
+/// What is on this disk already may be on it once more, if there is room.
+const COPIED: Budget = Budget { bytes: i64::MAX as u64, inodes: u64::MAX };
+
 /// How long to wait when the machine cannot give us a connection.
 const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
+
+/// What a worker is started for.
+#[derive(Debug, Clone, Copy)]
+enum Labour {
+    Unpack(Place, Budget),
+    Copy(SnapshotId),
+}
 
 /// The custodian at work.
 pub(super) struct Server {
@@ -146,9 +156,14 @@ impl Shared {
             };
             let (tag, outcome) = match Request::decode(bytes) {
                 Ok(Request { tag, operation: Operation::Unpack { id, place, budget } }) => {
-                    let order = Order { place, budget, old_kernel: self.old_kernel };
-                    match self.start_unpack(socket, tag, id, order, fds) {
+                    match self.start_worker(socket, tag, id, Labour::Unpack(place, budget), fds) {
                         Ok(()) => continue, // its own thread answers
+                        Err(refused) => (tag, refused),
+                    }
+                }
+                Ok(Request { tag, operation: Operation::Copy { id, from } }) => {
+                    match self.start_worker(socket, tag, id, Labour::Copy(from), fds) {
+                        Ok(()) => continue,
                         Err(refused) => (tag, refused),
                     }
                 }
@@ -187,8 +202,8 @@ impl Shared {
                 let _turn = self.take_turn_from_worker(id);
                 self.snapshots.discard(id).map(|()| Usage::default())
             }
-            // Has its own way, see `work`.
-            Operation::Unpack { .. } => return Outcome::Malformed,
+            // Have their own way, see `work`.
+            Operation::Unpack { .. } | Operation::Copy { .. } => return Outcome::Malformed,
         };
         match result {
             Ok(usage) => Outcome::Done(usage),
@@ -196,18 +211,18 @@ impl Shared {
         }
     }
 
-    fn start_unpack(
+    fn start_worker(
         self: &Arc<Self>,
         socket: &Arc<OwnedFd>,
         tag: u64,
         id: SnapshotId,
-        order: Order,
+        labour: Labour,
         fds: Vec<OwnedFd>,
     ) -> Result<(), Outcome> {
-        let [tar, leash] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| Outcome::Malformed)?;
+        let [input, leash] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| Outcome::Malformed)?;
         let (shared, socket) = (self.clone(), socket.clone());
         let answer = move || {
-            let outcome = shared.unpack(id, &order, tar, leash.as_fd());
+            let outcome = shared.labour(id, labour, input, leash.as_fd());
             // The asker may be gone.
             let _ = seqpacket::send(socket.as_fd(), &Reply { tag, outcome }.encode(), seqpacket::Send::Wait);
         };
@@ -217,9 +232,9 @@ impl Shared {
         }
     }
 
-    fn unpack(&self, id: SnapshotId, order: &Order, tar: OwnedFd, leash: BorrowedFd<'_>) -> Outcome {
+    fn labour(&self, id: SnapshotId, labour: Labour, input: OwnedFd, leash: BorrowedFd<'_>) -> Outcome {
         let _turn = self.take_turn(id);
-        let outcome = match self.run_worker(id, order, tar, leash) {
+        let outcome = match self.run_worker(id, labour, input, leash) {
             Ok(outcome) => outcome,
             Err(errno) => Outcome::Failed(libc_errno(errno)),
         };
@@ -231,7 +246,18 @@ impl Shared {
         outcome
     }
 
-    fn run_worker(&self, id: SnapshotId, order: &Order, tar: OwnedFd, leash: BorrowedFd<'_>) -> Result<Outcome, Errno> {
+    fn run_worker(
+        &self,
+        id: SnapshotId,
+        labour: Labour,
+        input: OwnedFd,
+        leash: BorrowedFd<'_>,
+    ) -> Result<Outcome, Errno> {
+        let (task, budget, source, mappings) = match labour {
+            Labour::Unpack(place, budget) => (Task::Unpack(place), budget, input, None),
+            Labour::Copy(from) => (Task::Copy, COPIED, self.snapshots.content(from)?, Some(input)),
+        };
+        let order = Order { task, budget, old_kernel: self.old_kernel };
         let failed = |error: io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
         let (ours, theirs) = seqpacket::pair().map_err(failed)?;
         let ours = Arc::new(ours);
@@ -243,11 +269,12 @@ impl Shared {
             running.insert(id, ours.clone());
         }
         let result = self.snapshots.begin_unpack(id).and_then(|work| {
-            if let Err(error) = self.spawner.order(order, tar.as_fd(), work.as_fd(), theirs.as_fd()) {
+            let mapped = mappings.as_ref().map(|file| file.as_fd());
+            if let Err(error) = self.spawner.order(&order, source.as_fd(), work.as_fd(), theirs.as_fd(), mapped) {
                 return Err(self.without_spawner(error));
             }
             // Ours are the last copies: the worker's own end must be the only one left.
-            drop((tar, theirs));
+            drop((source, mappings, theirs));
             Ok(await_report(&ours, leash))
         });
         lock(&self.running).remove(&id);

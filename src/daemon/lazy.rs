@@ -23,7 +23,7 @@ use crate::{
     index::{ImageTarget, Indexes, NoIndex, SociIndex, Ways, ZtocDescriptor, prefetch::Prefetch},
     layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
-    oci::Digest,
+    oci::{Digest, IdMaps},
     pull::Pulls,
     registry::Registry,
     snapshot::{Extraction, LazyLayers, NotLazyReason, Outcome, Target, Usage},
@@ -331,6 +331,7 @@ impl LazyMounts {
             data: layer.clone(),
             headers: self.settings().headers,
             xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
+            maps: record.maps.clone(),
         };
         self.tree.add(in_tree)?;
         self.observers.mounted(id, record, &layer, self.layout.snapshot_fs(id));
@@ -479,6 +480,23 @@ impl LazyLayers for Arc<LazyMounts> {
         parents: &'a [SnapshotId],
     ) -> BoxFuture<'a, Result<(), NotLazyReason>> {
         Box::pin(self.make_lazy_in_time(id, target, parents, Ways::Configured))
+    }
+
+    fn map<'a>(&'a self, of: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, Result<(), String>> {
+        let (me, maps) = (self.clone(), maps.clone());
+        let work = async move {
+            let (record, implied) = LazyRecord::read(&me.layout, of).map_err(|e| e.to_string())?;
+            let record = record.mapped(maps);
+            let shown = async {
+                let layer = me.open(id, &record).await?;
+                let (layout, written, lent) = (me.layout.clone(), record.clone(), implied.clone());
+                let write = tokio::task::spawn_blocking(move || written.write(&layout, id, &lent)).await;
+                write.map_err(io::Error::other).and_then(|written| written).map_err(|e| e.to_string())?;
+                me.show(id, &record, implied, layer).map_err(|e| e.to_string())
+            };
+            shown.await.inspect_err(|_| me.let_go(id))
+        };
+        Box::pin(async move { tokio::spawn(work).await.unwrap_or_else(|e| Err(e.to_string())) })
     }
 
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool> {

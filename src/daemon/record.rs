@@ -4,14 +4,16 @@ use crate::{
     fs::ImpliedAttrs,
     index::ZtocDescriptor,
     layout::{Layout, SnapshotId},
-    oci::{Digest, Reference},
+    oci::{Digest, IdMaps, Reference},
     snapshot::Target,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, fs, io, io::Write, path::Path};
 
 /// Version of the file. A newer one is refused: it was written by a newer daemon, which knows why.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// What is written where there are no id mappings: daemons that know no others can read it.
+const UNMAPPED_VERSION: u32 = 1;
 
 /// The image and layer behind a lazy snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +30,9 @@ pub struct LazyRecord {
     pub no_xattrs: bool,
     /// Number of layers below.
     pub depth: usize,
+    /// Shown with the owners of a user namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maps: Option<IdMaps>,
 }
 
 mod reference_text {
@@ -46,7 +51,7 @@ impl LazyRecord {
     /// The record of the layer that `target` names, with that zTOC and `depth` layers below it.
     pub fn new(target: &Target, ztoc: &ZtocDescriptor, depth: usize) -> LazyRecord {
         LazyRecord {
-            version: VERSION,
+            version: UNMAPPED_VERSION,
             layer: target.layer,
             ztoc: ztoc.digest,
             manifest: target.manifest,
@@ -54,7 +59,13 @@ impl LazyRecord {
             namespace: target.namespace.clone(),
             no_xattrs: ztoc.disable_xattrs,
             depth,
+            maps: None,
         }
+    }
+
+    /// The record of the same layer, shown with the owners of a user namespace.
+    pub fn mapped(self, maps: IdMaps) -> LazyRecord {
+        LazyRecord { version: VERSION, maps: Some(maps), ..self }
     }
 
     /// Writes the record with the attributes of implied directories, durably: containerd is told only afterwards.

@@ -7,6 +7,7 @@ use super::state_file::{self, StateFile};
 use super::tree::{Layer, ROOT_NODE, Target, Tree, Xattrs, is_layer_root};
 use super::wire::{DirBuffer, Listing, Operation, Reply, Request, Ttl};
 use crate::layers::toc::{Kind, Node, ROOT};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -217,12 +218,16 @@ fn xattrs<'a>(tree: &'a Tree, layer: &'a Layer, node: &Node) -> impl Iterator<It
 fn getxattr(tree: &Tree, target: &Target, name: &[u8], size: u32, reply: Reply<'_>) {
     let value = match target {
         Target::Node(layer, node) => {
-            xattrs(tree, layer, node).find(|(known, _)| *known == name).map(|(_, value)| value)
+            let value = xattrs(tree, layer, node).find(|(known, _)| *known == name).map(|(_, value)| value);
+            value.map(|value| match &layer.maps {
+                Some(maps) if name == b"security.capability" => maps.file_capabilities(value),
+                _ => Cow::Borrowed(value),
+            })
         }
         Target::Root | Target::StateDir(_) | Target::StateFile(_) => None,
     };
     match value {
-        Some(value) => sized(&[value], size, reply),
+        Some(value) => sized(&[&value], size, reply),
         // Never ENOSYS: the kernel would stop asking for every layer of the mount.
         None => reply.error(Refusal::NoAttribute.into()),
     }

@@ -78,6 +78,7 @@ pub fn lazy<'a>(id: u32, data: Arc<dyn LayerData>, entries: impl IntoIterator<It
         data,
         headers: HeaderCheck::Skipped,
         xattrs: Xattrs::Shown,
+        maps: None,
     }
 }
 

@@ -18,6 +18,7 @@ use super::state_file::StateFile;
 use super::wire::{Attr, StatfsOut};
 use crate::layers::toc::{Kind, Node, ROOT, Toc};
 use crate::layout::SnapshotId;
+use crate::oci::IdMaps;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,6 +72,8 @@ pub struct LazyLayer {
     pub data: Arc<dyn LayerData>,
     pub headers: HeaderCheck,
     pub xattrs: Xattrs,
+    /// Translates owners, for containers in a user namespace.
+    pub maps: Option<IdMaps>,
 }
 
 /// A layer in the tree, with what serving it accumulates.
@@ -80,6 +83,7 @@ pub struct Layer {
     pub data: Arc<dyn LayerData>,
     pub(super) implied: HashMap<u32, ImpliedAttrs>,
     pub(super) xattrs: Xattrs,
+    pub(super) maps: Option<IdMaps>,
     pub(super) state_file: StateFile,
     pub(super) budget: Arc<Semaphore>,
     /// One bit per node: its header was compared. Empty where headers are not checked.
@@ -99,6 +103,7 @@ impl Layer {
             data: layer.data,
             implied: layer.implied,
             xattrs: layer.xattrs,
+            maps: layer.maps,
             state_file: StateFile::default(),
             budget: Arc::new(Semaphore::new(READ_BUDGET_PAGES)),
             checked: (0..words).map(|_| AtomicU64::new(0)).collect(),
@@ -155,6 +160,9 @@ impl Layer {
             attr.mode = Kind::Directory.mode_bits() | implied.mode & 0o7777;
             (attr.uid, attr.gid) = (implied.uid, implied.gid);
             set_times(&mut attr, implied.mtime);
+        }
+        if let Some(maps) = &self.maps {
+            (attr.uid, attr.gid) = maps.host_or_nobody(attr.uid, attr.gid);
         }
         attr
     }

@@ -11,16 +11,17 @@ pub fn status(error: &SnapshotError) -> Status {
         SnapshotError::AlreadyExists(_) | SnapshotError::TargetExists(_) => Code::AlreadyExists,
         SnapshotError::ParentNotCommitted(_)
         | SnapshotError::InvalidName { .. }
-        | SnapshotError::ImmutableField { .. } => Code::InvalidArgument,
+        | SnapshotError::ImmutableField { .. }
+        | SnapshotError::IdMapping { .. } => Code::InvalidArgument,
         SnapshotError::NotActive(_) | SnapshotError::NotMountable(_) | SnapshotError::HasChildren(_) => {
             Code::FailedPrecondition
         }
         SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,
-        SnapshotError::IdMapping => Code::Unimplemented,
         // As the Go daemon reports them: containerd has no error of its own for these.
         SnapshotError::NoNamespace
         | SnapshotError::IdsExhausted
         | SnapshotError::Directory { .. }
+        | SnapshotError::NotMapped { .. }
         | SnapshotError::Store(_)
         | SnapshotError::Aborted => Code::Unknown,
     };

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod digest;
+mod idmap;
 mod json;
 mod manifest;
 pub mod media_type;
@@ -15,6 +16,7 @@ mod platform;
 mod reference;
 
 pub use digest::{Digest, Hasher, InvalidDigest};
+pub use idmap::{IdMaps, InvalidIdMap};
 pub use json::to_canonical_json;
 pub use manifest::{Descriptor, ImageConfig, Index, Manifest, RootFs};
 pub use platform::Platform;

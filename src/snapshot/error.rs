@@ -1,6 +1,7 @@
 //! Every way a snapshot operation can fail. `grpc::status` says which gRPC code each one is.
 
 use crate::layout::SnapshotId;
+use crate::oci::InvalidIdMap;
 use std::io;
 use std::path::PathBuf;
 
@@ -18,7 +19,7 @@ pub enum SnapshotError {
     TargetExists(String),
     #[error("parent {0:?} is not committed snapshot: invalid argument")]
     ParentNotCommitted(String),
-    #[error("{what} must have 1 to {max} bytes: invalid argument")]
+    #[error("{what} must have 1 to {max} bytes and not start with \".mapped/\": invalid argument")]
     InvalidName { what: &'static str, max: usize },
     #[error("cannot update {field:?} field on snapshot {name:?}: invalid argument")]
     ImmutableField { field: String, name: String },
@@ -35,8 +36,12 @@ pub enum SnapshotError {
     Refused(String),
     #[error("context has no namespace attached")]
     NoNamespace,
-    #[error("id-mapped snapshots (user namespaces) are not supported yet: not implemented")]
-    IdMapping,
+    /// In the labels of a Prepare for a container in a user namespace.
+    #[error("label {label}: invalid argument")]
+    IdMapping { label: &'static str, source: InvalidIdMap },
+    /// A layer cannot be shown with a user namespace's owners.
+    #[error("layer {id} for a user namespace: {why}")]
+    NotMapped { id: SnapshotId, why: String },
     #[error("snapshot numbers are used up")]
     IdsExhausted,
     #[error("directory of snapshot {id}")]

@@ -2,7 +2,7 @@
 
 use super::model::Usage;
 use crate::layout::SnapshotId;
-use crate::oci::{Digest, Reference};
+use crate::oci::{Digest, IdMaps, Reference};
 use futures::future::BoxFuture;
 
 /// A Prepare that containerd makes for a layer it is about to unpack.
@@ -133,6 +133,11 @@ pub trait LazyLayers: Send + Sync {
         target: &'a Target,
         parents: &'a [SnapshotId],
     ) -> BoxFuture<'a, Result<(), NotLazyReason>>;
+
+    /// Makes the lazy layer `of` readable at `lazy/<id>` too, durably, with the owners that `maps` gives; or says why not.
+    fn map<'a>(&'a self, of: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move { Err(format!("layer {of} cannot be shown as {id} with the owners {maps}")) })
+    }
 
     /// Whether reads of this layer can be answered. Never waits long for the network.
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool>;

@@ -34,6 +34,7 @@ mod eager;
 mod error;
 mod extract;
 mod lazy;
+mod mapped;
 mod model;
 mod record;
 mod snapshotter;

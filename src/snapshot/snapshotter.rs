@@ -7,6 +7,7 @@ use super::disk::{Disk, blocking};
 use super::eager::{EagerLayers, Place, Places};
 use super::error::{SnapshotError, StoreError, chain};
 use super::lazy::{Extraction, LazyLayers};
+use super::mapped;
 use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
 use super::state::{self, Mount, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
@@ -55,7 +56,9 @@ pub(super) struct Inner {
     pub(super) store: Store,
     pub(super) lazy: Arc<dyn LazyLayers>,
     pub(super) eager: Arc<dyn EagerLayers>,
-    disk: Arc<dyn Disk>,
+    pub(super) disk: Arc<dyn Disk>,
+    /// Held while layers are mapped and while it is found out which of them nobody uses.
+    pub(super) mapping: tokio::sync::Mutex<()>,
     /// Numbers given out whose record is not written yet: their directories are not orphans. Held for moments only.
     making: Mutex<HashSet<u32>>,
     unsettled: Arc<directories::Unsettled>,
@@ -102,7 +105,7 @@ async fn to_the_end<T: Send + 'static>(
 
 fn named(what: &'static str, name: &str) -> Result<(), SnapshotError> {
     match name.len() {
-        1..=MAX_NAME => Ok(()),
+        1..=MAX_NAME if !mapped::is_reserved(name) => Ok(()),
         _ => Err(SnapshotError::InvalidName { what, max: MAX_NAME }),
     }
 }
@@ -146,6 +149,7 @@ impl Snapshotter {
             eager,
             disk,
             making: Mutex::default(),
+            mapping: tokio::sync::Mutex::default(),
             unsettled,
             sweeping: tokio::sync::Mutex::default(),
             removed: Arc::default(),
@@ -191,10 +195,10 @@ impl Snapshotter {
                 let (_here, gone) = oneshot::channel();
                 to_the_end(async move { inner.extract(key, parent, labels, extraction, gone).await }).await
             }
-            None if labels.contains_key(label::UID_MAPPING) && labels.contains_key(label::GID_MAPPING) => {
-                Err(SnapshotError::IdMapping)
-            }
-            None => to_the_end(async move { inner.create(key, parent, labels, Kind::Active).await }).await,
+            None => match mapped::wanted(&labels)? {
+                Some(maps) => to_the_end(async move { inner.create_mapped(key, parent, labels, &maps).await }).await,
+                None => to_the_end(async move { inner.create(key, parent, labels, Kind::Active).await }).await,
+            },
         }
     }
 
@@ -211,6 +215,10 @@ impl Snapshotter {
         if info.kind == Kind::Committed {
             return Err(SnapshotError::NotMountable(key.to_owned()));
         }
+        let parents = match info.kind {
+            Kind::Active => self.0.as_mounted(&info.labels, parents)?,
+            Kind::View | Kind::Committed => parents,
+        };
         self.0.check_available(&parents).await?;
         Ok(self.0.mount(info.id, info.kind, &parents))
     }
@@ -290,6 +298,7 @@ impl Snapshotter {
         wanted: impl Fn(&Info) -> bool + Send + 'static,
     ) -> Result<Vec<Info>, SnapshotError> {
         let inner = self.0.clone();
+        let wanted = move |info: &Info| !mapped::is_mapped(info) && wanted(info);
         let page = tokio::task::spawn_blocking(move || inner.store.page(after.as_deref(), limit, &wanted));
         Ok(page.await.map_err(|_| SnapshotError::Aborted)??)
     }
@@ -428,7 +437,7 @@ impl Inner {
         state::mount(&self.snapshots, id, kind, &parents)
     }
 
-    async fn disk_usage(&self, id: SnapshotId) -> Result<Usage, SnapshotError> {
+    pub(super) async fn disk_usage(&self, id: SnapshotId) -> Result<Usage, SnapshotError> {
         self.disk.usage(id).await.map_err(|source| SnapshotError::Directory { id, source })
     }
 
@@ -509,6 +518,7 @@ impl Inner {
     /// Removes every directory of ours that has no record.
     async fn sweep(&self) -> Result<(), SnapshotError> {
         let _one = self.sweeping.lock().await;
+        self.forget_unused().await?;
         // In this order: a directory made meanwhile is not in the list, one being made is in `making`, and one that has
         // left `making` since has its record.
         let layout = self.layout.clone();

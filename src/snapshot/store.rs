@@ -331,7 +331,7 @@ impl Store {
         self.write(Change::Durable, |_| Ok(())).await
     }
 
-    /// A new Active or View snapshot. Its parent must be committed, its name free.
+    /// A new snapshot. Its parent must be committed, its name free.
     pub async fn insert(&self, info: Info, change: Change) -> Result<(), SnapshotError> {
         let insert = move |tables: &mut Tables<'_>| {
             let parents = chain(&tables.records, info.parent.as_deref())?;

@@ -1,4 +1,4 @@
-//! Landlock: after this, paths outside one directory do not exist for the process, whatever a bug makes it ask for.
+//! Landlock: after this, paths outside a few directories do not exist for the process, whatever a bug makes it ask for.
 #![forbid(unsafe_code)]
 
 use super::{Confinement, process::SingleThread};
@@ -14,6 +14,8 @@ pub enum Rights {
     TakeAway,
     /// That, and create anything and write it; but read nothing.
     Create,
+    /// List and read.
+    Read,
 }
 
 impl Rights {
@@ -21,6 +23,7 @@ impl Rights {
         let take_away =
             AccessFs::ReadDir | AccessFs::RemoveDir | AccessFs::RemoveFile | AccessFs::MakeDir | AccessFs::Refer;
         match self {
+            Rights::Read => AccessFs::ReadDir | AccessFs::ReadFile,
             Rights::TakeAway => take_away,
             Rights::Create => {
                 take_away
@@ -35,11 +38,14 @@ impl Rights {
     }
 }
 
-/// Confines the calling thread (and those it starts) to `rights` below `directory`.
+/// Confines the calling thread (and those it starts) to the rights named, each below its directory.
 ///
 /// Kernels whose landlock is older than the second version (5.13 to 5.18) refuse *every* rename between directories, which removing a deep tree
 /// needs; there it is left out like on kernels that have none.
-pub fn confine_to(directory: BorrowedFd<'_>, rights: Rights, _: &SingleThread) -> io::Result<Confinement> {
+pub fn confine_to<'fd>(
+    directories: impl IntoIterator<Item = (BorrowedFd<'fd>, Rights)>,
+    _: &SingleThread,
+) -> io::Result<Confinement> {
     let handled = AccessFs::from_all(ABI::V2);
     let ruleset = match Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(handled) {
         Ok(ruleset) => ruleset,
@@ -52,10 +58,10 @@ pub fn confine_to(directory: BorrowedFd<'_>, rights: Rights, _: &SingleThread) -
         .and_then(|r| r.handle_access(::landlock::AccessNet::from_all(ABI::V4)))
         .and_then(|r| r.scope(::landlock::Scope::from_all(ABI::V6)))
         .map_err(io::Error::other)?;
-    ruleset
-        .create()
-        .and_then(|created| created.add_rule(PathBeneath::new(directory, rights.accesses())))
-        .and_then(|created| created.restrict_self())
-        .map_err(io::Error::other)?;
+    let mut ruleset = ruleset.create().map_err(io::Error::other)?;
+    for (directory, rights) in directories {
+        ruleset = ruleset.add_rule(PathBeneath::new(directory, rights.accesses())).map_err(io::Error::other)?;
+    }
+    ruleset.restrict_self().map_err(io::Error::other)?;
     Ok(Confinement::Applied)
 }

@@ -28,6 +28,8 @@ pub enum Role {
     Spawner,
     /// Unpacks one layer.
     Worker,
+    /// Copies one layer: a worker that also lists and reads.
+    Copier,
     /// `soci-snapshotter-grpc`.
     Daemon,
 }
@@ -54,6 +56,7 @@ fn compile(role: Role) -> io::Result<BpfProgram> {
         Role::Custodian => (custodian_rules()?, refuse, SeccompAction::Allow),
         Role::Spawner => (spawner_rules()?, refuse, SeccompAction::Allow),
         Role::Worker => (worker_rules()?, refuse, SeccompAction::Allow),
+        Role::Copier => (copier_rules()?, refuse, SeccompAction::Allow),
         Role::Daemon => (daemon_rules()?, SeccompAction::Allow, refuse),
     };
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(io::Error::other)?;
@@ -121,9 +124,27 @@ fn worker_rules() -> io::Result<Rules> {
     Ok(rules)
 }
 
+/// A worker's, and opening to read: still nothing that exists can be opened to be written to.
+fn copier_rules() -> io::Result<Rules> {
+    let mut rules = worker_rules()?;
+    rules.extend(copying()?);
+    let reads = condition(2, SeccompCmpOp::MaskedEq(libc::O_ACCMODE as u64), libc::O_RDONLY as u64)?;
+    rules.entry(libc::SYS_openat).or_default().push(rule(vec![reads])?);
+    Ok(rules)
+}
+
+/// What copying takes besides.
+fn copying() -> io::Result<Rules> {
+    let mut rules = calls(COPIER);
+    let share = condition(1, SeccompCmpOp::Eq, libc::FICLONE)?;
+    rules.insert(libc::SYS_ioctl, vec![rule(vec![share])?]);
+    Ok(rules)
+}
+
 fn spawner_rules() -> io::Result<Rules> {
     let mut rules = calls(HOLDER);
     rules.extend(calls(WORKER));
+    rules.extend(copying()?);
     rules.extend(calls(SPAWNER));
     rules.extend(calls(&[libc::SYS_openat]));
     // Processes as fork(3) makes them: no threads, no shared memory, no namespaces.
@@ -276,6 +297,18 @@ const WORKER: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
+/// Walking and reading the tree that is copied.
+const COPIER: &[i64] = &[
+    libc::SYS_getdents64,
+    libc::SYS_lseek,
+    libc::SYS_readlinkat,
+    libc::SYS_flistxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_lgetxattr,
+    libc::SYS_copy_file_range,
+];
+
 /// Receiving orders, and confining the process that was just forked.
 const SPAWNER: &[i64] = &[
     libc::SYS_prctl,
@@ -381,7 +414,7 @@ mod tests {
 
     #[test]
     fn every_filter_fits_the_kernels_limit_and_starts_by_hiding_clone3() {
-        for role in [Role::Holder, Role::Custodian, Role::Spawner, Role::Worker, Role::Daemon] {
+        for role in [Role::Holder, Role::Custodian, Role::Spawner, Role::Worker, Role::Copier, Role::Daemon] {
             let program = compile(role).expect("compiles");
             assert!(program.len() < 4096, "{role:?}: BPF_MAXINSNS"); // linux/bpf_common.h
             assert_eq!(program[1].k, libc::SYS_clone3 as u32);

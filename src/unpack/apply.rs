@@ -21,7 +21,7 @@ const BUFFER: usize = 256 << 10;
 /// From this much on, the rest of a file goes from pipe to file inside the kernel.
 const SPLICE_FROM: u64 = 64 << 10;
 /// PATH_MAX without its NUL.
-const LONGEST_PATH: usize = 4095;
+pub(super) const LONGEST_PATH: usize = 4095;
 /// The list of implied directories: as much as their names could take in memory, see `directories`.
 const LONGEST_LIST: usize = 64 << 20;
 /// Times outside of this become 1970, as containerd's do: its limit is what fits into 64 bits of nanoseconds.
@@ -31,7 +31,7 @@ const XATTR_BLOCK: usize = 3 << 10;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
-const OVERLAY_OPAQUE: &CStr = c"trusted.overlay.opaque";
+pub(super) const OVERLAY_OPAQUE: &CStr = c"trusted.overlay.opaque";
 
 /// How much a layer may unpack to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl From<Refusal> for Why {
 }
 
 impl Why {
-    fn at(self, place: &[u8]) -> Stopped {
+    pub(super) fn at(self, place: &[u8]) -> Stopped {
         let detail = Detail::new(place);
         match self {
             Why::Refused(why) => Stopped::Refused { why, detail },
@@ -91,7 +91,7 @@ impl Why {
     }
 }
 
-type Result<T> = std::result::Result<T, Why>;
+pub(super) type Result<T> = std::result::Result<T, Why>;
 
 /// Unpacks the tar that arrives through `tar`, to its end. What it took of the budget.
 pub fn unpack(tar: BorrowedFd<'_>, mut applier: Applier) -> std::result::Result<Budget, Stopped> {
@@ -110,6 +110,12 @@ pub fn unpack(tar: BorrowedFd<'_>, mut applier: Applier) -> std::result::Result<
 
 fn refused(error: &TarError) -> Stopped {
     Stopped::Refused { why: error.into(), detail: Detail::new(error.to_string().as_bytes()) }
+}
+
+/// Where the contents of files come from.
+pub trait Content {
+    /// Moves the content of the current entry, `size` bytes, into a file.
+    fn move_content(&mut self, file: BorrowedFd<'_>, size: u64) -> Result<()>;
 }
 
 /// The tar as it comes out of the pipe.
@@ -132,7 +138,26 @@ impl Stream<'_> {
         Ok(self.at < self.end)
     }
 
-    /// Moves the content of the current entry, `size` bytes, into a file.
+    /// From the pipe into the file without passing through here. 0 at the end of the tar.
+    fn splice(&mut self, file: BorrowedFd<'_>, left: u64) -> Result<u64> {
+        let length = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 30);
+        let moved =
+            rustix::io::retry_on_intr(|| rustix::pipe::splice(self.tar, None, file, None, length, SpliceFlags::MOVE));
+        match moved {
+            // Not a pipe, or a filesystem that cannot: through the buffer then.
+            Err(Errno::INVAL) if self.fill()? => {
+                let length = usize::try_from(left).map_or(self.end - self.at, |l| l.min(self.end - self.at));
+                let written = rustix::io::write(file, &self.buffer[self.at..self.at + length])?;
+                self.at += written;
+                Ok(written as u64)
+            }
+            Err(Errno::INVAL) => Ok(0),
+            other => Ok(other? as u64),
+        }
+    }
+}
+
+impl Content for Stream<'_> {
     fn move_content(&mut self, file: BorrowedFd<'_>, size: u64) -> Result<()> {
         let mut left = size;
         while left > 0 {
@@ -154,24 +179,6 @@ impl Stream<'_> {
             left -= moved;
         }
         Ok(())
-    }
-
-    /// From the pipe into the file without passing through here. 0 at the end of the tar.
-    fn splice(&mut self, file: BorrowedFd<'_>, left: u64) -> Result<u64> {
-        let length = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 30);
-        let moved =
-            rustix::io::retry_on_intr(|| rustix::pipe::splice(self.tar, None, file, None, length, SpliceFlags::MOVE));
-        match moved {
-            // Not a pipe, or a filesystem that cannot: through the buffer then.
-            Err(Errno::INVAL) if self.fill()? => {
-                let length = usize::try_from(left).map_or(self.end - self.at, |l| l.min(self.end - self.at));
-                let written = rustix::io::write(file, &self.buffer[self.at..self.at + length])?;
-                self.at += written;
-                Ok(written as u64)
-            }
-            Err(Errno::INVAL) => Ok(0),
-            other => Ok(other? as u64),
-        }
     }
 }
 
@@ -210,7 +217,7 @@ impl Applier {
         })
     }
 
-    fn apply(&mut self, entry: &Entry, content: &mut Stream<'_>) -> Result<()> {
+    pub(super) fn apply(&mut self, entry: &Entry, content: &mut impl Content) -> Result<()> {
         let (path, name) = split(&entry.name)?;
         if name.is_empty() {
             return match entry.kind {
@@ -248,6 +255,13 @@ impl Applier {
             Kind::Block => self.node(parent, name, FileType::BlockDevice, device(entry)?, &wanted),
             Kind::Fifo => self.node(parent, name, FileType::Fifo, 0, &wanted),
         }
+    }
+
+    /// Marks the directory at `path`, which is there, as one that hides those below.
+    pub(super) fn hide_below(&mut self, path: &[u8]) -> Result<()> {
+        let number = self.enter(path)?;
+        self.directories.set_opaque(number);
+        Ok(())
     }
 
     fn spend(&mut self, bytes: u64) -> Result<()> {
@@ -333,7 +347,7 @@ impl Applier {
         name: &CStr,
         size: u64,
         wanted: &Attributes,
-        content: &mut Stream<'_>,
+        content: &mut impl Content,
     ) -> Result<()> {
         self.spend(size)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -442,7 +456,7 @@ impl Applier {
     }
 
     /// Gives directories their attributes and lists those that the tar only implies, each before what is in it.
-    fn finish(mut self) -> std::result::Result<Budget, Stopped> {
+    pub(super) fn finish(mut self) -> std::result::Result<Budget, Stopped> {
         let mut implied = Vec::new();
         for number in self.directories.remaining() {
             self.finish_directory(number, &mut implied).map_err(|why| why.at(&self.directories.path(number)))?;

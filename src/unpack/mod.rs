@@ -10,6 +10,9 @@
 //!       implied                     names of directories that the tar implies but does not list, parents first, each followed by NUL
 //! ```
 //!
+//! A worker of a second kind makes the tree out of another snapshot's `fs` instead ([`copy`]), for containers in a user namespace. It may read below
+//! that one directory; everything else is as for a tar.
+//!
 //! Invariants:
 //! * Every name is taken apart here; a system call only ever gets one component that is neither `.` nor `..`, relative to a descriptor of a directory
 //!   that this process made, opened without following links. So links in the tree are never followed, whatever they point to.
@@ -26,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod copy;
 mod directories;
 mod refusal;
 pub mod report;
@@ -34,7 +38,7 @@ mod worker;
 
 pub use apply::{Applier, Budget, Place, Stopped, unpack};
 pub use refusal::{Detail, Refusal};
-pub use spawner::Order;
+pub use spawner::{Order, Task};
 
 /// Names in the worker's root directory.
 pub const TREE: &std::ffi::CStr = c"tree";

@@ -5,7 +5,8 @@
 //! socket it forks a worker, which goes on to confine itself. It parses nothing but orders, and ends when the custodian does; its workers end with it.
 //!
 //! ```text
-//! order    place u8 | old kernel u8 | zero [u8; 6] | bytes u64 | inodes u64      24 bytes, little endian; descriptors: tar, work, report
+//! order    task u8 | old kernel u8 | zero [u8; 6] | bytes u64 | inodes u64       24 bytes, little endian; descriptors: source, work, report, and
+//!                                                                                for a copy the id mappings
 //! ```
 
 use super::{Budget, Place, worker};
@@ -33,10 +34,36 @@ const CAPABILITIES: [Capability; 8] = [
     Capability::CAP_SYS_CHROOT,
 ];
 
+/// What a worker makes a tree out of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// A tar that comes through a pipe.
+    Unpack(Place),
+    /// A directory; its owners are translated by id mappings that are read from a file of at most [`Task::MAPPINGS`] bytes.
+    Copy,
+}
+
+impl Task {
+    /// Twice 340 ranges of three numbers.
+    pub const MAPPINGS: u64 = 32 << 10;
+
+    fn code(self) -> u8 {
+        match self {
+            Task::Unpack(Place::Bottom) => 0,
+            Task::Unpack(Place::Above) => 1,
+            Task::Copy => 2,
+        }
+    }
+
+    fn from_code(code: u8) -> Option<Task> {
+        [Task::Unpack(Place::Bottom), Task::Unpack(Place::Above), Task::Copy].into_iter().find(|t| t.code() == code)
+    }
+}
+
 /// What one worker is to do, beside its descriptors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Order {
-    pub place: Place,
+    pub task: Task,
     pub budget: Budget,
     /// Behave as on a kernel without landlock.
     pub old_kernel: bool,
@@ -47,7 +74,7 @@ impl Order {
 
     fn encode(&self) -> [u8; Order::LEN] {
         let mut out = [0; Order::LEN];
-        out[0] = u8::from(self.place == Place::Above);
+        out[0] = self.task.code();
         out[1] = u8::from(self.old_kernel);
         out[8..16].copy_from_slice(&self.budget.bytes.to_le_bytes());
         out[16..24].copy_from_slice(&self.budget.inodes.to_le_bytes());
@@ -57,7 +84,7 @@ impl Order {
     fn decode(bytes: &[u8]) -> Option<Order> {
         let word = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
         let order = Order {
-            place: if *bytes.first()? == 0 { Place::Bottom } else { Place::Above },
+            task: Task::from_code(*bytes.first()?)?,
             budget: Budget { bytes: word(8)?, inodes: word(16)? },
             old_kernel: *bytes.get(1)? != 0,
         };
@@ -96,11 +123,13 @@ impl Spawner {
     pub fn order(
         &self,
         order: &Order,
-        tar: BorrowedFd<'_>,
+        source: BorrowedFd<'_>,
         work: BorrowedFd<'_>,
         report: BorrowedFd<'_>,
+        mappings: Option<BorrowedFd<'_>>,
     ) -> io::Result<()> {
-        seqpacket::send_with_fds(self.socket.as_fd(), &order.encode(), &[tar, work, report], seqpacket::Send::Wait)
+        let fds: Vec<BorrowedFd<'_>> = [source, work, report].into_iter().chain(mappings).collect();
+        seqpacket::send_with_fds(self.socket.as_fd(), &order.encode(), &fds, seqpacket::Send::Wait)
     }
 }
 
@@ -120,16 +149,14 @@ fn serve(socket: OwnedFd, alone: &SingleThread) -> io::Result<()> {
         if received == 0 {
             return Ok(());
         }
-        let (Some(order), Ok([tar, work, report])) =
-            (Order::decode(&buffer[..received]), <[OwnedFd; 3]>::try_from(fds))
-        else {
-            return Err(io::Error::other("the custodian sent something that is no order"));
-        };
+        let no_order = || io::Error::other("the custodian sent something that is no order");
+        let order = Order::decode(&buffer[..received]).ok_or_else(no_order)?;
+        let given = worker::Given::new(&order, fds).ok_or_else(no_order)?;
         match sys::process::fork(alone) {
             Ok(Forked::Parent) => {}
             Ok(Forked::Child) => {
                 drop(socket);
-                let ended = std::panic::catch_unwind(|| worker::work(&order, tar, work, report, own, alone));
+                let ended = std::panic::catch_unwind(|| worker::work(&order, given, own, alone));
                 sys::process::exit_now(i32::from(ended.is_err()))
             }
             // The report closes unsaid; the custodian takes the worker for dead and says so.

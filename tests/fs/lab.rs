@@ -283,6 +283,7 @@ pub fn layer(id: u32, tar: &Tar, data: &Arc<Source>) -> LazyLayer {
         data: data.clone(),
         headers: HeaderCheck::Required,
         xattrs: Xattrs::Shown,
+        maps: None,
     }
 }
 

@@ -8,7 +8,7 @@ use soci::grpc::proto::snapshots::*;
 use soci::grpc::proto::types::Mount;
 use soci::grpc::{Limits, serve};
 use soci::layout::{Layout, SnapshotId};
-use soci::oci::Digest;
+use soci::oci::{Digest, IdMaps};
 use soci::snapshot::{
     InProcessDisk, LazyLayers, NeverEager, NotLazyReason, Options, Pull, Snapshotter, Target, Usage, label,
 };
@@ -53,6 +53,15 @@ impl LazyLayers for FakeLazy {
             let path = self.layout.lazy().join(id.to_string());
             std::fs::create_dir_all(&path).unwrap();
             std::fs::write(path.join(LAZY_FILE), target.layer.to_string()).unwrap();
+            Ok(())
+        })
+    }
+
+    fn map<'a>(&'a self, _: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move {
+            let path = self.layout.lazy().join(id.to_string());
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::write(path.join(LAZY_FILE), maps.to_string()).unwrap();
             Ok(())
         })
     }

@@ -301,6 +301,9 @@ fn config(version: Version, options: &Options, dir: &Path) -> String {
     }
     if let Some(socket) = &options.soci {
         out += &format!("[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"{}\"\n", socket.display());
+        if version == Version::V22 {
+            out += "  capabilities = [\"remap-ids\", \"multi-remap-ids\"]\n";
+        }
         out += "  [proxy_plugins.soci.exports]\n    enable_remote_snapshot_annotations = \"true\"\n";
     }
     if let Some(pause) = &options.pause {

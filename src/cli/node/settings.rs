@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!                     1.x (version = 2)                                2.x (version = 3)
-//! the plugin          [proxy_plugins.soci] type, address               the same, and exports: root, enable_remote_snapshot_annotations
+//! the plugin          [proxy_plugins.soci] type, address               the same, and capabilities, exports
 //! ctr images pull     (the client unpacks)                             the transfer service must know the snapshotter: unpack_config
 //! CRI                 …grpc.v1.cri.containerd snapshotter,             …cri.v1.images snapshotter,
 //!                     disable_snapshot_annotations = false             disable_snapshot_annotations = false
@@ -16,6 +16,8 @@ use toml_edit::{Array, ArrayOfTables, DocumentMut, Item, Table, TableLike, value
 pub const NAME: &str = "soci";
 /// What containerd unpacks into if nobody says otherwise.
 const DEFAULT: &str = "overlayfs";
+/// Containers in user namespaces, with one range of ids and with several.
+const CAPABILITIES: [&str; 2] = ["remap-ids", "multi-remap-ids"];
 const CRI_V2: &str = "io.containerd.grpc.v1.cri";
 const CRI_V3: &str = "io.containerd.cri.v1.images";
 const TRANSFER: &str = "io.containerd.transfer.v1.local";
@@ -134,6 +136,8 @@ fn write(document: &mut DocumentMut, wanted: &Wanted, is_second: bool) -> Result
     set(plugin, "type", "snapshot".into());
     set(plugin, "address", wanted.address.as_str().into());
     if is_second {
+        // containerd then leaves the owners of containers in user namespaces to us; otherwise it copies whole images for them.
+        set(plugin, "capabilities", CAPABILITIES.into_iter().collect::<Array>().into());
         let exports = table(document, &["proxy_plugins", NAME, "exports"])?;
         set(exports, "root", wanted.root.as_str().into());
         set(exports, "enable_remote_snapshot_annotations", "true".into());

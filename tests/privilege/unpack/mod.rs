@@ -1,5 +1,6 @@
 //! Layers unpacked by the real custodian: what becomes of good ones, of hostile ones, and when somebody dies meanwhile.
 
+mod copy;
 mod equal;
 mod hostile;
 mod life;

@@ -16,7 +16,7 @@ use std::{
 pub enum Backend {
     /// Debian 12 in a container: systemd 252, containerd 2.2, the package for Amazon Linux 2023.
     Nspawn,
-    /// Debian 11 in a container: systemd 247, its containerd, the package for Amazon Linux 2.
+    /// Debian 11 in a container: systemd 247, the package and the units for Amazon Linux 2.
     NspawnOld,
     /// Debian 12 on an emulated machine: kernel 6.1, cgroup v2.
     Qemu,
@@ -84,6 +84,15 @@ impl Backend {
         }
     }
 
+    /// The Debian that it boots.
+    pub fn suite(&self) -> Option<&'static str> {
+        match self {
+            Backend::Nspawn | Backend::Qemu => Some("bookworm"),
+            Backend::NspawnOld => Some("bullseye"),
+            Backend::Official { .. } => None,
+        }
+    }
+
     fn distribution(&self) -> Distribution {
         match self {
             Backend::NspawnOld => Distribution::AmazonLinux2,
@@ -102,14 +111,14 @@ impl Backend {
     }
 
     fn container(&self, payload: &Payload, steps: &[String], place: &Place) -> Outcome<String> {
-        let suite = if *self == Backend::Nspawn { "bookworm" } else { "bullseye" };
-        fill(payload, &place.path.join("vm"), self.distribution(), steps, *self == Backend::Nspawn)?;
-        let ended = boot_container(place, &payload.guests.join(suite), NSPAWN_LIMIT);
+        fill(payload, &place.path.join("vm"), self.distribution(), steps)?;
+        let suite = payload.guests.join(self.suite().unwrap_or_default());
+        let ended = boot_container(place, &suite, NSPAWN_LIMIT);
         verdict(&self.to_string(), place, ended)
     }
 
     fn machine(&self, payload: &Payload, steps: &[String], place: &Place) -> Outcome<String> {
-        fill(payload, &place.path.join("vm"), self.distribution(), steps, true)?;
+        fill(payload, &place.path.join("vm"), self.distribution(), steps)?;
         let ended = match self {
             Backend::Official { path, .. } => {
                 shell(&format!(
@@ -165,7 +174,7 @@ pub fn boot_container(place: &Place, suite: &Path, limit: Duration) -> Outcome {
         .stdin(Stdio::null())
         .stderr(log.try_clone().map_err(|error| error.to_string())?)
         .stdout(log);
-    wait(command.spawn().map_err(|error| error.to_string())?, limit)
+    wait(command.spawn().map_err(|error| error.to_string())?, limit, &at("console"))
 }
 
 /// Boots Debian 12 with its kernel 6.1 on an emulated machine.
@@ -200,7 +209,7 @@ fn boot_machine(place: &Place, system: Vec<String>) -> Outcome {
         .stdin(Stdio::null())
         .stdout(log.try_clone().map_err(|error| error.to_string())?)
         .stderr(log);
-    let ended = wait(command.spawn().map_err(|error| error.to_string())?, QEMU_LIMIT);
+    let ended = wait(command.spawn().map_err(|error| error.to_string())?, QEMU_LIMIT, &at("console"));
     for name in ["results", "journal"] {
         // The guest's file system as it was left; nothing has to be mounted for that.
         let dump = format!("dump /{name} {}", at("vm").join(name).display());
@@ -229,19 +238,22 @@ pub fn verdict(name: &str, place: &Place, ended: Outcome) -> Outcome<String> {
 }
 
 /// Waits for a guest to end itself.
-fn wait(mut child: Child, limit: Duration) -> Outcome {
+fn wait(mut child: Child, limit: Duration, console: &Path) -> Outcome {
     let begun = Instant::now();
-    loop {
+    let why = loop {
         match child.try_wait() {
             Ok(Some(_)) => return Ok(()),
-            Ok(None) if begun.elapsed() < limit => std::thread::sleep(Duration::from_millis(100)),
-            other => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(format!("the guest did not end within {limit:?} ({other:?})"));
+            Ok(None) if begun.elapsed() > limit => break format!("the guest did not end within {limit:?}"),
+            Ok(None) if fs::read(console).is_ok_and(|said| text(&said).contains("end Kernel panic")) => {
+                break "the guest's kernel panicked".into();
             }
+            Ok(None) => std::thread::sleep(Duration::from_millis(200)),
+            Err(error) => break error.to_string(),
         }
-    }
+    };
+    let _ = child.kill();
+    let _ = child.wait();
+    Err(why)
 }
 
 /// The Debian 12 root filesystem as a disk, made once; and its kernel.
@@ -280,9 +292,11 @@ fn emulated_root(payload: &Payload, place: &Path) -> Outcome<(PathBuf, PathBuf)>
 fn initrd(payload: &Payload, place: &Path) -> Outcome<PathBuf> {
     let script = r#"mkdir -p initrd/bin initrd/lib initrd/dev initrd/proc initrd/sys initrd/root; cp /bin/busybox initrd/bin/; ln -sf busybox initrd/bin/sh
         modules=$(ls -d $1/lib/modules/*/ | head -n 1)
-        list=$(for m in virtio_pci virtio_blk ext4 crc32c_generic crc32c-intel; do PATH=$PATH:/sbin modprobe -d $1 -S $(basename $modules) --show-depends $m 2>/dev/null || :; done |
+        # The guest's own modprobe: this machine may have none.
+        list=$(for m in virtio_pci virtio_blk ext4 crc32c_generic crc32c-intel; do chroot $1 /sbin/modprobe -S $(basename $modules) --show-depends $m 2>/dev/null || :; done |
             sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++')
-        : >initrd/list; for file in $list; do cp $file initrd/lib/; basename $file >>initrd/list; done
+        case $list in *virtio_blk*) ;; *) echo "no module for the disk in $modules: $list" >&2; exit 1 ;; esac
+        : >initrd/list; for file in $list; do cp $1$file initrd/lib/; basename $file >>initrd/list; done
         printf '#!/bin/sh\nb=/bin/busybox\n$b mount -t proc proc /proc; $b mount -t sysfs sys /sys; $b mount -t devtmpfs dev /dev\n\
 while read m; do $b insmod /lib/$m; done </list\nn=0; while [ ! -b /dev/vda ] && [ $n -lt 200 ]; do $b sleep 0.1; n=$((n+1)); done\n\
 $b mount -t ext4 /dev/vda /root\nfor d in dev proc sys; do $b mount --move /$d /root/$d; done\nexec $b switch_root /root /lib/systemd/systemd\n' >initrd/init

@@ -57,7 +57,7 @@ fn one(kind: &'static str, kills: usize) -> Outcome<String> {
     let payload = Payload { work: target().join("vm"), guests: cache().join("guests") };
     fs::create_dir_all(&payload.work).map_err(|error| error.to_string())?;
     prepare::tools()?;
-    prepare::root_filesystems(&payload)?;
+    prepare::root_filesystems(&payload, &["bookworm"])?;
     let built = built()?;
     image(&payload, &built)?;
     let place = Place::new()?;
