@@ -1,7 +1,8 @@
 //! In the guest: kills the daemon, soci-mount, or both, restarts and replaces them, under containers whose every read is compared.
 
 use super::tools::{
-    DAEMON, HOLDER, PATIENCE, REGISTRY, attempt, is_active, journal, main_pid, property, run, shell, status, text, within,
+    DAEMON, HOLDER, PATIENCE, REGISTRY, attempt, is_active, journal, main_pid, property, run, shell, status, text,
+    within,
 };
 use crate::{Outcome, ensure};
 use std::{
@@ -19,7 +20,9 @@ const STALL: u64 = 60;
 /// The result line.
 pub fn storm(kills: usize) -> Outcome<String> {
     install("v1")?;
-    shell("cp /vm/units/* /usr/lib/systemd/system/; mkdir -p /etc/soci-snapshotter-grpc; cp /vm/config.toml /etc/soci-snapshotter-grpc/")?;
+    shell(
+        "cp /vm/units/* /usr/lib/systemd/system/; mkdir -p /etc/soci-snapshotter-grpc; cp /vm/config.toml /etc/soci-snapshotter-grpc/",
+    )?;
     // What is read is fetched when it is read, so that there is something to fetch all the time.
     shell("sed -i 's/^disable = false/disable = true/' /etc/soci-snapshotter-grpc/config.toml")?;
     configure_containerd()?;
@@ -37,7 +40,10 @@ pub fn storm(kills: usize) -> Outcome<String> {
     within(PATIENCE, "containerd pulls", || pull("overlayfs").ok())?;
     let mut expected = Vec::new();
     for mode in MODES {
-        let said = run(CTR, &["run", "--rm", "--snapshotter", "overlayfs", &reference, "oracle", "/usr/bin/storm", mode, "1"])?;
+        let said = run(
+            CTR,
+            &["run", "--rm", "--snapshotter", "overlayfs", &reference, "oracle", "/usr/bin/storm", mode, "1"],
+        )?;
         expected.push(said.lines().nth(1).unwrap_or_default().to_owned());
     }
     run(CTR, &["images", "rm", "--sync", &reference])?;
@@ -87,7 +93,9 @@ fn install(version: &str) -> Outcome {
 }
 
 fn configure_containerd() -> Outcome {
-    let mut text = String::from("version = 3\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n");
+    let mut text = String::from(
+        "version = 3\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n",
+    );
     text += "[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock\"\n";
     text += "  [proxy_plugins.soci.exports]\n    enable_remote_snapshot_annotations = \"true\"\n";
     text += "[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n[plugins.\"io.containerd.transfer.v1.local\"]\n";
@@ -165,10 +173,15 @@ fn strike(kills: usize) -> Outcome<String> {
             let _ = Command::new("sh").args(["-c", "echo 2 >/proc/sys/vm/drop_caches"]).stderr(Stdio::null()).spawn();
         }
         if n % 100 == 99 {
-            let _ = fs::write("/dev/console", format!("storm: {} kills, NRestarts={}\r\n", n + 1, property(DAEMON, "NRestarts")));
+            let _ = fs::write(
+                "/dev/console",
+                format!("storm: {} kills, NRestarts={}\r\n", n + 1, property(DAEMON, "NRestarts")),
+            );
         }
     }
-    Ok(format!("{crashes} of the daemon, {holders} of soci-mount, {both} of both at once, {restarts} restarts, {upgrades} upgrades"))
+    Ok(format!(
+        "{crashes} of the daemon, {holders} of soci-mount, {both} of both at once, {restarts} restarts, {upgrades} upgrades"
+    ))
 }
 
 /// A container that reads until it is told to end.

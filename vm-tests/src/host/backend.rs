@@ -197,8 +197,8 @@ fn boot_machine(place: &Place, system: Vec<String>) -> Outcome {
         place.path.display()
     ))?;
     let hardware = "-nodefaults -no-user-config -display none -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -serial file:console";
-    let disks =
-        ["-drive", "file=vm.img,if=virtio,format=raw", "-drive", "file=data.img,if=virtio,format=raw"].map(String::from);
+    let disks = ["-drive", "file=vm.img,if=virtio,format=raw", "-drive", "file=data.img,if=virtio,format=raw"]
+        .map(String::from);
     let log = fs::File::create(at("qemu.log")).map_err(|error| error.to_string())?;
     let mut command = Command::new("qemu-system-x86_64");
     command

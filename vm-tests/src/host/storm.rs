@@ -30,7 +30,9 @@ pub fn main(words: &[&str]) -> ExitCode {
     let wanted = match words {
         [] => KILLS.to_vec(),
         [kind] => known(kind).into_iter().collect(),
-        [kind, kills] => known(kind).zip(kills.parse().ok()).map(|((kind, _), kills)| (kind, kills)).into_iter().collect(),
+        [kind, kills] => {
+            known(kind).zip(kills.parse().ok()).map(|((kind, _), kills)| (kind, kills)).into_iter().collect()
+        }
         _ => Vec::new(),
     };
     if wanted.is_empty() {
@@ -108,7 +110,8 @@ for name in sys.argv[1:]:
         source = source().display(),
         built = built.display()
     );
-    let made_from = format!("{script}{}", fs::read_to_string(source().join("tests/storm/storm.py")).unwrap_or_default());
+    let made_from =
+        format!("{script}{}", fs::read_to_string(source().join("tests/storm/storm.py")).unwrap_or_default());
     let done = at.join("done");
     if fs::read_to_string(&done).is_ok_and(|how| how == made_from) {
         return Ok(());
