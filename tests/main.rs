@@ -33,6 +33,7 @@ mod registry_hosts;
 mod registry_login;
 mod registry_real;
 mod registry_tls;
+mod resume;
 mod storm;
 mod support;
 mod takeover;
