@@ -45,3 +45,6 @@ rpm srpm dist:
 
 vm-test: setup
 	@$(CARGO) run --quiet --package vm-tests -- $(ARGS)
+
+storm: setup
+	@$(CARGO) run --quiet --package vm-tests -- storm $(ARGS)

@@ -86,8 +86,9 @@ rpmbuild_for() { # rpmbuild_for WHAT DIST ARCH MORE…
 
 srpm() {
     sources
-    rpmbuild_for -bs amzn2023 x86_64 --undefine dist >"$TOP/srpm.log" 2>&1 || { tail -n 30 "$TOP/srpm.log" >&2; die "no source package"; }
-    ls "$TOP"/SRPMS/*.src.rpm
+    # The same for both distributions, so without a name of either.
+    rpmbuild -bs --nodeps --define "_topdir $TOP" --define "soci_release $RELEASE" --define "amzn 2023" "$TOP/SOURCES/$NAME.spec" >"$TOP/srpm.log" 2>&1 || { tail -n 30 "$TOP/srpm.log" >&2; die "no source package"; }
+    ls "$TOP/SRPMS/$NAME-$VERSION-$RELEASE.src.rpm"
 }
 
 compile() {
@@ -107,21 +108,37 @@ rpms() {
     sources
     local arch dist built
     for arch in $ARCHES; do
-        built=${BUILT:-}
-        [ -n "$built" ] || compile "$arch"
+        if [ -n "${BUILT:-}" ]; then
+            built=$TOP/built; mkdir -p "$built"
+            local program
+            for program in soci soci-snapshotter-grpc soci-mount soci-custodian; do strip --strip-debug -o "$built/$program" "$BUILT/$program"; done
+        else
+            compile "$arch"
+        fi
         local run=()
         [ "$arch" = "$(uname -m)" ] || run=(--define "soci_run qemu-$arch-static -L $CACHE/guests/arm64")
         for dist in $DISTS; do
             say "$arch, $dist"
             rpmbuild_for -bb "$dist" "$arch" --define "soci_built $built" --define "soci_glibc $GLIBC" \
                 "${run[@]}" >"$TOP/$arch-$dist.log" 2>&1 || { tail -n 40 "$TOP/$arch-$dist.log" >&2; die "see $TOP/$arch-$dist.log"; }
-            grep '^check-glibc' "$TOP/$arch-$dist.log"
+            grep -E '^(check-glibc|smoke):' "$TOP/$arch-$dist.log"
         done
+    done
+    # A layer has one index, whatever machine made it.
+    local indexes
+    indexes=$(for arch in $ARCHES; do for dist in $DISTS; do grep '^smoke: index' "$TOP/$arch-$dist.log"; done; done | sort -u)
+    [ "$(echo "$indexes" | wc -l)" = 1 ] || die "the architectures disagree about an index: $indexes"
+    local package
+    for package in $(packages); do
+        [ "$GLIBC" = 2.26 ] || { say "made for glibc $GLIBC: not for any distribution, and not checked against one"; break; }
+        dist=${package%.*.rpm}
+        rpm -qp --requires "$package" | packaging/check-requires.sh "${dist##*.}" || die "$package cannot be installed"
     done
     # Its exit status knows only of errors; a warning that no line of the configuration waives counts, too.
     rpmlint --config packaging/rpmlint.toml $(packages) >"$TOP/rpmlint.log" 2>&1 || true
     if grep -E ': [EW]: |Traceback' "$TOP/rpmlint.log" >&2 || ! grep -q ' packages and ' "$TOP/rpmlint.log"; then die "rpmlint is not content"; fi
     packages
+    made=" $DISTS "
 }
 
 rebuild() {
@@ -133,7 +150,7 @@ rebuild() {
 }
 
 dist() {
-    DISTS=amzn2 rpms >/dev/null
+    [[ ${made:-} = *' amzn2 '* ]] || DISTS=amzn2 rpms >/dev/null
     local arch directory out=$WORK/dist
     rm -rf "$out"; mkdir -p "$out"
     for arch in $ARCHES; do
@@ -141,7 +158,7 @@ dist() {
         mkdir "$out/$directory"
         rpm2cpio "$TOP/RPMS/$arch/$NAME-$VERSION-$RELEASE.amzn2.$arch.rpm" | (cd "$out/$directory" && cpio -idm --quiet --no-absolute-filenames)
         # Which systemd it will meet is not known here.
-        rm -r "$out/$directory/usr/lib/systemd/system" "$out/$directory/var"
+        rm -r "$out/$directory/usr/lib/systemd/system"
         cp -r systemd "$out/$directory/systemd"
         cp packaging/install.sh "$out/$directory/install.sh"
         tar -C "$out" -czf "$out/$directory.tar.gz" --owner=0 --group=0 "$directory"
@@ -151,11 +168,14 @@ dist() {
     ls "$out"/*
 }
 
-case ${1:-} in
-    tools) tools ;;
-    srpm) tools; srpm ;;
-    rpm) tools; rpms ;;
-    rebuild) tools; rebuild ;;
-    dist) tools; dist ;;
-    *) sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
-esac
+[ $# -gt 0 ] || set -- help
+for target; do
+    case $target in
+        tools) tools ;;
+        srpm) tools; srpm ;;
+        rpm) tools; rpms ;;
+        rebuild) tools; rebuild ;;
+        dist) tools; dist ;;
+        *) sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+done

@@ -7,6 +7,7 @@
 use crate::fs::lab::{Member, Mount, Tar, pattern};
 use crate::fs::{describe, until};
 use crate::layers::lab::{Act, Image, Lab, Random, Script, gzip, quiet, streaming};
+use soci::fs::wire::Resend;
 use soci::fs::{Connection, HeaderCheck, LazyLayer, Nobody, OpaqueMark, Tree, Xattrs};
 use soci::layers::toc::EntryKind;
 use soci::layers::{Layer, Remedy};
@@ -48,9 +49,13 @@ fn random_tar(random: &mut Random) -> Tar {
                 Member::dir(&name, 0o700 | mode)
             }
             2 => Member::link(&name, EntryKind::Symlink, &format!("../some/where/{n}")),
-            3 if !files.is_empty() => {
-                let to = &files[random.below(files.len() as u64) as usize];
-                members.push(Member::link(&name, EntryKind::Hardlink, to));
+            3 => {
+                // Only the header's own field has room for its target here.
+                let targets: Vec<&String> = files.iter().filter(|file| file.len() < 100).collect();
+                if !targets.is_empty() {
+                    let to = targets[random.below(targets.len() as u64) as usize];
+                    members.push(Member::link(&name, EntryKind::Hardlink, to));
+                }
                 continue;
             }
             4 => Member {
@@ -116,8 +121,8 @@ struct World {
 }
 
 impl World {
-    fn new(image: Image) -> World {
-        let mount = Mount::unserved(Arc::new(Nobody));
+    fn new(image: Image, resend: Resend) -> World {
+        let mount = Mount::unserved(Arc::new(Nobody), resend);
         let home = tempfile::tempdir().unwrap();
         World { mount, home, image, weather: Arc::default(), life: None, lives: 0 }
     }
@@ -130,7 +135,8 @@ impl World {
         let source = source(&self.image, &self.weather, seed);
         let (home, image) = (self.home.path(), &self.image);
         let (lab, layer) = self.mount.runtime.block_on(async {
-            let lab = if seed.is_multiple_of(2) { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
+            let lab =
+                if seed.is_multiple_of(2) { Lab::at(home, settings) } else { Lab::spilling(home, settings, 1 << 20) };
             let layer = lab.try_open(image, source, ID).await.unwrap();
             (lab, layer)
         });
@@ -142,6 +148,7 @@ impl World {
             data: layer.clone(),
             headers: HeaderCheck::Required,
             xattrs: Xattrs::Shown,
+            maps: None,
         };
         tree.add(shown).unwrap();
         self.mount.tree = Arc::new(tree);
@@ -195,7 +202,9 @@ fn run(seed: u64) {
     let tar = random_tar(&mut random);
     let blob = gzip(&tar.bytes, 6);
     let image = Image::of(tar.bytes.clone(), blob, Compression::Gzip, SPAN);
-    let mut world = World::new(image);
+    // Both ways in which a restart answers what its predecessor had taken.
+    let resend = if seed.is_multiple_of(2) { Resend::Wanted } else { Resend::Unwanted };
+    let mut world = World::new(image, resend);
     let unpacked = world.mount.beside("unpacked");
     tar.unpack(&unpacked);
     let theirs = describe(&unpacked);

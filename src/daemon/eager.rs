@@ -86,6 +86,20 @@ pub fn indexed(layout: Layout) -> Indexed {
 /// containerd's content store, for pulls.
 pub struct Content(pub ContainerdContent);
 
+impl Content {
+    async fn begin(
+        &self,
+        namespace: &str,
+        image: &Reference,
+        manifest: Digest,
+        blob: &Descriptor,
+    ) -> Result<ingest::Ingest, String> {
+        let source = (format!("containerd.io/distribution.source.{}", image.host), image.repository.clone());
+        let layer = ingest::Layer { digest: blob.digest, size: blob.size, labels: [source].into() };
+        self.0.ingest(namespace, &manifest, layer).await.map_err(|e| chain(&e))
+    }
+}
+
 impl Contents for Content {
     fn size<'a>(&'a self, namespace: &'a str, blob: Digest) -> BoxFuture<'a, Option<u64>> {
         Box::pin(async move {
@@ -106,10 +120,21 @@ impl Contents for Content {
         blob: &'a Descriptor,
     ) -> BoxFuture<'a, Result<Box<dyn Ingest>, String>> {
         Box::pin(async move {
-            let source = (format!("containerd.io/distribution.source.{}", image.host), image.repository.clone());
-            let layer = ingest::Layer { digest: blob.digest, size: blob.size, labels: [source].into() };
-            let ingest = self.0.ingest(namespace, &manifest, layer).await.map_err(|e| chain(&e))?;
+            let ingest = self.begin(namespace, image, manifest, blob).await?;
             Ok(Box::new(Ingesting(ingest)) as Box<dyn Ingest>)
+        })
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        namespace: &'a str,
+        image: &'a Reference,
+        manifest: Digest,
+        blob: &'a Descriptor,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        Box::pin(async move {
+            let ingest = self.begin(namespace, image, manifest, blob).await?;
+            ingest.adopt().await.map_err(|e| chain(&e))
         })
     }
 

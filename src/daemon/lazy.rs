@@ -41,6 +41,7 @@ use std::{
 /// A mounted layer, for status, usage and removal.
 struct Mounted {
     layer: Arc<Layer>,
+    ztoc: Digest,
     shown: Arc<Shown>,
     /// Where it was prepared; containerd's content belongs to namespaces.
     namespace: String,
@@ -295,6 +296,11 @@ impl LazyMounts {
         }
     }
 
+    /// The zTOCs of all layers that are shown.
+    pub fn ztocs(&self) -> HashSet<Digest> {
+        self.mounted().values().map(|mounted| mounted.ztoc).collect()
+    }
+
     fn local(&self, namespace: &str, blob: Digest) -> ContainerdBlob {
         ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
     }
@@ -336,7 +342,7 @@ impl LazyMounts {
         self.tree.add(in_tree)?;
         self.observers.mounted(id, record, &layer, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
-        self.mounted().insert(id, Mounted { layer, shown, namespace: record.namespace.clone() });
+        self.mounted().insert(id, Mounted { layer, ztoc: record.ztoc, shown, namespace: record.namespace.clone() });
         Ok(())
     }
 

@@ -385,9 +385,10 @@ async fn serve(
         move || observers.progress(scheduler.background())
     };
     tokio::spawn(systemd::watchdog({
-        let progress = progress.clone();
+        let (progress, pulse) = (progress.clone(), session.pulse());
         move || {
             let _ = progress();
+            pulse.stuck().map(|(thread, silent)| format!("thread {thread} was not seen for {} s", silent.as_secs()))
         }
     }));
     let line = {
@@ -475,8 +476,16 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
     }
     // Not while something could not be read.
     if recovered == count && unreferenced == Unreferenced::Removed {
-        let store = lazy.store.clone();
-        let _ = tokio::task::spawn_blocking(move || store.sweep()).await;
+        let lazy = lazy.clone();
+        let swept = tokio::task::spawn_blocking(move || {
+            let _ = lazy.store.sweep();
+            lazy.indexes.collect(&lazy.ztocs())
+        });
+        match swept.await {
+            Ok(Ok(0)) | Err(_) => {}
+            Ok(Ok(removed)) => tracing::info!(removed, "indexes and zTOCs of images that are gone were removed"),
+            Ok(Err(error)) => tracing::info!(%error, "indexes and zTOCs of images that are gone could not be removed"),
+        }
     }
 }
 

@@ -7,8 +7,9 @@
 //! requests that were answered in the meantime, and fall out of the bounded memory. (Request numbers are never reused.)
 
 use super::journal::Slot;
+use crate::sync::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use tokio::task::AbortHandle;
 
 /// Threads that enter and take reads should rarely meet.
@@ -160,5 +161,78 @@ mod tests {
         });
         assert_eq!((inflight.abandon(), inflight.len()), (10, 0));
         assert!(inflight.take(2).is_none());
+    }
+
+    /// Reads are entered and answered, interrupted, and drained, in every order that chance finds: each is answered once, or left for the next process
+    /// without an answer, and never both.
+    #[test]
+    fn shuttle_each_read_is_answered_once_or_left_to_the_next_process() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+        const READS: u64 = 4;
+        // Never driven: the tasks only stand for work.
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let task = runtime.spawn(std::future::pending::<()>()).abort_handle();
+        let body = move || {
+            let inflight = Arc::new(Inflight::new());
+            let answers: Arc<Vec<AtomicUsize>> = Arc::new((0..READS).map(|_| AtomicUsize::new(0)).collect());
+            let stopping = Arc::new(AtomicBool::new(false));
+            let answer = |unique: u64| {
+                let (inflight, answers) = (inflight.clone(), answers.clone());
+                move || {
+                    if inflight.take(unique).is_some() {
+                        answers[unique as usize / 2].fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            };
+            let mut threads = Vec::new();
+            // Two threads that read the device, each with its requests; the work on a request begins before it is entered.
+            for first in [0, 1] {
+                let (inflight, stopping, task) = (inflight.clone(), stopping.clone(), task.clone());
+                let works: Vec<_> = (first..READS).step_by(2).map(|n| (n * 2, answer(n * 2))).collect();
+                threads.push(shuttle::thread::spawn(move || {
+                    let mut begun = Vec::new();
+                    for (unique, work) in works {
+                        if stopping.load(Ordering::SeqCst) {
+                            break;
+                        }
+                        let mut running = None;
+                        let entered = inflight.enter(unique, || {
+                            running = Some(shuttle::thread::spawn(work));
+                            Waiting { task: task.clone(), pid: 7, slot: None }
+                        });
+                        begun.push((unique, entered, running.unwrap()));
+                    }
+                    begun.into_iter().map(|(unique, _, running)| (unique, running)).collect::<Vec<_>>()
+                }));
+            }
+            // One that reads interrupts, and answers what it finds waiting.
+            let (interrupted, interrupter) = (inflight.clone(), [answer(0), answer(2)]);
+            let interrupter = shuttle::thread::spawn(move || {
+                for (unique, end) in [0, 2].into_iter().zip(interrupter) {
+                    if let Known::Waiting(7, None) = interrupted.interrupt(unique) {
+                        end();
+                    }
+                }
+            });
+            // The end: nothing new is read, what is under way gets some time, the rest is left.
+            stopping.store(true, Ordering::SeqCst);
+            let begun: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+            for _ in 0..3 {
+                if inflight.len() == 0 {
+                    break;
+                }
+                shuttle::thread::yield_now();
+            }
+            let left = inflight.abandon();
+            let entered = begun.len();
+            begun.into_iter().for_each(|(_, running)| running.join().unwrap());
+            interrupter.join().unwrap();
+            let answered: Vec<usize> = answers.iter().map(|n| n.load(Ordering::SeqCst)).collect();
+            assert!(answered.iter().all(|n| *n <= 1), "{answered:?}");
+            assert_eq!(answered.iter().sum::<usize>() + left, entered, "{answered:?}");
+            assert_eq!(inflight.len(), 0);
+        };
+        crate::sync::explore(body, 2000);
     }
 }

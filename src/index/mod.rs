@@ -241,6 +241,11 @@ impl Indexes {
         *self.inner.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
+    /// Removes what belongs to none of `ztocs` from the content store; see [`ContentStore::collect`]. Before the first search.
+    pub fn collect(&self, ztocs: &std::collections::HashSet<Digest>) -> Result<usize, StoreError> {
+        self.inner.store.collect(ztocs)
+    }
+
     /// Where the zTOC of an index that [`Indexes::get`] gave is.
     pub fn ztoc_path(&self, ztoc: &Digest) -> PathBuf {
         self.inner.store.path(ztoc)

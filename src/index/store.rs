@@ -10,6 +10,7 @@ use crate::{
 };
 use bytes::Bytes;
 use std::{
+    collections::HashSet,
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Read, Write},
     os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt},
@@ -63,6 +64,9 @@ impl Listed {
         soci && self.subject.digest.parse() == Ok(manifest)
     }
 }
+
+/// Largest manifest or index that is looked into: what registries accept.
+const MAX_MANIFEST: u64 = 4 << 20;
 
 /// Why the store does not work.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -152,6 +156,32 @@ impl ContentStore {
         let mut ingest = self.ingest(digest).await?;
         ingest.write(0, bytes).await?;
         ingest.commit().await
+    }
+
+    /// Removes what belongs to none of `ztocs`: indexes and zTOCs of images that are gone. What names one of `ztocs` (an index) stays, with
+    /// everything it names. Returns how many blobs went. Blocks; only while nobody looks for an index, who might find half of one.
+    pub fn collect(&self, ztocs: &HashSet<Digest>) -> Result<usize, StoreError> {
+        let ContentStore::Soci(layout) = self;
+        let directory = layout.layout.content().join("blobs/sha256");
+        let error = |e: io::Error| StoreError::io(&directory, &e);
+        let mut blobs = Vec::new();
+        let mut kept = ztocs.clone();
+        for entry in fs::read_dir(&directory).map_err(error)? {
+            let entry = entry.map_err(error)?;
+            let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::from_hex(name).ok()) else { continue };
+            let named = named_in(&entry.path()).unwrap_or_default();
+            if named.iter().any(|digest| ztocs.contains(digest)) {
+                kept.insert(digest);
+                kept.extend(named);
+            }
+            blobs.push((digest, entry.path()));
+        }
+        let mut removed = 0;
+        for (_, path) in blobs.iter().filter(|(digest, _)| !kept.contains(digest)) {
+            fs::remove_file(path).map_err(|e| StoreError::io(path, &e))?;
+            removed += 1;
+        }
+        Ok(removed)
     }
 
     /// A place to write a blob to, in any order.
@@ -264,6 +294,35 @@ fn check_version(marker: &Path, text: &[u8]) -> Result<(), StoreError> {
     Err(StoreError::Version { path: marker.display().to_string(), version: version.chars().take(50).collect() })
 }
 
+/// What an index or manifest at `path` names; nothing for anything else.
+fn named_in(path: &Path) -> Option<Vec<Digest>> {
+    #[derive(serde::Deserialize)]
+    struct Named {
+        digest: Digest,
+    }
+    #[derive(serde::Deserialize)]
+    struct Naming {
+        #[serde(default)]
+        config: Option<Named>,
+        #[serde(default)]
+        layers: Vec<Named>,
+        #[serde(default)]
+        blobs: Vec<Named>,
+        #[serde(default)]
+        manifests: Vec<Named>,
+    }
+    let mut file = File::open(path).ok()?;
+    let mut text = [0; 1];
+    file.read_exact(&mut text).ok()?;
+    // zTOCs are large, and no JSON.
+    if text != *b"{" || file.metadata().ok()?.len() > MAX_MANIFEST {
+        return None;
+    }
+    let naming: Naming = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    let all = naming.config.into_iter().chain(naming.layers).chain(naming.blobs).chain(naming.manifests);
+    Some(all.map(|named| named.digest).collect())
+}
+
 /// Writes a whole file or none.
 fn write_new(ingest: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let error = |e: io::Error| StoreError::io(path, &e);
@@ -337,6 +396,32 @@ mod tests {
         assert!(!store.holds(digest, 4).await.unwrap());
         store.put(digest, Bytes::from_static(b"good")).await.unwrap();
         assert!(store.holds(digest, 4).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_belongs_to_no_layer_is_collected_and_what_an_index_in_use_names_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path());
+        let store = ContentStore::soci(&layout).unwrap();
+        let put = async |bytes: String| {
+            let digest = Digest::of(bytes.as_bytes());
+            store.put(digest, bytes.into()).await.unwrap();
+            digest
+        };
+        let index = |ztocs: &[Digest]| {
+            let layers: Vec<_> = ztocs.iter().map(|d| format!("{{\"digest\":\"{d}\",\"size\":1}}")).collect();
+            format!("{{\"schemaVersion\":2,\"layers\":[{}]}}", layers.join(","))
+        };
+        let (used, sibling, gone) = (put("used".into()).await, put("sibling".into()).await, put("gone".into()).await);
+        let (in_use, unused) = (put(index(&[used, sibling])).await, put(index(&[gone])).await);
+        put("{not json".into()).await;
+        assert_eq!(store.collect(&HashSet::from([used])).unwrap(), 3);
+        for digest in [used, sibling, in_use] {
+            assert!(store.path(&digest).exists());
+        }
+        assert!(!store.path(&gone).exists() && !store.path(&unused).exists());
+        assert_eq!(store.collect(&HashSet::new()).unwrap(), 3);
+        assert_eq!(blobs(&layout), 0);
     }
 
     #[test]

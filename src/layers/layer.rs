@@ -21,6 +21,7 @@ use crate::telemetry::catalog::say;
 use crate::{
     fs::ReadError,
     oci::Digest,
+    sync::{Mutex, MutexGuard},
     ztoc::{Compression, Span, SpanTable},
 };
 use bytes::Bytes;
@@ -28,7 +29,7 @@ use std::{
     collections::HashMap,
     ops::{Range, RangeInclusive},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
+        Arc, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},

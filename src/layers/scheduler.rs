@@ -13,17 +13,25 @@
 //!
 //! Absent on purpose: the bytes. `fetch` moves them; this module only decides.
 
+#[cfg(test)]
+#[path = "explored.rs"]
+mod explored;
+
 use super::{
     fetch::{self, Taken},
     layer::Layer,
     quota::{Quota, QuotaSettings},
     window::{MIN_BYTES, Window},
 };
-use crate::{registry::Throttle, telemetry::catalog::say};
+use crate::{
+    registry::Throttle,
+    sync::{Mutex, MutexGuard},
+    telemetry::catalog::say,
+};
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak},
+    sync::{Arc, PoisonError, RwLock, Weak},
     time::{Duration, Instant},
 };
 use tokio::sync::Notify;

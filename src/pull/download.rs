@@ -28,8 +28,9 @@ use tokio::{
     task::JoinHandle,
 };
 
-/// Bytes that have arrived before their turn, all layers together.
-const AHEAD_BYTES: usize = 40 << 20;
+/// Bytes that have arrived before their turn, all layers together: ten times what a link of 1 Gbit/s and 20 ms
+/// holds. More would only be weight while the disk is slower than the registry.
+const AHEAD_BYTES: usize = 24 << 20;
 /// Pieces of one layer in flight or waiting for their turn.
 const AHEAD_PIECES: usize = 8;
 /// Without the operator's word a layer is cut into pieces of a quarter of it, within these bounds: so that a small one has several

@@ -4,7 +4,7 @@
 //! decoding can begin, helpers begin there ([`super::parts`]). Where there are none, it writes down those that it passes, for the next pull.
 
 use super::{
-    parts::{Crew, Cuts, Guesses, Held, Made, Part, UNPLANNED},
+    parts::{Crew, Cuts, Guesses, Held, Made, Part},
     pipeline::{Out, PipelineError},
     shelf::{Draft, Inflating},
 };
@@ -141,7 +141,8 @@ impl Front {
 
     /// Takes what has arrived, while it may be of use to helpers.
     fn fill(&mut self) {
-        while !self.ended && self.cuts.is_hopeful() && self.held.end() - self.planned.max(self.position) < UNPLANNED {
+        let appetite = if self.cuts.is_hopeful() { self.cuts.appetite() } else { 0 };
+        while !self.ended && self.held.end() - self.planned.max(self.position) < appetite {
             match self.input.try_recv() {
                 Ok(bytes) => self.take(bytes),
                 Err(mpsc::error::TryRecvError::Empty) => return,

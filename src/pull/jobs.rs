@@ -21,9 +21,10 @@ use super::{
 };
 use crate::{
     layout::SnapshotId,
-    oci::{Digest, media_type},
+    oci::{Descriptor, Digest, media_type},
     registry::{Registry, Throttle},
     snapshot::{EagerLayers, Extent, NotPulled, Places, Pulled, Target, Usage, Wanted},
+    telemetry::catalog::say,
 };
 use futures::future::BoxFuture;
 use std::{
@@ -43,6 +44,8 @@ const PAUSE: Duration = Duration::from_secs(20);
 const REGRET: Duration = Duration::from_millis(500);
 /// How long a failure is believed: the Prepare of a layer that failed ahead of it need not fail again, a pull that is repeated may succeed.
 const BELIEF: Duration = Duration::from_secs(15);
+/// How long after a layer has come the namespaces that have waited for it may take to say that it is theirs.
+const ADOPTION: Duration = Duration::from_secs(1);
 /// Images whose layers are remembered.
 const IMAGES: usize = 256;
 /// Layers at work at a time, without the operator's word: per core, as each has stages for more than one; and at least.
@@ -63,6 +66,8 @@ struct Entry {
     /// Jobs come and go under one key.
     number: u64,
     users: usize,
+    /// For whom it was begun: manifest and namespace.
+    owner: (Digest, String),
     result: watch::Receiver<Option<Outcome>>,
     task: tokio::task::AbortHandle,
 }
@@ -152,6 +157,7 @@ struct Use {
     inner: Arc<Inner>,
     key: Key,
     number: u64,
+    owner: (Digest, String),
     result: watch::Receiver<Option<Outcome>>,
 }
 
@@ -337,8 +343,37 @@ impl Pulls {
     /// What containerd's content store has of the image is the image's own business from now on.
     async fn let_go(&self, (manifest, namespace): (Digest, String)) {
         let shop = &self.0.shop;
-        if shop.settings.keep == Keep::InContainerd {
-            shop.contents.let_go(&namespace, manifest).await;
+        if shop.settings.keep != Keep::InContainerd {
+            return;
+        }
+        // What was begun for it may be wanted by another namespace by now, and is written under its lease.
+        let owner = (manifest, namespace);
+        loop {
+            let (is_back, is_at_work) = {
+                let state = self.0.lock();
+                let at_work = |entry: &Entry| entry.owner == owner && entry.result.borrow().is_none();
+                (state.claims.contains_key(&owner), state.jobs.values().any(at_work))
+            };
+            if is_back {
+                return;
+            }
+            // Who has waited for the last of it takes it over within moments.
+            tokio::time::sleep(ADOPTION).await;
+            if !is_at_work {
+                break;
+            }
+        }
+        shop.contents.let_go(&owner.1, owner.0).await;
+    }
+
+    /// A layer that was pulled for another namespace: containerd is to have it in this one too.
+    async fn adopt(&self, target: &Target, blob: &Descriptor) {
+        let contents = &self.0.shop.contents;
+        if contents.size(&target.namespace, blob.digest).await == Some(blob.size) {
+            return;
+        }
+        if let Err(error) = contents.adopt(&target.namespace, &target.reference, target.manifest, blob).await {
+            say!(LayerNotKept, layer = %blob.digest, error, "cannot keep the layer in containerd's content store");
         }
     }
 
@@ -368,14 +403,15 @@ impl Pulls {
             };
             if !is_stale {
                 entry.users += 1;
-                let (number, result) = (entry.number, entry.result.clone());
-                return Use { inner: self.0.clone(), key, number, result };
+                let (number, owner, result) = (entry.number, entry.owner.clone(), entry.result.clone());
+                return Use { inner: self.0.clone(), key, number, owner, result };
             }
             // Who still uses the old one keeps its result; the number tells them apart.
             state.jobs.remove(&key);
         }
         let (sender, result) = watch::channel(None);
         let me = self.clone();
+        let owner = (order.manifest, order.namespace.clone());
         let task = tokio::spawn(async move {
             let outcome = match me.0.places.get() {
                 Some(places) => job::run(&me.0.shop, places.as_ref(), &order).await,
@@ -386,9 +422,9 @@ impl Pulls {
         });
         state.next += 1;
         let number = state.next;
-        let entry = Entry { number, users: 1, result: result.clone(), task: task.abort_handle() };
+        let entry = Entry { number, users: 1, owner: owner.clone(), result: result.clone(), task: task.abort_handle() };
         state.jobs.insert(key.clone(), entry);
-        Use { inner: self.0.clone(), key, number, result }
+        Use { inner: self.0.clone(), key, number, owner, result }
     }
 }
 
@@ -419,6 +455,9 @@ impl EagerLayers for Pulls {
             self.claim(target, &image, &others);
             let mut asking = self.ask(target);
             let result = job.result().await;
+            if result.is_ok() && self.0.shop.settings.keep == Keep::InContainerd && job.owner.1 != target.namespace {
+                self.adopt(target, &image.layers[index].blob).await;
+            }
             asking.asked = if result.is_ok() { Asked::Brought } else { Asked::LeftToContainerd };
             result
         })

@@ -128,6 +128,14 @@ pub trait Contents: Send + Sync {
         manifest: Digest,
         blob: &'a Descriptor,
     ) -> BoxFuture<'a, Result<Box<dyn Ingest>, String>>;
+    /// A layer that was put there for another namespace is this one's as well.
+    fn adopt<'a>(
+        &'a self,
+        namespace: &'a str,
+        image: &'a Reference,
+        manifest: Digest,
+        blob: &'a Descriptor,
+    ) -> BoxFuture<'a, Result<(), String>>;
     /// The image has been pulled, or is not wanted any more: its layers need not be held there for us.
     fn let_go<'a>(&'a self, namespace: &'a str, manifest: Digest) -> BoxFuture<'a, ()>;
 }

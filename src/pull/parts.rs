@@ -28,7 +28,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Compressed bytes of a layer that are held while nothing has been planned for them. Two parts between checkpoints 4 MiB of output
 /// apart fit, whatever their ratio but the worst.
-pub const UNPLANNED: u64 = 8 << 20;
+const UNPLANNED: u64 = 8 << 20;
 /// Least compressed bytes of a part whose start is guessed: a few milliseconds of work, against the cost of a thread.
 const PART_MIN: u64 = 512 << 10;
 /// A checkpoint nearer than this to the one before is passed over.
@@ -174,6 +174,17 @@ impl Guesses {
 }
 
 impl Cuts {
+    /// How much to hold for the next part.
+    pub fn appetite(&self) -> u64 {
+        match self {
+            Cuts::Known { .. } => UNPLANNED,
+            Cuts::Guessed(guesses) if guesses.open.is_some() => UNPLANNED,
+            // Until there is a sign of one.
+            Cuts::Guessed(_) => 4 * PART_MIN,
+            Cuts::None => 0,
+        }
+    }
+
     /// Whether more bytes may bring another part.
     pub fn is_hopeful(&self) -> bool {
         match self {

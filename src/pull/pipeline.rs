@@ -34,8 +34,8 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Pieces between the download and the first thread. A piece is what a socket gave at a time, mostly 8 to 64 KiB.
-const QUEUE: usize = 64;
+/// Pieces between the download and the first thread. A piece is what a socket gave at a time, mostly 8 to 64 KiB, and 400 at most.
+const QUEUE: usize = 16;
 /// Large enough that handing one over costs nothing, small enough to stay in a core's cache until it is hashed and written.
 pub const BUFFER: usize = 256 << 10;
 /// Enough that a stage that pauses (a page fault, a full pipe) does not stop the one before it.

@@ -31,6 +31,10 @@ const BESIDE_READERS: usize = 2;
 /// How long a pull waits before it takes the next bytes, while somebody waits for a read: enough for the connections' buffers to fill and the
 /// others to stop sending, short enough that a pull never stands still.
 const GIVE_WAY: Duration = Duration::from_millis(100);
+/// Of so long …
+const TURN: Duration = Duration::from_millis(1250);
+/// … pulls give way for so long, and share the link for the rest: a container that reads without end must not stop them.
+const READERS_SHARE: Duration = Duration::from_secs(1);
 /// A read that has waited this long has other trouble than the link.
 const READERS_HURRY: Duration = Duration::from_secs(2);
 
@@ -118,6 +122,8 @@ impl State {
 struct Inner {
     state: Mutex<State>,
     freed: Notify,
+    /// Whose turn it is follows from the time since then.
+    begun: Instant,
     /// The operator has set a limit.
     is_limited: bool,
 }
@@ -134,7 +140,8 @@ impl Throttle {
         let climb = Climb::new(most.unwrap_or(MOST).max(1));
         let state =
             State { climb, in_flight: 0, readers: 0, read: None, waiting: 0, since: None, bytes: 0, slack: false };
-        let inner = Inner { state: Mutex::new(state), freed: Notify::new(), is_limited: most.is_some() };
+        let inner =
+            Inner { state: Mutex::new(state), freed: Notify::new(), begun: Instant::now(), is_limited: most.is_some() };
         Throttle(Arc::new(inner))
     }
 
@@ -195,7 +202,7 @@ impl Throttle {
 
     /// Before a pull takes more bytes: leaves the link to a read that waits, for a moment.
     pub async fn give_way(&self) {
-        if self.lock().is_read() {
+        if is_readers_turn(self.0.begun.elapsed()) && self.lock().is_read() {
             tokio::time::sleep(GIVE_WAY).await;
         }
     }
@@ -235,6 +242,11 @@ impl Drop for Reading {
         self.0.lock().readers -= 1;
         self.0.0.freed.notify_one();
     }
+}
+
+/// Whether pulls give way to reads, so long after the beginning.
+fn is_readers_turn(elapsed: Duration) -> bool {
+    elapsed.as_micros() % TURN.as_micros() < READERS_SHARE.as_micros()
 }
 
 /// Somebody waits; forgotten when the wait ends, however it ends.
@@ -332,8 +344,12 @@ mod tests {
         let third = tokio::time::timeout(Duration::from_millis(50), throttle.slot()).await;
         assert!(third.is_err(), "two beside a reader");
         let start = Instant::now();
+        while !is_readers_turn(throttle.0.begun.elapsed()) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         throttle.give_way().await;
         assert!(start.elapsed() >= GIVE_WAY);
+        assert!(is_readers_turn(TURN) && !is_readers_turn(TURN - Duration::from_millis(1)));
         drop(reading);
         let third = throttle.slot().await;
         let at_once = throttle.give_way();

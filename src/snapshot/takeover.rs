@@ -13,6 +13,7 @@
 //! A record that makes no sense is named in [`Import::refused`] with the reason, and so is what stands on it; its directory is left alone.
 
 use super::error::StoreError;
+use super::mapped::is_reserved;
 use super::model::{Info, Kind, Labels, Timestamp, Usage};
 use crate::bolt::{self, Bucket, Damaged, Value};
 use crate::layout::SnapshotId;
@@ -54,7 +55,7 @@ pub struct Refused {
 pub enum NotImported {
     #[error("its record is not a bucket")]
     NotARecord,
-    #[error("its name is not text")]
+    #[error("its name is not text, or one that is kept for layers of ours")]
     Name,
     #[error("its record has no usable {0:?}")]
     Field(&'static str),
@@ -167,7 +168,8 @@ fn grounded(mut found: BTreeMap<String, Info>, refused: &mut Vec<Refused>) -> Ve
 
 fn record(key: &[u8], value: &Value) -> Result<Info, NotImported> {
     let Value::Bucket(bucket) = value else { return Err(NotImported::NotARecord) };
-    let name = std::str::from_utf8(key).ok().filter(|name| !name.is_empty()).ok_or(NotImported::Name)?;
+    let name = std::str::from_utf8(key).ok().filter(|name| !name.is_empty() && !is_reserved(name));
+    let name = name.ok_or(NotImported::Name)?;
     let id = field(bucket, "id", |bytes| uvarint(bytes).filter(|id| *id > 0))?;
     let id = u32::try_from(id).map_err(|_| NotImported::TooLarge(id))?;
     let kind = field(bucket, "kind", |bytes| match bytes {

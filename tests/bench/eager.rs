@@ -4,7 +4,7 @@ use crate::options::{Options, Section};
 use crate::report::{Report, median, table};
 use crate::support::cgroup::Cgroup;
 use crate::support::containerd::container_name;
-use crate::support::daemon::Settings;
+use crate::support::daemon::{Daemon, Settings};
 use crate::support::engine::{Engine, Kind};
 use crate::support::link::{Link, Shape};
 use crate::support::registry::{self, Registry, image_manifest};
@@ -14,6 +14,7 @@ use crate::support::{cache, suite_image};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::process::Command;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,9 @@ struct Run {
     cpu: f64,
     /// Seconds from the first byte of the largest layer until its files were there, by our daemon's log.
     largest: f64,
+    /// Seconds of a second pull, after the image was removed, and parts of layers that were inflated ahead of their turn in it.
+    again: f64,
+    parts: u64,
 }
 
 /// Seconds that the largest layer needs at least: on the link alone, to be inflated by one core, to be written.
@@ -106,7 +110,7 @@ pub fn measure(options: &Options, report: &mut Report) {
                     match run(*kind, image, &slot, &registry, options) {
                         Ok(run) => {
                             eprintln!(
-                                "{image:10} {:8} pull {:6.2} run {:5.2}  {:4.0} MB (ours {:.0})  {:5.1} CPU s   largest layer {:.2}  (curl {:.2})",
+                                "{image:10} {:8} pull {:6.2} run {:5.2}  {:4.0} MB (ours {:.0})  {:5.1} CPU s   largest layer {:.2}  again {:.2} ({} parts)  (curl {:.2})",
                                 kind.name(),
                                 run.pull,
                                 run.run,
@@ -114,12 +118,14 @@ pub fn measure(options: &Options, report: &mut Report) {
                                 run.rss_ours,
                                 run.cpu,
                                 run.largest,
+                                run.again,
+                                run.parts,
                                 curls[turn],
                             );
                             report.record(json!({
                                 "section": "eager", "image": image, "engine": kind.name(), "mbit": shape.mbit, "turn": turn, "curl": curls[turn],
                                 "pull": run.pull, "run": run.run, "rss_mb": run.rss, "rss_ours_mb": run.rss_ours, "cpu_s": run.cpu,
-                                "largest_layer": run.largest, "bound_link": bounds.link, "bound_inflate": bounds.inflate, "bound_write": bounds.write,
+                                "largest_layer": run.largest, "again": run.again, "parts": run.parts, "bound_link": bounds.link, "bound_inflate": bounds.inflate, "bound_write": bounds.write,
                             }));
                             runs.push(run);
                         }
@@ -165,6 +171,7 @@ fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Opti
         None => engine.usage().iter().map(|(_, u)| u.cpu.as_secs_f64()).sum::<f64>(),
     };
     let (before, done) = (cpu(), AtomicBool::new(false));
+    let of_whom = Mutex::new(Vec::<String>::new());
     let (peak, peak_ours) = (AtomicU64::new(0), AtomicU64::new(0));
     let start = Instant::now();
     let pulled = std::thread::scope(|scope| {
@@ -175,7 +182,11 @@ fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Opti
                     usage.iter().filter(|(name, _)| of(name)).map(|(_, u)| u.rss_now_kb).sum()
                 };
                 peak.fetch_max(sum(&|_| true), Ordering::Relaxed);
-                peak_ours.fetch_max(sum(&|name| name.starts_with("soci")), Ordering::Relaxed);
+                let ours = sum(&|name| name.starts_with("soci"));
+                if peak_ours.fetch_max(ours, Ordering::Relaxed) < ours {
+                    *of_whom.lock().unwrap() =
+                        usage.iter().map(|(name, u)| format!("{name} {}", u.rss_now_kb / 1024)).collect();
+                }
                 std::thread::sleep(SAMPLE);
             }
         });
@@ -197,12 +208,37 @@ fn run(kind: Kind, image: &str, slot: &Slot, registry: &Registry, options: &Opti
     let run = start.elapsed().as_secs_f64();
     engine.kill(&name);
     let _ = ready.child.wait();
+    let (again, parts) = match &engine.daemon {
+        Some(daemon) => again(&engine, daemon, &reference)?,
+        None => (0.0, 0),
+    };
+    eprintln!("{image:10} {:8} MB at the worst moment: {}", kind.name(), of_whom.into_inner().unwrap().join(", "));
     let largest = engine.daemon.as_ref().map_or(0.0, |daemon| largest(&daemon.log()));
     let megabytes = |kibibytes: AtomicU64| kibibytes.into_inner() as f64 / 1024.0;
-    Ok(Run { pull, run, rss: megabytes(peak), rss_ours: megabytes(peak_ours), cpu, largest })
+    Ok(Run { pull, run, rss: megabytes(peak), rss_ours: megabytes(peak_ours), cpu, largest, again, parts })
 }
 
-/// How long the largest layer took, by what the daemon says of each.
+/// Removes the image and pulls it again, with what the first pull has left behind.
+fn again(engine: &Engine, daemon: &Daemon, reference: &str) -> Result<(f64, u64), String> {
+    let Some(containerd) = engine.containerd() else { return Ok((0.0, 0)) };
+    containerd.remove_image(reference);
+    let gone = Instant::now();
+    while !containerd.snapshots("soci").is_empty() && gone.elapsed() < Duration::from_secs(30) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let before = daemon.log().len();
+    let start = Instant::now();
+    engine.pull(reference)?;
+    let took = start.elapsed().as_secs_f64();
+    let log = daemon.log();
+    let parts = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).ok()?;
+        (line["msg"] == "layer inflated").then(|| line["parts"].as_u64()).flatten()
+    };
+    Ok((took, log[before..].lines().filter_map(parts).sum()))
+}
+
+/// How long the largest layer took the first time, by what the daemon says of each.
 fn largest(log: &str) -> f64 {
     let unpacked = |line: &str| {
         let line: serde_json::Value = serde_json::from_str(line).ok()?;
@@ -216,7 +252,9 @@ fn largest(log: &str) -> f64 {
         };
         Some((size, seconds))
     };
-    log.lines().filter_map(unpacked).max_by_key(|(size, _)| *size).map_or(0.0, |(_, seconds)| seconds)
+    let mut all: Vec<(u64, f64)> = log.lines().filter_map(unpacked).collect();
+    all.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
+    all.first().map_or(0.0, |(_, seconds)| *seconds)
 }
 
 fn row(image: &str, engines: &[Kind], curl: f64, bounds: Bounds, runs: &[Vec<Run>]) -> Vec<String> {
@@ -238,16 +276,17 @@ fn row(image: &str, engines: &[Kind], curl: f64, bounds: Bounds, runs: &[Vec<Run
     let pull_of = |kind: Kind| {
         engines.iter().position(|e| *e == kind).map(|at| of(&runs[at], |r| r.pull)).filter(|pull| pull.is_finite())
     };
-    let Some((ours, largest)) = pull_of(Kind::Fallback)
-        .and_then(|pull| Some((pull, of(&runs[engines.iter().position(|e| *e == Kind::Fallback)?], |r| r.largest))))
-    else {
+    let fallback =
+        engines.iter().position(|e| *e == Kind::Fallback).map(|at| &runs[at]).filter(|runs| !runs.is_empty());
+    let Some(fallback) = fallback else {
         row.extend(["–"; 4].map(String::from));
         return row;
     };
+    let (ours, largest, again) = (of(fallback, |r| r.pull), of(fallback, |r| r.largest), of(fallback, |r| r.again));
     let ratio = |other: Option<f64>| other.map_or("–".into(), |other| format!("**{:.2}**", ours / other));
     row.extend([ratio(pull_of(Kind::Docker)), ratio(pull_of(Kind::Ctd2)), ratio(Some(curl))]);
     row.push(format!(
-        "{:.0} % ({largest:.2} s; link {:.2}, inflate {:.2}, write {:.2})",
+        "{:.0} % ({largest:.2} s; link {:.2}, inflate {:.2}, write {:.2}); pulled again in {again:.2} s",
         100.0 * bounds.most() / largest,
         bounds.link,
         bounds.inflate,

@@ -5,6 +5,7 @@
 # Debian's packages and, what Debian 12 is too old for, from the Go module proxy, through whatever mirrors this machine is set up to use.
 # Results that are not packages live in $SOCI_LAB_CACHE (default ~/.cache/soci-lab):
 #   bin/c2/{containerd,ctr,containerd-shim-runc-v2}   containerd 2.2
+#   bin/static/…                                      the same, statically linked, if SOCI_LAB_STATIC is set
 #   bin/registry3                                     distribution v3
 #   bin/referrers                                     a registry with the referrers API
 #   bin/rpull                                         a client that sends the labels of ctr-remote or nerdctl
@@ -42,7 +43,7 @@ installed() {
 
 stamp=$BIN/stamp
 wanted=$(cat setup.sh nfqdelay.c {referrers,rpull}/{main.go,go.mod} | sha256sum | cut -c1-16)
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && installed && exit 0
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && installed && { [ -z "${SOCI_LAB_STATIC:-}" ] || [ -x "$BIN/static/ctr" ]; } && exit 0
 
 [ "$(id -u)" = 0 ] || die "something is missing and installing it needs root"
 mkdir -p "$BIN"
@@ -91,6 +92,14 @@ build_go() (
         say "building containerd $CONTAINERD (a few minutes)"
         cd /
         GOBIN=$BIN/c2 quietly nice "$go" install -p 2 -tags no_btrfs,no_devmapper,no_zfs \
+            -ldflags "-s -w -X github.com/containerd/containerd/v2/version.Version=$CONTAINERD" \
+            github.com/containerd/containerd/v2/cmd/{containerd,ctr,containerd-shim-runc-v2}@$CONTAINERD
+    fi
+    # For guests whose glibc is older than this machine's (vm-tests asks for it).
+    if [ -n "${SOCI_LAB_STATIC:-}" ] && ! have static/containerd static/ctr static/containerd-shim-runc-v2; then
+        say "building containerd $CONTAINERD, statically linked (a few minutes)"
+        cd /
+        GOBIN=$BIN/static CGO_ENABLED=0 quietly nice "$go" install -p 2 -tags no_btrfs,no_devmapper,no_zfs \
             -ldflags "-s -w -X github.com/containerd/containerd/v2/version.Version=$CONTAINERD" \
             github.com/containerd/containerd/v2/cmd/{containerd,ctr,containerd-shim-runc-v2}@$CONTAINERD
     fi

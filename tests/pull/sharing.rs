@@ -128,6 +128,51 @@ fn privileged_what_a_cancelled_pull_has_begun_is_given_up_at_once_and_another_pu
 }
 
 #[test]
+fn privileged_collections_during_a_pull_take_nothing_of_it_from_containerd_and_leave_nothing_there() {
+    let slot = Slot::take();
+    let node = Node::with_content(&slot, Version::V22, FALLBACK, "type = \"containerd\"\n");
+    let image = Image::new(vec![busybox(), bulk("bulk", 65, 8), bulk("more", 66, 8)]);
+    let (layout, reference) = node.publish_plain("collected", &image);
+    let (_, manifest) = image_manifest(&layout);
+    let layers: Vec<String> = manifest.layers.iter().map(|layer| layer.digest.to_string()).collect();
+    node.proxy.share_line(3_000_000);
+    let mut cut_off = pull_in(&node, "other", &reference);
+    let mut pull = pull_in(&node, "default", &reference);
+    let mut collections = 0;
+    while pull.try_wait().unwrap().is_none() {
+        for namespace in ["default", "other"] {
+            let _ = attempt(node.containerd.ctr().args(["-n", namespace, "content", "prune", "references"]));
+        }
+        collections += 1;
+        if collections == 4 {
+            let _ = cut_off.kill();
+        }
+        std::thread::sleep(Duration::from_millis(150));
+    }
+    assert!(pull.wait().unwrap().success());
+    let _ = cut_off.wait();
+    assert!(collections > 5, "{collections}");
+    eventually("containerd has all layers", || layers.iter().all(|l| node.containerd.content().contains(l)));
+    let _ = attempt(node.containerd.ctr().args(["content", "prune", "references"]));
+    assert!(layers.iter().all(|l| node.containerd.content().contains(l)));
+    node.sums(&reference).unwrap();
+    // When the image goes, so does everything, in both namespaces.
+    end_leases_of_the_dead(&node, &["default", "other"]);
+    for namespace in ["default", "other"] {
+        let _ = attempt(node.containerd.ctr().args(["-n", namespace, "images", "rm", "--sync", &reference]));
+    }
+    let left = |namespace: &str| {
+        let _ = attempt(node.containerd.ctr().args(["-n", namespace, "content", "prune", "references"]));
+        let content = output(node.containerd.ctr().args(["-n", namespace, "content", "ls", "-q"]));
+        let active = output(node.containerd.ctr().args(["-n", namespace, "content", "active"]));
+        let leases = output(node.containerd.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
+        content.lines().count() + active.lines().skip(1).count() + leases.lines().count()
+    };
+    eventually("nothing is left in containerd", || left("default") + left("other") == 0);
+    eventually("nor here", || directories(&node) == 0);
+}
+
+#[test]
 fn privileged_removing_an_image_gives_up_what_only_it_needed() {
     use crate::support::grpc::snapshots;
     let slot = Slot::take();

@@ -35,6 +35,13 @@ fn commands() -> Vec<&'static str> {
     found
 }
 
+/// `amzn2` or `amzn2023`: whose package is in this machine's repository.
+fn distribution() -> Outcome<String> {
+    Ok(shell("ls /vm/repo | sed -n 's/^soci-snapshotter-[0-9].*\\.\\(amzn[0-9]*\\)\\.x86_64\\.rpm$/\\1/p'")?
+        .trim()
+        .to_owned())
+}
+
 /// Runs the page's one command that begins so; what it printed.
 pub fn run(begin: &str) -> Outcome<String> {
     let matching: Vec<&str> = commands().into_iter().filter(|command| command.starts_with(begin)).collect();
@@ -45,6 +52,8 @@ pub fn run(begin: &str) -> Outcome<String> {
         let _ = writeln!(file, "{command}");
     }
     let here = HERE.iter().fold(command.to_owned(), |command, (there, here)| command.replace(there, here));
+    // The page names the package for Amazon Linux 2023.
+    let here = here.replace(".amzn2023.", &format!(".{}.", distribution()?));
     shell(&format!("{here} 2>&1"))
 }
 

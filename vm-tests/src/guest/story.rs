@@ -29,12 +29,21 @@ pub const STEPS: &[Step] = &[
     Step { name: "disk-full", run: disk_full },
     Step { name: "reboot", run: reboot },
     Step { name: "remove", run: remove },
+    Step { name: "tarball", run: tarball },
 ];
 
 const MOUNT: &str = "/var/lib/soci-snapshotter-grpc/snapshotter/lazy";
 
 /// What makes containerd connect.
 const ASK: &str = "ctr snapshots --snapshotter soci prepare probe && ctr snapshots --snapshotter soci rm probe";
+
+/// Asks until there is an answer: containerd gives a connection less time than an overloaded machine may need for a start, and waits before it tries
+/// again what was refused.
+fn answered(what: &str) -> Outcome {
+    let last = std::cell::RefCell::new(String::new());
+    let asked = within(PATIENCE, what, || shell(ASK).map_err(|error| *last.borrow_mut() = error).ok());
+    asked.map(drop).map_err(|error| format!("{error}: {}", last.borrow()))
+}
 
 /// Whether the mount of all lazy layers is there.
 fn mounted() -> bool {
@@ -44,12 +53,7 @@ fn mounted() -> bool {
 /// `dnf install` from a local repository: everything is in its place, nothing runs.
 fn install(_: &Guest) -> Outcome<Next> {
     shell("dnf -y -q install os-stub")?;
-    match Path::new("/vm/repo").read_dir().is_ok_and(|mut found| {
-        found.any(|entry| entry.is_ok_and(|e| e.file_name().to_string_lossy().contains(".amzn2023.")))
-    }) {
-        true => readme::run("dnf install")?,
-        false => shell("dnf -y -q install soci-snapshotter")?,
-    };
+    readme::run("dnf install")?;
     let verified = attempt("rpm", &["-V", "soci-snapshotter"])?;
     ensure!(verified.stdout.is_empty(), "rpm -V: {}", text(&verified.stdout));
     run("soci-snapshotter-grpc", &["config", "check", "--strict"])?;
@@ -74,14 +78,13 @@ fn install(_: &Guest) -> Outcome<Next> {
 }
 
 /// `systemctl enable --now soci-snapshotter.socket`, containerd's configuration, and containerd's first connection.
-fn enable(guest: &Guest) -> Outcome<Next> {
+fn enable(_: &Guest) -> Outcome<Next> {
     start_registry()?;
-    configure_containerd(guest)?;
+    configure_containerd()?;
     readme::run("systemctl enable")?;
     ensure!(!is_active(DAEMON), "the daemon runs before anybody has asked for it");
     readme::run("systemctl restart containerd")?;
-    // containerd gives a connection less time than an overloaded machine may need for a start.
-    within(PATIENCE, "the first connection starts the daemon", || shell(ASK).ok())?;
+    answered("the first connection starts the daemon")?;
     ensure!(is_active(DAEMON), "{}", status(DAEMON));
     ensure!(mounted(), "the mount is not seen by the rest of the machine");
     ensure!(is_active(HOLDER), "{}", status(HOLDER));
@@ -94,30 +97,21 @@ fn enable(guest: &Guest) -> Outcome<Next> {
         "the stopped socket is still there"
     );
     run("systemctl", &["start", DAEMON])?;
-    within(PATIENCE, "the daemon serves the default path", || shell(ASK).ok())?;
+    answered("the daemon serves the default path")?;
     run("systemctl", &["stop", DAEMON])?;
     run("systemctl", &["start", "soci-snapshotter.socket"])?;
-    // containerd waits a little before it tries again what was refused.
-    within(PATIENCE, "the socket starts the daemon again", || shell(ASK).ok())?;
+    answered("the socket starts the daemon again")?;
     Ok(Next::Step)
 }
 
-/// `soci enable containerd`; by hand for a containerd that is older than what it knows.
-fn configure_containerd(guest: &Guest) -> Outcome {
-    if guest.has_containerd_2() {
-        let drop_in = "[Service]\nExecStartPre=\nExecStart=\nExecStart=/vm/bin/containerd\nEnvironment=PATH=/vm/bin:/usr/sbin:/usr/bin:/sbin:/bin\n";
-        fs::create_dir_all("/etc/systemd/system/containerd.service.d").map_err(|error| error.to_string())?;
-        fs::write("/etc/systemd/system/containerd.service.d/vm.conf", drop_in).map_err(|error| error.to_string())?;
-        run("systemctl", &["daemon-reload"])?;
-        // soci enable asks the containerd that runs.
-        run("systemctl", &["restart", "containerd"])?;
-        return readme::run("soci enable containerd").map(drop);
-    }
-    let mut text = String::from("version = 2\n");
-    text += "[proxy_plugins.soci]\n  type = \"snapshot\"\n  address = \"/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock\"\n";
-    text += "  [proxy_plugins.soci.exports]\n    root = \"/var/lib/soci-snapshotter-grpc\"\n    enable_remote_snapshot_annotations = \"true\"\n";
-    fs::create_dir_all("/etc/containerd").map_err(|error| error.to_string())?;
-    fs::write("/etc/containerd/config.toml", text).map_err(|error| error.to_string())
+/// `soci enable containerd`, which asks the containerd that runs.
+fn configure_containerd() -> Outcome {
+    let drop_in = "[Service]\nExecStartPre=\nExecStart=\nExecStart=/vm/bin/containerd\nEnvironment=PATH=/vm/bin:/usr/sbin:/usr/bin:/sbin:/bin\n";
+    fs::create_dir_all("/etc/systemd/system/containerd.service.d").map_err(|error| error.to_string())?;
+    fs::write("/etc/systemd/system/containerd.service.d/vm.conf", drop_in).map_err(|error| error.to_string())?;
+    run("systemctl", &["daemon-reload"])?;
+    run("systemctl", &["restart", "containerd"])?;
+    readme::run("soci enable containerd").map(drop)
 }
 
 fn start_registry() -> Outcome {
@@ -136,14 +130,9 @@ fn layers_made_lazy() -> Outcome<usize> {
 }
 
 /// The first pull and run: lazy, shown in the status line.
-fn lazy_container(guest: &Guest) -> Outcome<Next> {
-    let found = if guest.has_containerd_2() {
-        readme::run("ctr images pull")?;
-        readme::run("ctr run")?
-    } else {
-        guest.pull("soci", "app")?;
-        guest.container("soci", "app", &["/bin/cat", "/hello"])?
-    };
+fn lazy_container(_: &Guest) -> Outcome<Next> {
+    readme::run("ctr images pull")?;
+    let found = readme::run("ctr run")?;
     ensure!(found.ends_with("hello\n"), "the container wrote {found:?}");
     ensure!(layers_made_lazy()? > 0, "no layer was made lazy: {}", journal(DAEMON, &[])?);
     let line = within(PATIENCE, "the status line shows the image", || {
@@ -231,9 +220,6 @@ fn pulled_image(guest: &Guest) -> Outcome<Next> {
 
 /// Docker's configuration in root's home, and a credential helper, under the unit.
 fn logins(guest: &Guest) -> Outcome<Next> {
-    if !guest.has_containerd_2() {
-        return Ok(Next::Skipped("the client that sends labels for this containerd has no logins"));
-    }
     let helper = "#!/bin/sh\n[ \"$1\" = get ] || exit 1\nread host\n\
                   echo \"$host\" >>/run/soci-snapshotter-grpc/helper-was-asked\n\
                   touch /root/written 2>/dev/null && echo writable >>/run/soci-snapshotter-grpc/helper-was-asked\n\
@@ -300,7 +286,7 @@ fn reload(_: &Guest) -> Outcome<Next> {
 }
 
 /// `journalctl -x` explains.
-fn explained(guest: &Guest) -> Outcome<Next> {
+fn explained(_: &Guest) -> Outcome<Next> {
     let said = journal(DAEMON, &["-x"])?;
     for text in [
         "Subject: The SOCI snapshotter is ready",
@@ -311,10 +297,8 @@ fn explained(guest: &Guest) -> Outcome<Next> {
     }
     ensure!(readme::run("journalctl -xu")?.contains("What to do:"), "README's way to the journal explains nothing");
     ensure!(readme::run("soci status")?.contains("127.0.0.1:5000/app"), "soci status does not know the image");
-    if guest.has_containerd_2() {
-        readme::run("soci explain")?;
-        readme::run("soci doctor")?;
-    }
+    ensure!(readme::run("soci explain")?.contains("lazy"), "soci explain does not say what became of the image");
+    readme::run("soci doctor")?;
     ensure!(readme::run("systemctl status")?.contains("lazy layers"), "systemctl status has no status line");
     let found = run("journalctl", &["--no-pager", "-b", "-o", "cat", "SOCI_KEYS=layer_store.cache_memory_mb"])?;
     ensure!(!found.is_empty(), "the journal cannot be searched by our fields");
@@ -436,9 +420,9 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     guest.pull("soci", "last")?;
     let said = described(guest, "last")?;
     ensure!(said.contains("1 lazy"), "with a disk full of fetched data: {said}: {}", journal(DAEMON, &["-n", "20"])?);
-    // Nothing left at all.
+    // Nothing left but for a container to be made: a directory or two.
     let _ = shell(&format!(
-        "dd if=/dev/zero of={ballast} bs=1M oflag=append conv=notrunc 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; sync"
+        "dd if=/dev/zero of={ballast} bs=1M oflag=append conv=notrunc 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; truncate -s -1M {ballast}; sync"
     ));
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
@@ -512,8 +496,30 @@ fn remove(guest: &Guest) -> Outcome<Next> {
     drop(reader);
     let left = attempt("systemctl", &["list-units", "--no-legend", "--all", "soci-*"])?;
     ensure!(!text(&left.stdout).contains("running"), "units are left: {}", text(&left.stdout));
-    if guest.has_containerd_2() {
-        readme::was_run()?;
+    readme::was_run()?;
+    Ok(Next::Step)
+}
+
+/// The tar for those without rpm: what the package left is used again, and taken away again.
+fn tarball(guest: &Guest) -> Outcome<Next> {
+    shell(
+        "cd /vm/dist; sha256sum --quiet --check --ignore-missing SHA256SUMS; mkdir -p /opt/soci; \
+         tar -C /opt/soci --strip-components=1 -xzf soci-snapshotter-*-linux-x86_64.tar.gz",
+    )?;
+    let config = fs::read(CONFIG).ok();
+    run("/opt/soci/install.sh", &[])?;
+    ensure!(config.is_none() || fs::read(CONFIG).ok() == config, "a configuration that was there was not kept");
+    readme::run("systemctl enable")?;
+    answered("the first connection starts the daemon")?;
+    ensure!(mounted() && is_active(HOLDER), "{}", status(HOLDER));
+    // There is no registry any more.
+    let found = guest.container("soci", "app", &["/bin/cat", "/hello"])?;
+    ensure!(found == "hello\n", "the container wrote {found:?}");
+    let said = run("/opt/soci/install.sh", &["--remove"])?;
+    ensure!(said.contains("were left in place"), "{said}");
+    ensure!(!mounted() && processes("soci-").is_empty(), "something is left of it");
+    for path in ["/usr/bin/soci", "/usr/lib/systemd/system/soci-mount.service", "/usr/libexec/soci-snapshotter"] {
+        ensure!(!Path::new(path).exists(), "{path} was left behind");
     }
     Ok(Next::Step)
 }

@@ -3,7 +3,7 @@
 use crate::{Outcome, ensure};
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Output},
     time::{Duration, Instant},
 };
@@ -15,14 +15,11 @@ pub const HOLDER: &str = "soci-mount.service";
 pub const CUSTODIAN: &str = "soci-custodian.service";
 /// The registry of the guest.
 pub const REGISTRY: &str = "127.0.0.1:5000";
-/// The guest's containerd, where it is not the distribution's.
-const OWN_CONTAINERD: &str = "/vm/bin/containerd";
+/// containerd 2: it sends the labels that a lazy pull needs. The distribution's own, 1.4 or 1.6, is replaced by it.
+const CTR: &str = "/vm/bin/ctr";
 
 /// The machine the story is about.
-pub struct Guest {
-    /// containerd 2 sends the labels a lazy pull needs; older ones need a client that does.
-    own_containerd: bool,
-}
+pub struct Guest;
 
 /// A command's output as text, and an error with everything it said unless it succeeded.
 pub fn run(program: &str, arguments: &[&str]) -> Outcome<String> {
@@ -61,37 +58,21 @@ pub fn within<T>(limit: Duration, what: &str, mut poll: impl FnMut() -> Option<T
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
 impl Guest {
-    pub fn of_this_machine() -> Guest {
-        Guest { own_containerd: Path::new(OWN_CONTAINERD).exists() }
-    }
-
     /// A line on the console.
     pub fn say(&self, line: &str) {
         eprintln!("vm-test: {line}");
         let _ = fs::write("/dev/console", format!("vm-test: {line}\r\n"));
     }
 
-    pub fn has_containerd_2(&self) -> bool {
-        self.own_containerd
-    }
-
-    fn ctr(&self) -> &'static str {
-        if self.own_containerd { "/vm/bin/ctr" } else { "ctr" }
-    }
-
     /// The image `name` of the guest's registry, by a snapshotter.
     pub fn pull(&self, snapshotter: &str, name: &str) -> Outcome<String> {
         let reference = self.reference(name);
-        if self.own_containerd {
-            run(self.ctr(), &["images", "pull", "--plain-http", "--snapshotter", snapshotter, &reference])
-        } else {
-            run("/vm/bin/rpull", &["-labels", "containerd", "-snapshotter", snapshotter, &reference])
-        }
+        run(CTR, &["images", "pull", "--plain-http", "--snapshotter", snapshotter, &reference])
     }
 
     /// The same from a registry that wants a login.
     pub fn pull_with_login(&self, snapshotter: &str, reference: &str, login: &str) -> Outcome<String> {
-        run(self.ctr(), &["images", "pull", "--plain-http", "--user", login, "--snapshotter", snapshotter, reference])
+        run(CTR, &["images", "pull", "--plain-http", "--user", login, "--snapshotter", snapshotter, reference])
     }
 
     pub fn reference(&self, name: &str) -> String {
@@ -104,7 +85,7 @@ impl Guest {
         let reference = self.reference(image);
         let mut arguments = vec!["run", "--rm", "--net-host", "--snapshotter", snapshotter, &reference, &name];
         arguments.extend(command);
-        run(self.ctr(), &arguments)
+        run(CTR, &arguments)
     }
 
     /// A container that reads the whole of `image` again and again, past every cache, and compares what it read.
@@ -119,14 +100,14 @@ impl Guest {
             sums.trim().replace('\n', " ")
         );
         let reference = self.reference(image);
-        let child = Command::new(self.ctr())
+        let child = Command::new(CTR)
             .args(["run", "--rm", "--net-host", "--snapshotter", "soci", &reference, &name, "/bin/sh", "-c", &script])
             .stdin(std::process::Stdio::null())
             .stdout(fs::File::options().append(true).open(&log).map_err(|error| error.to_string())?)
             .stderr(fs::File::options().append(true).open(&log).map_err(|error| error.to_string())?)
             .spawn()
             .map_err(|error| error.to_string())?;
-        let reader = Reader { name, log, child, ctr: self.ctr() };
+        let reader = Reader { name, log, child };
         reader.goes_on("it has just been started")?;
         Ok(reader)
     }
@@ -141,7 +122,6 @@ pub struct Reader {
     name: String,
     log: PathBuf,
     child: std::process::Child,
-    ctr: &'static str,
 }
 
 impl Reader {
@@ -172,11 +152,11 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        let _ = attempt(self.ctr, &["tasks", "kill", "-s", "SIGKILL", &self.name]);
+        let _ = attempt(CTR, &["tasks", "kill", "-s", "SIGKILL", &self.name]);
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = attempt(self.ctr, &["tasks", "rm", "-f", &self.name]);
-        let _ = attempt(self.ctr, &["containers", "rm", &self.name]);
+        let _ = attempt(CTR, &["tasks", "rm", "-f", &self.name]);
+        let _ = attempt(CTR, &["containers", "rm", &self.name]);
     }
 }
 

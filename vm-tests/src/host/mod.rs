@@ -2,6 +2,7 @@
 
 mod backend;
 mod prepare;
+pub mod storm;
 
 use crate::Outcome;
 use backend::Backend;
@@ -34,7 +35,8 @@ pub fn main(arguments: &[&str]) -> ExitCode {
 }
 
 fn run(backends: &[Backend], steps: &[String]) -> Outcome<bool> {
-    let payload = prepare::payload()?;
+    let suites: Vec<&str> = backends.iter().filter_map(Backend::suite).collect();
+    let payload = prepare::payload(&suites)?;
     let mut summary = Vec::new();
     let mut good = true;
     for backend in backends {

@@ -48,12 +48,12 @@ pub fn cache() -> PathBuf {
     }
 }
 
-fn target() -> PathBuf {
+pub fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| source().join("target"), PathBuf::from)
 }
 
-/// Makes what is missing.
-pub fn payload() -> Outcome<Payload> {
+/// Makes what is missing for guests of these suites of Debian.
+pub fn payload(suites: &[&str]) -> Outcome<Payload> {
     let (work, guests) = (target().join("vm"), cache().join("guests"));
     fs::create_dir_all(&work).map_err(|error| error.to_string())?;
     tools()?;
@@ -64,11 +64,11 @@ pub fn payload() -> Outcome<Payload> {
     }
     program(&payload)?;
     images(&payload)?;
-    root_filesystems(&payload)?;
+    root_filesystems(&payload, suites)?;
     Ok(payload)
 }
 
-fn tools() -> Outcome {
+pub fn tools() -> Outcome {
     shell("for name in systemd-nspawn umoci skopeo mke2fs mmdebstrap qemu-system-x86_64 htpasswd createrepo_c cpio; do \
            command -v $name >/dev/null || missing=yes; done; [ -z \"${missing:-}\" ] || { apt-get -q update || :; \
            DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends systemd-container umoci skopeo e2fsprogs mmdebstrap \
@@ -97,7 +97,9 @@ fn packages() -> Outcome {
         }
         println!("packages, release {release}");
         let build = source().join("packaging/build.sh");
-        shell(&format!("RELEASE={release} ARCHES=x86_64 {} rpm >&2", build.display()))?;
+        // The tar, for those without rpm, is made from the first.
+        let more = if release == "1" { "dist" } else { "" };
+        shell(&format!("RELEASE={release} ARCHES=x86_64 {} rpm {more} >&2", build.display()))?;
     }
     Ok(())
 }
@@ -230,8 +232,9 @@ fn images(payload: &Payload) -> Outcome {
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,containerd,runc,docker-registry,dnf,rpm,iproute2,procps,ca-certificates,busybox-static,\
                         e2fsprogs,man-db-";
 
-fn root_filesystems(payload: &Payload) -> Outcome {
-    for (suite, more) in [("bookworm", ",linux-image-cloud-amd64,initramfs-tools-"), ("bullseye", "")] {
+pub fn root_filesystems(payload: &Payload, suites: &[&str]) -> Outcome {
+    for suite in suites {
+        let more = if *suite == "bookworm" { ",linux-image-cloud-amd64,initramfs-tools-" } else { "" };
         let at = payload.guests.join(suite);
         if at.join("usr/bin/systemctl").exists() || at.join("bin/systemctl").exists() {
             continue;
@@ -249,33 +252,29 @@ fn root_filesystems(payload: &Payload) -> Outcome {
 }
 
 /// Fills `vm`, the directory that a guest sees as `/vm`.
-pub fn fill(
-    payload: &Payload,
-    vm: &Path,
-    distribution: Distribution,
-    steps: &[String],
-    own_containerd: bool,
-) -> Outcome {
+pub fn fill(payload: &Payload, vm: &Path, distribution: Distribution, steps: &[String]) -> Outcome {
     let images = payload.work.join("images");
     let bin = cache().join("bin");
-    let mut script = format!(
-        "mkdir -p {vm}/bin; cp {work}/vm-tests {vm}/; cp -r {work}/{tag}/repo {work}/{tag}/repo-new {images}/registry {images}/sums {images}/huge-sum {images}/pulled-sum {images}/htpasswd {vm}/; \
-         cp {bin}/rpull {vm}/bin/;",
+    let containerd = match distribution {
+        Distribution::AmazonLinux2 => {
+            let setup = source().join("tests/lab/setup.sh");
+            shell(&format!("SOCI_LAB_STATIC=yes {} >&2", setup.display()))?;
+            bin.join("static")
+        }
+        Distribution::AmazonLinux2023 => bin.join("c2"),
+    };
+    ensure!(containerd.join("containerd").exists(), "run `make setup` first");
+    shell(&format!(
+        "mkdir -p {vm}/bin; cp {work}/vm-tests {vm}/; cp -r {work}/{tag}/repo {work}/{tag}/repo-new {dist} {vm}/; \
+         cd {images}; cp -r registry sums huge-sum pulled-sum htpasswd {vm}/; \
+         cd {containerd}; cp containerd ctr containerd-shim-runc-v2 {vm}/bin/",
         vm = vm.display(),
         work = payload.work.display(),
         tag = distribution.tag(),
+        dist = target().join("dist").display(),
         images = images.display(),
-        bin = bin.display()
-    );
-    if own_containerd {
-        script += &format!(
-            "cp {0}/c2/containerd {0}/c2/ctr {0}/c2/containerd-shim-runc-v2 {1}/bin/;",
-            bin.display(),
-            vm.display()
-        );
-    }
-    shell(&script)?;
-    ensure!(bin.join("rpull").exists(), "run `make setup` first");
+        containerd = containerd.display()
+    ))?;
     fs::write(vm.join("steps"), steps.join("\n")).map_err(|error| error.to_string())
 }
 

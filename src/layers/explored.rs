@@ -1,0 +1,290 @@
+//! Readers, the background and fetches that come to nothing, in every order of their steps that chance finds: the span map and the scheduler with the
+//! real locks' places, under shuttle. What is left out is what moves the bytes: a fetch here is a thread that has them, or has not.
+//!
+//! Checked: no span is fetched by two at a time, nobody who waits is forgotten, what is on its way is counted down to nothing, and the scheduler never
+//! sleeps while there is something to fetch (it would sleep for ever, which shuttle reports as a deadlock).
+
+use super::{Next, OnTheirWay, Pace, Persistence, QuotaSettings, Scheduler, Settings};
+use crate::{
+    fs::ReadError,
+    layers::{
+        InflatedCache, Shared, Source, SourceError, Unobserved,
+        files::{self, LayerFiles},
+        layer::{Arrival, Layer, Parts},
+        prior::Ranked,
+        source::Body,
+        spans::Span,
+        toc::{self, Toc},
+    },
+    oci::Digest,
+    registry::{HostId, Throttle},
+    sync::explore,
+    ztoc::{self, BuildOptions, Compression, Limits, SpanTable, Ztoc},
+};
+use futures::future::BoxFuture;
+use shuttle::rand::Rng;
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::oneshot;
+
+/// So large that four of them are a window: the scheduler has to wait for what is on its way.
+const SPAN: u64 = 1 << 20;
+const SPANS: usize = 8;
+/// Fetches that fail in one order.
+const FAILURES: usize = 3;
+
+/// Nobody asks it: fetches are made up.
+struct Nothing;
+
+impl Source for Nothing {
+    fn open<'a>(&'a self, _: Range<u64>, _: &'a [HostId]) -> BoxFuture<'a, Result<Box<dyn Body>, SourceError>> {
+        Box::pin(std::future::pending())
+    }
+    fn is_remote(&self) -> bool {
+        true
+    }
+}
+
+/// A layer on disk, to be opened anew for every order.
+#[derive(Clone)]
+struct Shelf {
+    directory: PathBuf,
+    digest: Digest,
+    table: SpanTable,
+    toc: Arc<Toc>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Shelf {
+    fn new(directory: &Path, runtime: &tokio::runtime::Runtime) -> Shelf {
+        // One file of zeros in a tar.
+        let size = SPAN * SPANS as u64 - 2048;
+        let mut header = [0u8; 512];
+        header[..1].copy_from_slice(b"f");
+        header[100..107].copy_from_slice(b"0000644");
+        header[108..115].copy_from_slice(b"0000000");
+        header[116..123].copy_from_slice(b"0000000");
+        header[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[148..156].copy_from_slice(b"        ");
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let mut tar = header.to_vec();
+        tar.resize(512 + (size as usize).next_multiple_of(512) + 1024, 0);
+        let options = BuildOptions { span_size: SPAN, ..BuildOptions::default() };
+        let built = ztoc::build(&tar[..], Compression::Uncompressed, &options).unwrap();
+        let parsed = Ztoc::parse(&built.bytes, &Limits::default()).unwrap();
+        let table = parsed.spans().clone();
+        let digest = built.layer_digest;
+        let toc = Toc::from_bytes(toc::build(&digest, &parsed).unwrap(), &digest).unwrap();
+        let source = directory.join("source");
+        std::fs::write(&source, &built.bytes).unwrap();
+        let ztoc = Digest::of(&built.bytes);
+        files::create(directory, &source, &ztoc, table.compressed_size, table.spans.len()).unwrap();
+        Shelf { directory: directory.to_owned(), digest, table, toc: Arc::new(toc), runtime: runtime.handle().clone() }
+    }
+
+    fn open(&self, pace: Pace) -> (Scheduler, Arc<Layer>) {
+        let settings = Settings {
+            pace,
+            max_bytes_per_sec: None,
+            retries: 0,
+            persistence: Persistence::Retries,
+            min_wait: Duration::ZERO,
+            max_wait: Duration::ZERO,
+            budget: Duration::from_secs(60),
+            verification_retries: 0,
+            quota: QuotaSettings::UNLIMITED,
+        };
+        let scheduler = Scheduler::new(settings, Throttle::new(None));
+        let cache = InflatedCache::new(0);
+        let shared = Shared::new(cache, scheduler.clone(), self.runtime.clone(), Arc::new(Unobserved));
+        let spans = self.table.spans.len();
+        let parts = Parts {
+            number: 1,
+            digest: self.digest,
+            table: self.table.clone(),
+            toc: self.toc.clone(),
+            files: LayerFiles::open(&self.directory).unwrap(),
+            ranked: (0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect(),
+            present: Vec::new(),
+            source: Arc::new(Nothing),
+        };
+        (scheduler, Layer::new(parts, Arc::new(shared)))
+    }
+}
+
+/// What the threads of one order share.
+#[derive(Clone)]
+struct Run {
+    scheduler: Scheduler,
+    layer: Arc<Layer>,
+    /// Fetches of each span that are under way.
+    fetching: Arc<Vec<AtomicUsize>>,
+    failures: Arc<AtomicUsize>,
+    /// Nobody reads or damages anything any more.
+    quiet: Arc<AtomicBool>,
+}
+
+impl Run {
+    fn new(shelf: &Shelf) -> Run {
+        let (scheduler, layer) = shelf.open(Pace::LineRate);
+        let fetching = Arc::new((0..layer.table.spans.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>());
+        let failures = Arc::new(AtomicUsize::new(FAILURES));
+        Run { scheduler, layer, fetching, failures, quiet: Arc::default() }
+    }
+
+    fn fails(&self) -> bool {
+        shuttle::rand::thread_rng().gen_bool(0.3)
+            && self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
+    }
+
+    /// As `fetch::background` and `fetch::demand` do with what was taken, however it goes.
+    fn fetch(&self, run: Range<usize>, mut ticket: OnTheirWay, anybody_waits: bool) {
+        for span in run.clone() {
+            assert_eq!(self.fetching[span].fetch_add(1, Ordering::SeqCst), 0, "span {span} is fetched twice at a time");
+        }
+        let Span::Fetching(ours) = self.layer.map().get(run.start) else { panic!("what is fetched was not taken") };
+        ticket.begun();
+        let mut left = run.clone();
+        for span in run.clone() {
+            shuttle::thread::yield_now();
+            if self.fails() {
+                break;
+            }
+            ticket.arrived(self.layer.span_bytes(span));
+            self.fetching[span].fetch_sub(1, Ordering::SeqCst);
+            left.start = span + 1;
+            self.layer.arrived(span, Arrival::OnDisk);
+        }
+        drop(ticket);
+        for span in left.clone() {
+            self.fetching[span].fetch_sub(1, Ordering::SeqCst);
+        }
+        if anybody_waits {
+            for span in left {
+                if self.layer.map().get(span) == Span::Fetching(ours) {
+                    self.layer.lost(span, &ReadError::Removed);
+                }
+            }
+        } else {
+            for wanted in self.layer.give_back(left, ours) {
+                self.demand(wanted);
+            }
+        }
+        self.scheduler.wake();
+    }
+
+    fn demand(&self, run: Range<usize>) {
+        self.scheduler.lock().demanded = Some(Instant::now());
+        let range = self.layer.blob_range(&run);
+        let ticket = self.scheduler.asked(&self.layer, range.end - range.start);
+        let me = self.clone();
+        shuttle::thread::spawn(move || me.fetch(run, ticket, true));
+    }
+
+    /// As `Layer::here`, until it is.
+    fn read(&self, span: usize) {
+        loop {
+            let (receiver, runs) = {
+                let mut map = self.layer.map();
+                if map.get(span) == Span::Present {
+                    return;
+                }
+                let runs = map.take_wanted(span..=span);
+                let (sender, receiver) = oneshot::channel();
+                map.wait(span, sender);
+                (receiver, runs)
+            };
+            runs.into_iter().for_each(|run| self.demand(run));
+            self.scheduler.near(&self.layer, span + 1..(span + 3).min(self.fetching.len()));
+            match shuttle::future::block_on(receiver) {
+                Ok(Ok(_)) => return,
+                Ok(Err(_)) => {}
+                Err(_) => panic!("who waited for span {span} was forgotten"),
+            }
+        }
+    }
+
+    /// As `Scheduler::run`, until everything is here for good.
+    fn stream(&self) {
+        while !(self.quiet.load(Ordering::SeqCst) && self.layer.is_complete()) {
+            match self.scheduler.next(Instant::now()) {
+                Next::Fetch(layer, run) => {
+                    let range = layer.blob_range(&run);
+                    let ticket = OnTheirWay::new(&self.scheduler, &layer, range.end - range.start);
+                    let me = self.clone();
+                    shuttle::thread::spawn(move || me.fetch(run, ticket, false));
+                }
+                // Time passes.
+                Next::WaitUntil(_) => shuttle::thread::yield_now(),
+                Next::Wait => shuttle::future::block_on(self.scheduler.inner.wake.notified()),
+            }
+        }
+    }
+}
+
+fn explored(
+    times: usize,
+    threads: impl Fn(&Run) -> Vec<shuttle::thread::JoinHandle<()>> + Send + Sync + Clone + 'static,
+) {
+    let directory = tempfile::tempdir().unwrap();
+    // Never driven: what completing a layer starts is not asked for here.
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let shelf = Shelf::new(directory.path(), &runtime);
+    assert!(shelf.table.spans.len() >= 4, "{}", shelf.table.spans.len());
+    explore(
+        move || {
+            let run = Run::new(&shelf);
+            let streaming = run.clone();
+            let streaming = shuttle::thread::spawn(move || streaming.stream());
+            run.scheduler.add(&run.layer);
+            threads(&run).into_iter().for_each(|thread| thread.join().unwrap());
+            run.quiet.store(true, Ordering::SeqCst);
+            run.scheduler.wake();
+            streaming.join().unwrap();
+            assert!(run.layer.is_complete());
+            // Fetches that others have overtaken may still be about to end.
+            while run.scheduler.lock().on_their_way > 0 {
+                shuttle::thread::yield_now();
+            }
+        },
+        times,
+    );
+}
+
+#[test]
+fn shuttle_readers_and_the_background_get_everything_and_nobody_is_forgotten() {
+    explored(2000, |run| {
+        let reader = |spans: [usize; 3]| {
+            let me = run.clone();
+            shuttle::thread::spawn(move || spans.into_iter().for_each(|span| me.read(span)))
+        };
+        vec![reader([5, 0, 2]), reader([2, 3, 5])]
+    });
+}
+
+#[test]
+fn shuttle_what_is_found_damaged_comes_again_also_while_it_is_read() {
+    explored(2000, |run| {
+        let (reader, damage) = (run.clone(), run.clone());
+        vec![
+            shuttle::thread::spawn(move || [1, 4].into_iter().for_each(|span| reader.read(span))),
+            shuttle::thread::spawn(move || {
+                for span in [4, 1] {
+                    damage.read(span);
+                    damage.layer.discard(span);
+                }
+            }),
+        ]
+    });
+}
