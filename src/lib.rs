@@ -100,6 +100,9 @@
 //!     (contents shared where the filesystem can). They are shared by all containers with the same mappings and outlive the daemon; the
 //!     Go daemon makes them per container and forgets the mappings when it ends. File capabilities are made those of the namespace,
 //!     ACLs are shown as they are. Id-mapped mounts would cost nothing, but take a kernel of 5.19 (6.12 for FUSE) and a privileged mount.
+//! 18. **What containerd needs to reach a registry is not written down twice.** `[registry] config_path` and `soci --hosts-dir` are by default
+//!     `/etc/containerd/certs.d:/etc/docker/certs.d`, as in containerd 2.2. The Go product reads neither; on a node that has none nothing changes,
+//!     and where both speak of one registry `config check` says who is heard.
 //!
 //! # Who may name whom
 //!
@@ -115,7 +118,7 @@
 //!               one runtime in cli::remote waits for containerd (through grpc) and for registries
 //! ```
 //! `telemetry` is named by all that have something to say to an operator: its catalog gives each message its identity and level. `cli` names
-//! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings.
+//! `daemon` for one thing: `soci explain` and `soci doctor` ask registries with the daemon's own settings; and `sys` for the allocator's settings.
 //! `tests/architecture.rs` keeps it. Where two lines of the table know each other: a `layers::Layer` is `fs::LayerData` and `fs` walks
 //! its `layers::toc`; `snapshot` takes its settings in the types of `config`, because a copy of each enum would only be translated.
 //!

@@ -49,6 +49,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "registry",
             "keychain",
             "telemetry",
+            "sys",
         ],
     ),
     (

@@ -341,7 +341,9 @@ fn registries_and_logins_are_configured_in_tables_of_their_own() {
     let directories = c.registry.directories();
     assert_eq!(directories, [Path::new("/etc/containerd/certs.d"), Path::new("/etc/docker/certs.d")]);
     assert!(c.kubelet_keychain.enable_keychain && c.kubelet_keychain.bin_dir == "/bin");
-    assert_eq!(Config::default().registry.directories(), Vec::<std::path::PathBuf>::new());
+    let usual = soci::registry::DEFAULT_DIRECTORIES.map(std::path::PathBuf::from);
+    assert_eq!(Config::default().registry.directories(), usual, "as the tool's --hosts-dir");
+    assert_eq!(config("[registry]\nconfig_path = ''").registry.directories(), Vec::<std::path::PathBuf>::new());
     let incomplete = error("[kubelet_keychain]\nenable_keychain = true\nimage_credential_provider_config = '/c.json'");
     assert!(incomplete.contains("kubelet_keychain.image_credential_provider_bin_dir: must be set"), "{incomplete}");
 }

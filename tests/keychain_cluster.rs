@@ -1,6 +1,9 @@
 //! Logins from a cluster: an API server that speaks list and watch.
 
-use crate::fault_registry::{FaultRegistry, Reply, Request};
+use crate::{
+    certificates::{Authority, server},
+    fault_registry::{FaultRegistry, Reply, Request},
+};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use soci::{
     keychain::{Credential, KubeSecrets, Query, Source},
@@ -140,4 +143,62 @@ async fn a_cluster_that_comes_late_or_refuses_is_tried_again_and_what_is_known_s
     *up.lock().unwrap() = false;
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!(user(&secrets, "one.example").await, ["u:1"]);
+}
+
+#[tokio::test]
+async fn a_cluster_is_trusted_under_the_name_and_by_the_authority_that_its_kubeconfig_gives() {
+    let (authority, clients, other) = (Authority::new("Cluster"), Authority::new("Users"), Authority::new("Other"));
+    // As behind a tunnel: the address is the loopback's, the certificate is not.
+    let name = "kubernetes.default.svc";
+    let tls = server(&authority.issue("apiserver", &[name]), Some(&clients));
+    let cluster = FaultRegistry::start_tls(tls, |r: &Request| match r.path.contains("watch=1") {
+        true => Reply::silence(Duration::from_secs(60)),
+        false => {
+            let list = serde_json::json!({"metadata": {"resourceVersion": "1"}, "items": [secret("a", "one.example", "u:1", 1)]});
+            Reply::new(200).json(list.to_string())
+        }
+    });
+    let admin = clients.issue("admin", &[]);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("admin.pem"), &admin.certificate).unwrap();
+    std::fs::write(dir.path().join("other.pem"), other.pem()).unwrap();
+    let kubeconfig = |cluster_says: &str, user_says: &str| {
+        let path = dir.path().join(format!("config-{}", soci::oci::Digest::of(cluster_says.as_bytes()).hex()));
+        let text = format!(
+            "current-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u}}}}]\n\
+             clusters: [{{name: k, cluster: {{server: 'https://{}', {cluster_says}}}}}]\nusers: [{{name: u, user: {{{user_says}}}}}]\n",
+            cluster.host()
+        );
+        std::fs::write(&path, text).unwrap();
+        KubeSecrets::start(path.to_str().unwrap())
+    };
+    let data = |text: &str| STANDARD.encode(text);
+    let ours = format!("certificate-authority-data: {}", data(&authority.pem()));
+    // The certificate is a file beside the kubeconfig, the key is in it.
+    let user_says = format!("client-certificate: admin.pem, client-key-data: {}", data(&admin.key));
+    let secrets = kubeconfig(&format!("{ours}, tls-server-name: {name}"), &user_says);
+    until(&secrets, "one.example", &["u:1"]).await;
+    assert_eq!(cluster.requests()[0].header("sni"), Some(name), "what looks at the name only finds the server, too");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while cluster.requests().len() < 2 {
+        assert!(Instant::now() < deadline, "it is not watched");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(secrets);
+    let before = cluster.requests().len();
+    for refused in [
+        ours.clone(),
+        format!("{ours}, tls-server-name: another.name"),
+        format!("certificate-authority: other.pem, tls-server-name: {name}"),
+        format!("tls-server-name: {name}"),
+        format!("{ours}, tls-server-name: 10.0.0.1"),
+    ] {
+        let secrets = kubeconfig(&refused, &user_says);
+        assert_eq!(user(&secrets, "one.example").await, Vec::<String>::new(), "{refused}");
+    }
+    let nobody = kubeconfig(&format!("{ours}, tls-server-name: {name}, proxy-url: ''"), "token: abc");
+    assert_eq!(user(&nobody, "one.example").await, Vec::<String>::new(), "without a client certificate");
+    assert_eq!(cluster.requests().len(), before, "nothing was sent to a server that is not trusted");
+    let blindly = kubeconfig("insecure-skip-tls-verify: true", &user_says);
+    until(&blindly, "one.example", &["u:1"]).await;
 }

@@ -4,11 +4,13 @@ use crate::support::containerd::{Containerd, Options, Version};
 use crate::support::daemon::convert;
 use crate::support::grpc::cri;
 use crate::support::image::{Image, Layer, busybox, everything, noise, pause};
+use crate::support::leaks;
 use crate::support::link::{Link, Shape};
 use crate::support::proxy::{Fault, Proxy, Rule, Tokens};
 use crate::support::registry::{Kind, Registry, get, http, runtime};
 use crate::support::slot::{Root, Slot, mounts_below};
 use crate::support::tree;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 fn pushed(root: &Root, image: &Image, name: &str, registry: &Registry) -> String {
@@ -32,6 +34,40 @@ fn privileged_every_registry_serves_what_was_pushed() {
         let (status, _) = get(&format!("http://{}/v2/lab/pause/referrers/{digest}", registry.host));
         assert_eq!(status == 200, kind == Kind::Referrers, "{kind:?} answers {status} about referrers");
     }
+}
+
+#[test]
+fn privileged_whatever_a_test_leaves_behind_is_seen() {
+    let slot = Slot::take();
+    let root = slot.root();
+    let expect = |what: &str| {
+        let left = leaks::remaining(root.path());
+        assert!(left.len() == 1 && left[0].starts_with(what), "{what}: {left:?}");
+    };
+    assert_eq!(leaks::remaining(root.path()), Vec::<String>::new());
+    let file = std::fs::File::create(root.join("file")).unwrap();
+    expect("open file");
+    drop(file);
+    let point = root.dir("mount");
+    nix::mount::mount(Some("x"), &point, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+    expect("mount");
+    nix::mount::umount(&point).unwrap();
+    // A connection whose mount is gone and whose device somebody still holds.
+    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", std::os::fd::AsRawFd::as_raw_fd(&device));
+    nix::mount::mount(Some("x"), &point, Some("fuse.test"), nix::mount::MsFlags::empty(), Some(&options[..])).unwrap();
+    leaks::watch_connection(&point);
+    assert_eq!(leaks::remaining(root.path()).len(), 2, "mount and connection");
+    let inside = std::fs::File::options().custom_flags(nix::libc::O_PATH).read(true).open(&point).unwrap();
+    nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    let left = leaks::remaining(root.path());
+    assert!(left.iter().any(|what| what.starts_with("FUSE connection")), "{left:?}");
+    drop((inside, device));
+    leaks::report(root.path(), "something else".to_owned());
+    let refused = std::panic::catch_unwind(|| leaks::check(root.path())).unwrap_err();
+    assert!(refused.downcast_ref::<String>().unwrap().ends_with("something else"));
+    // Once is enough.
+    leaks::check(root.path());
 }
 
 #[test]

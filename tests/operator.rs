@@ -19,16 +19,16 @@ use std::{
 const SOCI: &str = env!("CARGO_BIN_EXE_soci");
 
 /// A registry, our daemon, and a containerd that has never heard of it.
-struct Node {
-    containerd: Containerd,
-    daemon: Daemon,
-    proxy: Proxy,
-    registry: Registry,
-    root: Root,
+pub struct Node {
+    pub containerd: Containerd,
+    pub daemon: Daemon,
+    pub proxy: Proxy,
+    pub registry: Registry,
+    pub root: Root,
 }
 
 impl Node {
-    fn new(slot: &Slot, version: Version) -> Node {
+    pub fn new(slot: &Slot, version: Version) -> Node {
         let root = slot.root();
         let registry = Registry::start(Kind::Docker28, &root);
         let proxy = Proxy::start(&registry.host);
@@ -76,7 +76,7 @@ impl Node {
         attempt(&mut command)
     }
 
-    fn succeeds(&self, words: &[&str]) -> String {
+    pub fn succeeds(&self, words: &[&str]) -> String {
         let done = self.soci(words);
         assert!(done.status.success(), "{words:?}: {}\n{}{}", done.status, text(&done.stdout), text(&done.stderr));
         text(&done.stdout)

@@ -14,7 +14,8 @@ use soci::{
 };
 use std::{
     collections::HashMap,
-    net::{IpAddr, UdpSocket},
+    io::{Read, Write},
+    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
     process::Command,
 };
@@ -116,4 +117,64 @@ async fn proxy_child() {
     };
     assert_eq!(get("r.example").await, "by proxy");
     assert_eq!(get(&host).await, "direct");
+}
+
+/// A SOCKS 5 proxy for one user, which leads to `upstream` whatever it is asked for. What it was asked for comes out.
+fn socks(upstream: String) -> (String, std::sync::mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    let (tell, asked) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, upstream, tell) = (client.unwrap(), upstream.clone(), tell.clone());
+            std::thread::spawn(move || -> std::io::Result<()> {
+                let bytes = |client: &mut TcpStream, n: u8| {
+                    let mut buffer = vec![0; usize::from(n)];
+                    client.read_exact(&mut buffer).map(|()| buffer)
+                };
+                let methods = bytes(&mut client, 2)?[1];
+                assert!(bytes(&mut client, methods)?.contains(&2), "a login is offered");
+                client.write_all(&[5, 2])?;
+                let length = bytes(&mut client, 2)?[1];
+                let user = bytes(&mut client, length)?;
+                let length = bytes(&mut client, 1)?[0];
+                let password = bytes(&mut client, length)?;
+                assert_eq!((user.as_slice(), password.as_slice()), (&b"me"[..], &b"pw"[..]));
+                client.write_all(&[1, 0])?;
+                let head = bytes(&mut client, 5)?;
+                assert_eq!((head[1], head[3]), (1, 3), "connect, by name");
+                let name = bytes(&mut client, head[4])?;
+                let port = bytes(&mut client, 2)?;
+                let port = u16::from_be_bytes([port[0], port[1]]);
+                tell.send(format!("{}:{port}", String::from_utf8_lossy(&name))).unwrap();
+                client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0])?;
+                let mut server = TcpStream::connect(upstream)?;
+                let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+                std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+                std::io::copy(&mut server, &mut client).map(drop)
+            });
+        }
+    });
+    (host, asked)
+}
+
+#[tokio::test]
+async fn a_socks_proxy_is_asked_for_names_that_only_it_knows() {
+    let registry = FaultRegistry::start(|_| Reply::manifest(media_type::OCI_MANIFEST, b"by proxy"));
+    let local = FaultRegistry::start(|_| Reply::manifest(media_type::OCI_MANIFEST, b"direct"));
+    for scheme in ["socks5", "socks5h"] {
+        let (proxy, asked) = socks(registry.host());
+        let variable = format!("{scheme}://me:pw@{proxy}");
+        run("registry_environment::proxy_child", &[("ALL_PROXY", &variable), ("SOCI_TEST_HOST", &local.host())]);
+        assert_eq!(asked.recv().unwrap(), "m.example:80");
+    }
+}
+
+#[test]
+fn a_proxy_that_is_none_is_named_without_its_password() {
+    let mut soci = Command::new(env!("CARGO_BIN_EXE_soci"));
+    soci.env("HTTPS_PROXY", "ftp://me:hunter2@proxy:1").args(["create", "--registry", "127.0.0.1:1/a:b"]);
+    let said = String::from_utf8(soci.output().unwrap().stderr).unwrap();
+    assert!(said.contains("warning: HTTPS_PROXY is not the URL of a proxy (http, https or socks5)"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
 }

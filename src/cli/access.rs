@@ -4,16 +4,11 @@ use super::args::{Access, Global};
 use crate::{
     keychain::{Credential, DockerConfig, Keychain, Lookup, Query, Secret, Source},
     oci::Reference,
-    registry::{HostSettings, HttpSettings, Kind, Limit, Mirror, Observer, Outcome, Registry, RegistryError, Security},
+    registry::{
+        HostSettings, HttpSettings, Kind, Limit, Mirror, Observer, Outcome, Registry, RegistryError, Security, TlsFlags,
+    },
 };
-use std::{
-    collections::HashMap,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
-use tempfile::TempDir;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 /// From a request to the headers of its answer: a registry answers the last piece of a layer when it has stored it.
 const ANSWER: Duration = Duration::from_secs(120);
@@ -68,31 +63,18 @@ impl Observer for Silent {
     fn request(&self, _: Kind, _: &str, _: Duration, _: Outcome) {}
 }
 
-/// The way to registries, for as long as this lives.
-pub struct Way {
-    registry: Registry,
-    /// What the flags say about TLS, in the form that the hosts of images are configured in. Looked at again and again.
-    _flags: Option<TempDir>,
-}
-
-impl std::ops::Deref for Way {
-    type Target = Registry;
-    fn deref(&self) -> &Registry {
-        &self.registry
-    }
-}
-
 /// Why there is no way.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    #[error("cannot keep what the flags say about TLS")]
-    Flags(#[source] io::Error),
+    #[error("--tlskey is of no use without --tlscert")]
+    KeyAlone,
 }
 
-/// The way to the registries of `images`; what the flags say is about the host of the last of them.
-pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Result<Way, AccessError> {
+/// The way to the registries of `images`. What the flags say about TLS is about all of them, and that there is TLS at all, also on the
+/// loopback, about the last; so is the login.
+pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Result<Registry, AccessError> {
     let http = HttpSettings {
         header_timeout: Limit::After(ANSWER),
         blob_timeout: Limit::Unlimited,
@@ -107,47 +89,35 @@ pub fn registry(access: &Access, images: &[&Reference], global: &Global) -> Resu
         };
         hosts.mirrors = images.iter().map(plain).collect::<HashMap<_, _>>();
     }
-    let flags = match images.last() {
-        Some(image) if !access.plain_http => about_tls(access, &image.host).map_err(AccessError::Flags)?,
-        _ => None,
-    };
-    hosts.directories = flags.iter().map(|dir| dir.path().to_owned()).chain(access.hosts_dir.iter().cloned()).collect();
+    if !access.plain_http {
+        hosts.every_host = tls_flags(access, images.last().map(|image| image.host.as_str()))?;
+    }
+    hosts.directories = access.hosts_dir.iter().filter(|dir| !dir.as_os_str().is_empty()).cloned().collect();
     let mut sources: Vec<Arc<dyn Source>> = Vec::new();
     if let (Some(user), Some(image)) = (access.user.as_deref().filter(|u| !u.is_empty()), images.last()) {
         sources.push(Arc::new(Given::new(&image.host, user)));
     }
-    if let Some(docker) = DockerConfig::of_environment() {
-        sources.push(Arc::new(docker));
+    for file in DockerConfig::of_environment().into_iter().chain(DockerConfig::podman_of_environment()) {
+        sources.push(Arc::new(file));
     }
     let observer: Arc<dyn Observer> = if global.debug { Arc::new(Trace) } else { Arc::new(Silent) };
-    let registry = Registry::observed(http, hosts, Arc::new(Keychain::new(sources)), observer)?;
-    Ok(Way { registry, _flags: flags })
+    for name in crate::registry::unusable_proxies() {
+        super::say(&format!("warning: {name} is not the URL of a proxy (http, https or socks5); going on without it"));
+    }
+    Ok(Registry::observed(http, hosts, Arc::new(Keychain::new(sources)), observer)?)
 }
 
-/// A directory that says about `host` what `--skip-verify` and the `--tls…` flags say, if they do.
-fn about_tls(access: &Access, host: &str) -> io::Result<Option<TempDir>> {
-    let text = |path: &Path| format!("{:?}", path.to_string_lossy());
-    let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
-    let (ca, cert, key) = (absolute(&access.tlscacert)?, absolute(&access.tlscert)?, absolute(&access.tlskey)?);
-    let mut lines = Vec::new();
-    if access.skip_verify {
-        lines.push("skip_verify = true".to_owned());
-    }
-    lines.extend(ca.map(|ca| format!("ca = {}", text(&ca))));
-    lines.extend(match (cert, key) {
-        (Some(cert), Some(key)) => Some(format!("client = [[{}, {}]]", text(&cert), text(&key))),
-        (Some(both), None) => Some(format!("client = {}", text(&both))),
-        (None, _) => None,
-    });
-    if lines.is_empty() {
-        return Ok(None);
-    }
-    let real = if host == "docker.io" { "registry-1.docker.io" } else { host };
-    let (dir, body) = (tempfile::tempdir()?, lines.join("\n"));
-    std::fs::create_dir(dir.path().join(host))?;
-    let toml = format!("server = \"https://{real}\"\n[host.\"https://{real}\"]\n{body}\n");
-    std::fs::write(dir.path().join(host).join("hosts.toml"), toml)?;
-    Ok(Some(dir))
+fn tls_flags(access: &Access, host: Option<&str>) -> Result<TlsFlags, AccessError> {
+    let identity = match (&access.tlscert, &access.tlskey) {
+        (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+        (Some(both), None) => Some((both.clone(), both.clone())),
+        (None, None) => None,
+        (None, Some(_)) => return Err(AccessError::KeyAlone),
+    };
+    let authorities: Vec<_> = access.tlscacert.iter().cloned().collect();
+    let said = access.skip_verify || !authorities.is_empty() || identity.is_some();
+    let host = host.filter(|_| said).map(str::to_owned);
+    Ok(TlsFlags { skip_verify: access.skip_verify, authorities, identity, host })
 }
 
 #[cfg(test)]

@@ -47,7 +47,8 @@ pub enum BlobError {
     #[error("the registry refuses (log in with `docker login HOST`, or pass --user NAME:PASSWORD)")]
     Denied(#[source] RegistryError),
     #[error(
-        "this may not be the registry (--tlscacert names the authority of a certificate, --plain-http is for registries without TLS)"
+        "this may not be the registry (--tlscacert names the authority of its certificate, --tlscert and --tlskey our own, --plain-http is for \
+         registries without TLS)"
     )]
     Untrusted(#[source] RegistryError),
     #[error("the content store failed")]

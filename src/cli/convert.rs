@@ -2,78 +2,46 @@
 
 use super::{
     args::{self, Format, Global},
-    artifacts::ArtifactsError,
-    blobs::{BlobError, New, Sink},
-    containerd::{Purpose, Session, SessionError},
-    create,
+    blobs::{New, Sink},
+    containerd::{Purpose, Session},
+    create::{self, CreateError},
     indexing::{self, IndexingError, PerPlatform, Places, Plan, Version, report, rewrite, source},
-    interrupt::Stopped,
     layout::{
-        LayoutError, OciLayout,
-        write::{Destination, Staging, WriteError},
+        OciLayout,
+        write::{Destination, Staging},
     },
     output::{Console, Lines},
     recording::{self, Record},
 };
-use crate::{grpc::containerd::ContainerdError, oci::Reference};
+use crate::oci::Reference;
 use std::{
     io::{self, Write},
     path::Path,
 };
 
-/// Why an image was not converted. The words of the first variants are searched for by scripts.
-#[derive(Debug, thiserror::Error)]
-pub enum ConvertError {
-    #[error("source image needs to be specified")]
-    NoSource,
-    #[error("destination needs to be specified")]
-    NoDestination,
-    #[error("the destination image must be a tagged ref of the form \"registry/repository:tag\": {0}")]
-    Destination(String),
-    #[error(transparent)]
-    Indexing(#[from] IndexingError),
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    #[error(transparent)]
-    Write(#[from] WriteError),
-    #[error(transparent)]
-    Blob(#[from] BlobError),
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    #[error(transparent)]
-    Artifacts(#[from] ArtifactsError),
-    #[error(transparent)]
-    Containerd(#[from] ContainerdError),
-    #[error(transparent)]
-    Remote(#[from] super::registry::RemoteError),
-    #[error("failed to write to stdout")]
-    Output(#[source] io::Error),
-    #[error(transparent)]
-    Stopped(#[from] Stopped),
-}
-
 /// Runs the command.
-pub fn run(args: &args::Convert, global: &Global) -> Result<(), ConvertError> {
-    let source = args.operands.first().filter(|o| !o.is_empty()).ok_or(ConvertError::NoSource)?;
-    let destination = args.operands.get(1).filter(|o| !o.is_empty()).ok_or(ConvertError::NoDestination)?;
+pub fn run(args: &args::Convert, global: &Global) -> Result<(), CreateError> {
+    let source = args.operands.first().filter(|o| !o.is_empty()).ok_or(CreateError::NoSource)?;
+    let destination = args.operands.get(1).filter(|o| !o.is_empty()).ok_or(CreateError::NoDestination)?;
     let plan = Plan::new(&args.indexing)?;
     if args.standalone {
         return standalone(&plan, Path::new(source), Path::new(destination), args);
     }
     let (source, destination) = (source.to_string_lossy(), destination.to_string_lossy());
-    let reference = tagged(&destination)?;
+    let reference = tagged(&destination, args.registry)?;
     let console = Console::new(Lines::of(args.indexing.json, args.indexing.quiet));
     if args.registry {
-        return super::registry::convert(args, &plan, &source, &reference, global, &console);
+        return Ok(super::registry::convert(args, &plan, &source, &reference, global, &console)?);
     }
     in_containerd(&plan, &source, &destination, args, global, &console)
 }
 
-/// The destination must be a name that an image can be pushed and pulled by.
-fn tagged(text: &str) -> Result<Reference, ConvertError> {
-    let bad = |why: &str| ConvertError::Destination(why.to_owned());
-    let reference: Reference =
-        text.parse().map_err(|e| ConvertError::Destination(format!("could not parse reference: {e}")))?;
+/// The destination must be a name that an image can be pushed and pulled by. containerd's names are what they are; in a registry, one
+/// without a host is on Docker Hub.
+fn tagged(text: &str, in_registry: bool) -> Result<Reference, CreateError> {
+    let bad = |why: &str| CreateError::Destination(why.to_owned());
+    let reference = if in_registry { Reference::short(text) } else { text.parse() };
+    let reference = reference.map_err(|e| CreateError::Destination(format!("could not parse reference: {e}")))?;
     match (&reference.tag, reference.digest) {
         (_, Some(_)) => Err(bad("reference must not contain a digest")),
         (None, None) => Err(bad("reference must be tagged")),
@@ -113,7 +81,7 @@ fn in_containerd(
     args: &args::Convert,
     global: &Global,
     console: &Console,
-) -> Result<(), ConvertError> {
+) -> Result<(), CreateError> {
     let session = Session::open(global)?;
     let record = session.image(source)?;
     let image = source::of_target(&session, &record.target)?;
@@ -138,13 +106,13 @@ fn in_containerd(
     keeper.done();
     let output = report::Output::Image { reference: destination.to_owned() };
     if args.indexing.quiet && !args.indexing.json {
-        return writeln!(io::stdout().lock(), "{}", result.target.digest).map_err(ConvertError::Output);
+        return writeln!(io::stdout().lock(), "{}", result.target.digest).map_err(CreateError::Output);
     }
     create::print(&args.indexing, &[], || report::converted(&result, &indexed, &image, output, console))
-        .map_err(ConvertError::Output)
+        .map_err(CreateError::Output)
 }
 
-fn standalone(plan: &Plan, source: &Path, destination: &Path, args: &args::Convert) -> Result<(), ConvertError> {
+fn standalone(plan: &Plan, source: &Path, destination: &Path, args: &args::Convert) -> Result<(), CreateError> {
     let (format, json) = (args.format, args.indexing.json);
     let layout = OciLayout::open(source)?;
     let target = Destination::check(destination, format)?;
@@ -172,7 +140,7 @@ fn standalone(plan: &Plan, source: &Path, destination: &Path, args: &args::Conve
     if let Some(report) = report {
         let write = |out: &mut dyn Write| out.write_all(&report).and_then(|()| out.flush());
         let written = if stdout_taken { write(&mut io::stderr().lock()) } else { write(&mut io::stdout().lock()) };
-        written.map_err(ConvertError::Output)?;
+        written.map_err(CreateError::Output)?;
     }
     Ok(())
 }

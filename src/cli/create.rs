@@ -11,6 +11,7 @@ use super::{
     containerd::{REFERS, Session, SessionError},
     indexing::{self, IndexingError, PerPlatform, Places, Plan, Version, report, source},
     interrupt::Stopped,
+    layout::{LayoutError, write::WriteError},
     output::{Console, Lines},
     recording::{self, Record},
 };
@@ -23,15 +24,24 @@ use std::{
     io::{self, Write},
 };
 
-/// Why there is no index.
+/// Why an image was not indexed, or not converted: `convert` begins as `create` does. The words of the first variants are searched for by
+/// scripts.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     #[error("source image needs to be specified")]
     NoSource,
+    #[error("destination needs to be specified")]
+    NoDestination,
+    #[error("the destination image must be a tagged ref of the form \"registry/repository:tag\": {0}")]
+    Destination(String),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
     Indexing(#[from] IndexingError),
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
     #[error(transparent)]
     Blob(#[from] BlobError),
     #[error(transparent)]
@@ -52,7 +62,7 @@ pub fn run(args: &args::Create, global: &Global) -> Result<(), CreateError> {
     let plan = Plan::new(&args.indexing)?;
     let console = Console::new(Lines::of(args.indexing.json, args.indexing.quiet));
     if args.registry {
-        return super::registry::create(args, &plan, name, global, &console);
+        return Ok(super::registry::create(args, &plan, name, global, &console)?);
     }
     let session = Session::open(global)?;
     let named = session.image(name)?;

@@ -55,8 +55,6 @@ enum CommandError {
     #[error(transparent)]
     Create(#[from] create::CreateError),
     #[error(transparent)]
-    Convert(#[from] convert::ConvertError),
-    #[error(transparent)]
     Push(#[from] push::PushError),
     #[error(transparent)]
     Index(#[from] index::IndexError),
@@ -82,6 +80,7 @@ enum CommandError {
 
 /// Runs `soci`.
 pub fn main() -> ExitCode {
+    crate::sys::process::tame_allocator();
     match args::parse(std::env::args_os().skip(1)) {
         Ok(args) => finish(run(&args)),
         Err(NotACommand::Print(text)) => {

@@ -13,8 +13,7 @@ use super::{
     access,
     args::{self, Global},
     blobs::{self, BlobError, Blobs, New, Sink, checked},
-    convert::{self, ConvertError},
-    create::{self, CreateError},
+    convert, create,
     indexing::{self, IndexingError, Places, Plan, Version, report, rewrite, source},
     interrupt::Stopped,
     layout::MAX_DOCUMENT,
@@ -39,8 +38,8 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 /// Layers on their way at a time, at least: one alone does not fill a link.
 const TRANSFERS: usize = 4;
-/// Pieces of a layer that wait to be sent on, while the builder has them already.
-const BEHIND: usize = 64;
+/// Pieces of a layer that wait to be sent on, while the builder has them already. A piece is what came at once: some 100 KB.
+const BEHIND: usize = 16;
 /// How often a transfer is taken up again where it broke off, without a byte in between.
 const RESUMES: u32 = 8;
 /// Largest zTOC that is used again: what the reader of zTOCs accepts.
@@ -51,8 +50,6 @@ const MAX_ZTOC: u64 = 1 << 30;
 pub enum RemoteError {
     #[error(transparent)]
     Reference(#[from] InvalidReference),
-    #[error("{0} names no image: add a tag or a digest")]
-    NoTag(Reference),
     #[error("image {image}")]
     Source { image: String, source: Box<BlobError> },
     #[error(transparent)]
@@ -402,14 +399,26 @@ async fn forward(mut upload: Upload, mut pieces: mpsc::Receiver<Piece>, digest: 
     Ok(())
 }
 
+/// Where both are, and what the source's name stands for there.
+fn open<'a>(
+    access: &args::Access,
+    (source, destination): (&Reference, &Reference),
+    global: &Global,
+    console: &'a Console,
+) -> Result<(Transfer<'a>, Descriptor), RemoteError> {
+    let remote = Remote::new().map_err(RemoteError::Runtime)?;
+    let registry = access::registry(access, &[source, destination], global)?;
+    let (source, target) = (registry.repository(source)?, registry.repository(destination)?);
+    let named = resolve(&remote, &source)?;
+    let (present, known, under_way) = (Mutex::default(), HashMap::new(), Arc::default());
+    Ok((Transfer { remote, source, target, console, present, known, under_way }, named))
+}
+
 /// What a reference names, and where.
 fn resolve(remote: &Remote, repository: &Repository) -> Result<Descriptor, RemoteError> {
     let reference = repository.reference();
-    let target = match (&reference.digest, &reference.tag) {
-        (Some(digest), _) => digest.to_string(),
-        (None, Some(tag)) => tag.clone(),
-        (None, None) => return Err(RemoteError::NoTag(reference.clone())),
-    };
+    // A familiar name has the one or the other.
+    let target = reference.digest.map(|digest| digest.to_string()).or(reference.tag.clone()).unwrap_or_default();
     let failed =
         |error: RegistryError| RemoteError::Source { image: reference.to_string(), source: Box::new(error.into()) };
     let fetched = remote.wait(repository.manifest(&target))?.map_err(failed)?;
@@ -440,31 +449,9 @@ pub fn create(
     name: &str,
     global: &Global,
     console: &Console,
-) -> Result<(), CreateError> {
-    Ok(create_there(args, plan, name, global, console)?)
-}
-
-fn create_there(
-    args: &args::Create,
-    plan: &Plan,
-    name: &str,
-    global: &Global,
-    console: &Console,
 ) -> Result<(), RemoteError> {
-    let reference: Reference = name.parse()?;
-    let remote = Remote::new().map_err(RemoteError::Runtime)?;
-    let registry = access::registry(&args.access, &[&reference], global)?;
-    let repository = registry.repository(&reference)?;
-    let target = resolve(&remote, &repository)?;
-    let mut transfer = Transfer {
-        remote,
-        source: repository.clone(),
-        target: repository,
-        console,
-        present: Mutex::default(),
-        known: HashMap::new(),
-        under_way: Arc::default(),
-    };
+    let reference = Reference::familiar(name)?;
+    let (mut transfer, target) = open(&args.access, (&reference, &reference), global, console)?;
     let image = source::of_target(&transfer, &target)?;
     let mut indexed = create::select(plan, &image)?;
     if plan.reuse == indexing::Reuse::Allowed {
@@ -497,32 +484,9 @@ pub fn convert(
     destination: &Reference,
     global: &Global,
     console: &Console,
-) -> Result<(), ConvertError> {
-    Ok(convert_there(args, plan, source, destination, global, console)?)
-}
-
-fn convert_there(
-    args: &args::Convert,
-    plan: &Plan,
-    source: &str,
-    destination: &Reference,
-    global: &Global,
-    console: &Console,
 ) -> Result<(), RemoteError> {
-    let reference: Reference = source.parse()?;
-    let remote = Remote::new().map_err(RemoteError::Runtime)?;
-    let registry = access::registry(&args.access, &[&reference, destination], global)?;
-    let (from, to) = (registry.repository(&reference)?, registry.repository(destination)?);
-    let target = resolve(&remote, &from)?;
-    let mut transfer = Transfer {
-        remote,
-        source: from,
-        target: to,
-        console,
-        present: Mutex::default(),
-        known: HashMap::new(),
-        under_way: Arc::default(),
-    };
+    let reference = Reference::familiar(source)?;
+    let (mut transfer, target) = open(&args.access, (&reference, destination), global, console)?;
     let image = source::of_target(&transfer, &target)?;
     let mut indexed = convert::select(plan, &image)?;
     let tag = destination.tag.clone().unwrap_or_default();

@@ -112,6 +112,22 @@ impl Codec for Words {
     }
 }
 
+/// A string; an empty one is what it is.
+pub struct Verbatim(pub &'static str);
+
+impl Codec for Verbatim {
+    type Value = String;
+    fn default(&self) -> String {
+        self.0.to_owned()
+    }
+    fn decode(&self, item: &Item, _: &mut Vec<Remark>) -> Result<String, Fault> {
+        string(item).map(str::to_owned)
+    }
+    fn encode(&self, value: &String) -> Text {
+        Text::Inline(quote(value))
+    }
+}
+
 /// A path of a socket; a leading `unix://` is dropped.
 pub struct SocketPath(pub &'static str);
 

@@ -354,10 +354,11 @@ settings! {
 settings! {
     /// Registries as containerd and Docker have them configured. This table does not exist in the Go daemon.
     struct Registry {
-        /// Directories with one directory per registry, in it hosts.toml or certificates, separated by colons:
-        /// '/etc/containerd/certs.d:/etc/docker/certs.d' is what containerd 2 uses. Empty: none. A registry's own hosts.toml
-        /// there wins over [resolver.host], and that over _default. Changes below it are in force for the next request.
-        config_path: String = Words("") => "config_path";
+        /// Directories with one directory per registry, in it hosts.toml or certificates, separated by colons: those of containerd
+        /// (its own default since 2.2) and Docker, so that what they need to reach a registry is not to be written down again.
+        /// Set to '' for none, as in the Go daemon. A registry's own hosts.toml there wins over [resolver.host], and that over
+        /// _default; `config check` says who decides. Changes below it are in force for the next request.
+        config_path: String = Verbatim("/etc/containerd/certs.d:/etc/docker/certs.d") => "config_path";
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     oci::Reference,
     registry::{self, HostSettings, HttpSettings, Mirror, MirrorTimeout, Registry, RetrySettings, Security},
 };
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 fn limit(timeout: config::Timeout) -> registry::Limit {
     timeout.duration().map_or(registry::Limit::Unlimited, registry::Limit::After)
@@ -38,7 +38,7 @@ pub fn hosts(config: &Config) -> HostSettings {
         },
     };
     let mirrors = config.resolver.host.iter().map(|(host, list)| (host.clone(), list.iter().map(mirror).collect()));
-    HostSettings { mirrors: mirrors.collect(), directories: config.registry.directories() }
+    HostSettings { mirrors: mirrors.collect(), directories: config.registry.directories(), ..HostSettings::default() }
 }
 
 /// Registries as the daemon asks them under `config`, for tools that look at an image with its eyes. Call within a tokio runtime.
@@ -100,7 +100,9 @@ pub fn check(config: &Config, options: &Options) -> Result<Checked, RegistriesEr
         eprintln!("warning: {text}");
         out.warnings += 1;
     };
-    for directory in config.registry.directories().iter().filter(|directory| !directory.is_dir()) {
+    // The default names what is there where somebody needed it.
+    let usual = |directory: &Path| registry::DEFAULT_DIRECTORIES.iter().any(|usual| directory == Path::new(usual));
+    for directory in config.registry.directories().iter().filter(|dir| !dir.is_dir() && !usual(dir)) {
         warn(format!("registry.config_path: {} is not a directory", directory.display()));
     }
     for report in registry.hosts_report() {

@@ -379,9 +379,10 @@ async fn serve(
         move || observers.progress(scheduler.background())
     };
     tokio::spawn(systemd::watchdog({
-        let progress = progress.clone();
+        let (progress, pulse) = (progress.clone(), session.pulse());
         move || {
             let _ = progress();
+            pulse.stuck().map(|(thread, silent)| format!("thread {thread} was not seen for {} s", silent.as_secs()))
         }
     }));
     let line = {

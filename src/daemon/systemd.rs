@@ -3,7 +3,7 @@
 //! Without systemd (`NOTIFY_SOCKET` unset) everything here does nothing. Nothing waits for systemd: a message it does not take is lost,
 //! and the next one says the same.
 
-use crate::layers::Background;
+use crate::{layers::Background, telemetry::catalog::say};
 use sd_notify::NotifyState;
 use std::{
     fmt,
@@ -47,15 +47,22 @@ pub fn reloading() {
     }
 }
 
-/// Tells systemd that we live, twice as often as it asks for (`WatchdogSec=`), as long as `alive` returns.
+/// Tells systemd that we live, twice as often as it asks for (`WatchdogSec=`), as long as `stuck` returns, and names nothing.
 ///
-/// `alive` takes the locks that everything else goes through. If one of them is never given back, or the runtime stands still,
-/// systemd ends this process and the next one resumes.
-pub async fn watchdog(alive: impl Fn()) {
+/// It takes the locks that everything else goes through. If one of them is never given back, or the runtime stands still, or a thread was not seen
+/// for a while, systemd ends this process and the next one resumes.
+pub async fn watchdog(stuck: impl Fn() -> Option<String>) {
     let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    let mut said = false;
     loop {
-        alive();
-        tell(&[NotifyState::Watchdog]);
+        match stuck() {
+            None => tell(&[NotifyState::Watchdog]),
+            Some(what) if !said => {
+                said = true;
+                say!(Stuck, error = what, "something stands still: systemd is to restart this daemon");
+            }
+            Some(_) => {}
+        }
         tokio::time::sleep(limit / 2).await;
     }
 }

@@ -37,7 +37,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -47,6 +47,10 @@ use tokio::sync::watch;
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// How often [`Session::stop`] looks whether reads have ended.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
+/// How often a thread that has nothing to do shows that it lives.
+const BEAT: Duration = Duration::from_secs(2);
+/// A thread that was not seen for so long is stuck: none of them waits for a disk or a network.
+const STUCK: Duration = Duration::from_secs(10);
 /// Between two looks whether the journal has room again.
 const ROOM_INTERVAL: Duration = Duration::from_millis(5);
 /// How long an interrupt for a request nobody knows may be early, where nothing is known of what a dead process read.
@@ -84,6 +88,38 @@ pub struct Drained {
     pub unanswered: usize,
 }
 
+/// When each thread was last seen.
+#[derive(Debug, Clone)]
+pub struct Pulse(Arc<[Beat]>);
+
+#[derive(Debug)]
+struct Beat {
+    thread: String,
+    seen: Mutex<Instant>,
+}
+
+impl Beat {
+    fn now(&self) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn silent(&self) -> Duration {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+}
+
+impl Pulse {
+    fn new(threads: usize) -> Pulse {
+        let beat = |number| Beat { thread: format!("fuse-{number}"), seen: Mutex::new(Instant::now()) };
+        Pulse((0..threads).map(beat).collect())
+    }
+
+    /// A thread that is stuck, and for how long.
+    pub fn stuck(&self) -> Option<(&str, Duration)> {
+        self.0.iter().map(|beat| (&*beat.thread, beat.silent())).find(|(_, silent)| *silent > STUCK)
+    }
+}
+
 /// Threads serving a connection. Dropping it stops them at once.
 pub struct Session {
     shared: Arc<Shared>,
@@ -96,6 +132,7 @@ struct Shared {
     journal: Option<Journal>,
     /// Whether there may be requests that a dead process took and of which nothing is known.
     orphans: bool,
+    pulse: Pulse,
     /// Requests that were taken before, and nobody has been told of.
     resumed: AtomicUsize,
     tree: Arc<Tree>,
@@ -120,12 +157,14 @@ impl Session {
         // Of the open file, so shared with whoever else holds the descriptor; nobody else reads it.
         rustix::fs::fcntl_setfl(&device, rustix::fs::fcntl_getfl(&device)? | OFlags::NONBLOCK)?;
         let resumed = options.connection == Connection::Resumed;
+        let threads = options.threads.clamp(1, journal::LANDINGS);
         let known = init.can_resend() || options.journal.as_ref().is_some_and(Journal::inherited);
         let shared = Arc::new(Shared {
             device,
             init,
             journal: options.journal,
             orphans: resumed && !known,
+            pulse: Pulse::new(threads),
             resumed: AtomicUsize::new(0),
             tree,
             runtime,
@@ -159,6 +198,11 @@ impl Session {
     pub fn root_changed(&self) {
         // Not cached, or not mounted: nothing to drop.
         let _ = rustix::io::write(&self.shared.device, &wire::root_changed_notification());
+    }
+
+    /// Shows whether the threads live.
+    pub fn pulse(&self) -> Pulse {
+        self.shared.pulse.clone()
     }
 
     /// Reads that wait for content.
@@ -223,8 +267,9 @@ impl Poll {
 
     fn wait(&self) {
         let mut event = [std::mem::MaybeUninit::uninit(); 1];
+        let limit = rustix::event::Timespec { tv_sec: BEAT.as_secs() as i64, tv_nsec: 0 };
         // Whatever woke us, the device is read next.
-        let _ = epoll::wait(&self.0, &mut event[..], None);
+        let _ = epoll::wait(&self.0, &mut event[..], Some(&limit));
     }
 }
 
@@ -237,6 +282,7 @@ impl Shared {
         let mut request = vec![0; self.init.read_buffer_len()];
         let mut buffer = Vec::new();
         while !self.stopping.load(Ordering::SeqCst) {
+            self.pulse.0[number].now();
             let taken = match &self.journal {
                 Some(journal) => journal.take(&self.device, number, &mut request).map(|()| request.len()),
                 None => rustix::io::read(&self.device, &mut request[..]).map_err(Into::into),
@@ -342,7 +388,11 @@ impl Shared {
     fn write_down(&self, journal: &Journal, read: &TakenRead) -> Option<Slot> {
         loop {
             match journal.keep(read) {
-                None if !self.stopping.load(Ordering::SeqCst) => std::thread::sleep(ROOM_INTERVAL),
+                None if !self.stopping.load(Ordering::SeqCst) => {
+                    // Full of reads that wait for the network, which is not our fault.
+                    self.pulse.0.iter().for_each(Beat::now);
+                    std::thread::sleep(ROOM_INTERVAL);
+                }
                 slot => return slot,
             }
         }

@@ -3,7 +3,7 @@
 
 use super::{
     InitParams, Kept,
-    protocol::{MAX_MESSAGE, Reply, Request, Status},
+    protocol::{MAX_MESSAGE, Reply, Request, Status, misunderstood},
 };
 use crate::{
     layout::Layout,
@@ -190,7 +190,7 @@ fn converse(layout: &Layout, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     }
     match Reply::decode(&buffer[..received]) {
         Some((reply, body)) => Ok((reply, body.to_vec(), fds)),
-        None => Err(io::Error::new(io::ErrorKind::InvalidData, "the holder is of another version")),
+        None => Err(io::Error::new(io::ErrorKind::InvalidData, misunderstood(&buffer[..received]))),
     }
 }
 

@@ -101,6 +101,19 @@ impl Reply {
     }
 }
 
+/// What to say of a message that cannot be decoded.
+pub(super) fn misunderstood(message: &[u8]) -> String {
+    match message {
+        message if message.starts_with(&MAGIC) => match message.get(MAGIC.len()) {
+            Some(&VERSION) | None => "soci-mount gave an answer that this daemon does not know".to_owned(),
+            Some(theirs) => format!(
+                "soci-mount speaks version {theirs} of their protocol, this daemon version {VERSION}: install both from the same package"
+            ),
+        },
+        _ => "what answers is not soci-mount".to_owned(),
+    }
+}
+
 fn head(what: u8) -> [u8; HEAD] {
     let [s, o, c, i] = MAGIC;
     [s, o, c, i, VERSION, what]
@@ -118,6 +131,17 @@ fn split(message: &[u8]) -> Option<(u8, &[u8])> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_holder_of_another_version_is_named_as_such() {
+        let mut newer = Reply::First.encode();
+        newer[4] = VERSION + 1;
+        assert_eq!(Reply::decode(&newer), None);
+        let said = misunderstood(&newer);
+        assert!(said.contains("speaks version 2") && said.contains("this daemon version 1"), "{said}");
+        assert!(misunderstood(&head(99)).contains("does not know"));
+        assert!(misunderstood(b"GET / HTTP/1.1").contains("not soci-mount"));
+    }
 
     proptest! {
         #[test]

@@ -29,8 +29,10 @@ use std::{
 const RESERVE: u64 = 32 << 20;
 const RESERVE_PART: u64 = 64;
 
-const MAGIC: &[u8; 8] = b"SOCISPN1";
-/// Magic and the zTOC's digest.
+const MAGIC: &[u8; 7] = b"SOCISPN";
+/// The digit after the magic. A newer one is refused, and its layer left as it is: it may number spans or inodes in another way.
+const VERSION: u8 = b'1';
+/// Magic, version and the zTOC's digest.
 const HEADER: u64 = 8 + 32;
 /// What is read at a time to be hashed or inflated: large enough that system calls don't show, small beside everything else.
 pub const PIECE: usize = 256 << 10;
@@ -64,8 +66,18 @@ pub fn ztoc_of(directory: &Path) -> io::Result<Option<Digest>> {
         }
         Err(error) => return Err(error),
     }
-    let digest = header.strip_prefix(MAGIC).and_then(|digest| digest.try_into().ok());
-    Ok(digest.map(Digest::from_bytes))
+    match header.strip_prefix(MAGIC) {
+        Some([VERSION, digest @ ..]) => Ok(digest.try_into().ok().map(Digest::from_bytes)),
+        Some([newer @ b'2'..=b'9', ..]) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!(
+                "its file \"spans\" was written by a newer version (format {}, this one knows {})",
+                char::from(*newer),
+                char::from(VERSION)
+            ),
+        )),
+        _ => Ok(None),
+    }
 }
 
 /// Puts the zTOC at `source` into `directory`, by name or else by content.
@@ -93,6 +105,7 @@ pub fn create(directory: &Path, source: &Path, ztoc: &Digest, blob_bytes: u64, s
     let temporary = directory.join("spans.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(MAGIC)?;
+    file.write_all(&[VERSION])?;
     file.write_all(ztoc.as_bytes())?;
     file.write_all(&vec![0; spans])?;
     fs::rename(temporary, presence)

@@ -129,6 +129,7 @@ impl LayerStore {
         let toc_path = files::toc_path(&directory);
         let toc = match toc::Toc::open(&toc_path, &wanted.layer) {
             Ok(toc) => toc,
+            Err(newer @ toc::OpenError::Newer(_)) => return Err(OpenError::TocFile(newer)),
             Err(_) => {
                 self.build_toc(&ztoc, wanted.layer, &directory)?;
                 toc::Toc::open(&toc_path, &wanted.layer).map_err(OpenError::TocFile)?

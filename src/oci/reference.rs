@@ -23,9 +23,18 @@ pub struct InvalidReference {
 }
 
 impl Reference {
-    /// As people write them and kubelet sends them: `ubuntu` is `docker.io/library/ubuntu:latest`, `team/app` is on Docker Hub, too; a
-    /// first component with a dot or a port, and `localhost`, is a registry.
+    /// As people write them and kubelet sends them: [`Reference::short`], and without a tag it is `latest`.
     pub fn familiar(text: &str) -> Result<Reference, InvalidReference> {
+        let mut reference = Reference::short(text)?;
+        if reference.tag.is_none() && reference.digest.is_none() {
+            reference.tag = Some("latest".to_owned());
+        }
+        Ok(reference)
+    }
+
+    /// `ubuntu` is `docker.io/library/ubuntu`, `team/app` is on Docker Hub, too; a first component with a dot or a port, and `localhost`,
+    /// is a registry.
+    pub fn short(text: &str) -> Result<Reference, InvalidReference> {
         let (first, rest) = text.split_once('/').unwrap_or(("", text));
         let is_host =
             first == "localhost" || first.contains(['.', ':']) || first.chars().any(|c| c.is_ascii_uppercase());
@@ -36,11 +45,7 @@ impl Reference {
             (false, "") => format!("docker.io/library/{rest}"),
             (false, _) => format!("docker.io/{text}"),
         };
-        let mut reference: Reference = full.parse()?;
-        if reference.tag.is_none() && reference.digest.is_none() {
-            reference.tag = Some("latest".to_owned());
-        }
-        Ok(reference)
+        full.parse()
     }
 
     /// `host/repository`, without tag and digest.

@@ -48,8 +48,8 @@ pub(super) struct Auth {
     doors: Mutex<Bounded<DoorKey, Arc<Door>>>,
 }
 
-/// A host, the name of a repository on it, and whether it is to be written to.
-type DoorKey = (HostId, Arc<str>, bool);
+/// A host, the name of a repository on it, whether it is to be written to, and which other repository is read by that.
+type DoorKey = (HostId, Arc<str>, bool, Option<String>);
 
 /// One host and repository.
 #[derive(Default)]
@@ -79,6 +79,8 @@ pub(super) struct Visitor<'a> {
     pub timeout: Option<Duration>,
     pub idle: Duration,
     pub need: Need,
+    /// Another repository of the host that is to be read by the same request.
+    pub also: Option<&'a str>,
 }
 
 /// What one request has tried to prove who asks.
@@ -188,9 +190,9 @@ impl Auth {
         self.keychain.clone()
     }
 
-    pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>, need: Need) -> Arc<Door> {
+    pub fn door(&self, endpoint: &Endpoint, repository: &Arc<str>, need: Need, also: Option<&str>) -> Arc<Door> {
         // What may pull may not push; what a tag means takes no more than pulling.
-        let key = (endpoint.id.clone(), repository.clone(), need == Need::Push);
+        let key = (endpoint.id.clone(), repository.clone(), need == Need::Push, also.map(str::to_owned));
         let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(door) = doors.get(&key) {
             return door.clone();
@@ -383,7 +385,7 @@ async fn bearer(
             what: "the registry names a login service without TLS, which is not told who asks".into(),
         }));
     }
-    let scope = minimal(scope, &visitor.reference.repository, visitor.need);
+    let scope = minimal(scope, &visitor.reference.repository, visitor.need, visitor.also);
     if let Some(credential) = credential {
         match post(visitor, &realm, service, &scope, credential).await? {
             Posted::Answer(body) => return grant(visitor, challenge, &body).map(Some),
@@ -396,7 +398,7 @@ async fn bearer(
 
 /// What of the scopes a registry asks for is needed. A registry knows best what it calls the repository (mirrors call it differently);
 /// we know best what we want to do with it.
-fn minimal(asked: &str, repository: &str, need: Need) -> String {
+fn minimal(asked: &str, repository: &str, need: Need, also: Option<&str>) -> String {
     let actions: &[&str] = if need == Need::Push { &["pull", "push"] } else { &["pull"] };
     let mut out: Vec<String> = Vec::new();
     for scope in asked.split_ascii_whitespace() {
@@ -410,10 +412,15 @@ fn minimal(asked: &str, repository: &str, need: Need) -> String {
             out.push(format!("{kind}:{name}:{}", kept.join(",")));
         }
     }
-    match out.is_empty() {
-        true => format!("repository:{repository}:{}", actions.join(",")),
-        false => out.join(" "),
+    if out.is_empty() {
+        out.push(format!("repository:{repository}:{}", actions.join(",")));
     }
+    if let Some(also) = also.map(|name| format!("repository:{name}:pull"))
+        && !out.contains(&also)
+    {
+        out.push(also);
+    }
+    out.join(" ")
 }
 
 enum Posted {
@@ -585,7 +592,11 @@ mod tests {
             ("registry:catalog:*", Need::Pull, "repository:a/b:pull"),
             ("nonsense repository: repository:x", Need::Pull, "repository:a/b:pull"),
         ] {
-            assert_eq!(minimal(asked, "a/b", need), expected, "{asked}");
+            assert_eq!(minimal(asked, "a/b", need, None), expected, "{asked}");
+        }
+        let both = "repository:a/b:pull,push repository:c:pull";
+        for asked in ["repository:a/b:pull,push", both, ""] {
+            assert_eq!(minimal(asked, "a/b", Need::Push, Some("c")), both, "what is mounted is read, too");
         }
     }
 }

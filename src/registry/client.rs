@@ -12,12 +12,12 @@
 
 use super::{
     RegistryError,
-    auth::{Auth, Trial, Visitor},
+    auth::Auth,
     body::Body,
-    challenge::Challenge,
     endpoint::{Endpoint, Endpoints, Held, HostId, Need, Standing, TRIAL_MAX},
     error::{Advice, Failure, Request},
     hosts::Hosts,
+    proving::Proving,
     redirect::{BlobKey, RedirectCache},
     retry::{self, RetrySettings},
     settings::HttpSettings,
@@ -269,39 +269,11 @@ impl Site {
         request: &Request,
         url: &Url,
     ) -> Result<Reply, Failure> {
-        let auth = &self.client.auth;
-        let need = need(ask.kind);
-        let door = auth.door(endpoint, &self.name, need);
-        let visitor = Visitor {
-            transport: &self.client.transport,
-            endpoint,
-            reference: &self.reference,
-            request,
-            timeout: endpoint.request_timeout(self.client.settings.request_timeout),
-            idle: self.client.settings.idle_timeout,
-            need,
-        };
-        let mut trial = Trial::default();
-        let mut proof = auth.present(&door, &visitor).await;
-        // The trial ends it: each login is tried once.
+        let mut proof = Proving::begin(self, endpoint, need(ask.kind), None, request).await;
         loop {
-            let reply = self.send_to_host(endpoint, ask, request, url, proof.as_ref()).await?;
-            let Reply::Error(mut error) = reply else { return Ok(reply) };
-            let challenges = match error.status.as_u16() {
-                401 => error.challenges.clone(),
-                // A login that is not enough, or (ECR) one that has ended: another may do.
-                403 if proof.is_some() && !error.challenges.is_empty() => error.challenges.clone(),
-                403 if error.is_expired_login() => vec![Challenge::Basic],
-                403 if proof.is_some() => door.challenge().into_iter().collect(),
-                _ => return Ok(Reply::Error(error)),
-            };
-            tracing::info!("Received status code: {}. Authorizing...", error.status);
-            match auth.answer(&door, &visitor, &challenges, proof.as_ref(), &mut trial).await? {
-                Some(next) => proof = Some(next),
-                None => {
-                    error.tried = trial.words();
-                    return Ok(Reply::Error(error));
-                }
+            let reply = self.send_to_host(endpoint, ask, request, url, proof.shown()).await?;
+            if let Some(reply) = proof.judge(reply).await? {
+                return Ok(reply);
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use super::{
     hosts_file::{self, Entry, HostsFile},
-    settings::HostSettings,
+    settings::{HostSettings, TlsFlags},
 };
 use crate::tls::Pem;
 use std::{
@@ -147,6 +147,13 @@ pub(super) fn certificates(entry: &Entry, stamp: &mut Stamp) -> Result<Certifica
     let authorities = entry.authorities.iter().map(|path| pem(path)).collect::<Result<_, _>>()?;
     let identities =
         entry.identities.iter().map(|(cert, key)| Ok((pem(cert)?, pem(key)?))).collect::<Result<_, _>>()?;
+    Ok(Certificates { authorities, identities })
+}
+
+/// The certificates that flags name.
+pub(super) fn named(flags: &TlsFlags) -> Result<Certificates, DirectoryError> {
+    let authorities = flags.authorities.iter().map(|path| pem(path)).collect::<Result<_, _>>()?;
+    let identities = flags.identity.iter().map(|(cert, key)| Ok((pem(cert)?, pem(key)?))).collect::<Result<_, _>>()?;
     Ok(Certificates { authorities, identities })
 }
 

@@ -206,9 +206,14 @@ impl Hosts {
 
     /// The registry itself, asked as the certificates that are there for it suggest.
     fn origin(&self, image_host: &str, certificates: Certificates) -> Result<Endpoint, HostsError> {
-        let security = if certificates == Certificates::default() { Security::Tls } else { Security::TlsEverywhere };
+        let security = if self.about_tls(image_host, &certificates) { Security::TlsEverywhere } else { Security::Tls };
         let how = How { certificates, ..How::plain(None, Capabilities::ALL) };
         self.endpoint(origin(image_host, security)?, how)
+    }
+
+    /// Whether somebody speaks of TLS where this registry is concerned: then it is used on the loopback, too.
+    fn about_tls(&self, image_host: &str, certificates: &Certificates) -> bool {
+        *certificates != Certificates::default() || self.settings.every_host.host.as_deref() == Some(image_host)
     }
 
     fn of_file(
@@ -222,7 +227,7 @@ impl Hosts {
         let mut out: Vec<Arc<Endpoint>> = Vec::new();
         for entry in entries {
             let certificates = directory::certificates(entry, stamp)?;
-            let about_tls = entry.skip_verify || certificates != Certificates::default();
+            let about_tls = entry.skip_verify || self.about_tls(image_host, &certificates);
             let base = match &entry.base {
                 Some(base) => base.clone(),
                 None if about_tls => origin(image_host, Security::TlsEverywhere)?,
@@ -274,10 +279,14 @@ impl Hosts {
                 )
             }
         };
+        let every = directory::named(&self.settings.every_host)?;
         let trust = Trust {
-            authorities: how.certificates.authorities,
-            identities: how.certificates.identities,
-            verification: if how.skip_verify { Verification::Skipped } else { Verification::Required },
+            authorities: how.certificates.authorities.into_iter().chain(every.authorities).collect(),
+            identities: how.certificates.identities.into_iter().chain(every.identities).collect(),
+            verification: match how.skip_verify || self.settings.every_host.skip_verify {
+                true => Verification::Skipped,
+                false => Verification::Required,
+            },
             ..Trust::default()
         };
         let clients = self.transport.clients(&Dialing { trust, timeout: how.dial_timeout })?;
@@ -312,7 +321,7 @@ impl Hosts {
         names.sort();
         names.dedup();
         let mut out: Vec<_> = names.iter().map(|name| self.report_of(name, name)).collect();
-        if !self.settings.directories.is_empty() {
+        if self.settings.directories.iter().any(|directory| directory.is_dir()) {
             // No registry has this name: what is in force for it is in force for all that nothing is said about.
             out.push(self.report_of("_default", "host.invalid"));
         }
@@ -526,6 +535,7 @@ mod tests {
                 ("only.example".to_owned(), mirror("https://r.example")),
             ]),
             directories: vec![dir.path().to_owned()],
+            ..HostSettings::default()
         };
         let hosts = hosts(settings);
         let id = |base: &str| format!("{base}/v2");

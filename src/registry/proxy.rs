@@ -3,6 +3,8 @@
 //! `HTTP_PROXY`, `HTTPS_PROXY` (else `ALL_PROXY`) by the scheme of the request, unless `NO_PROXY` names its host: an address, a prefix
 //! (`10.0.0.0/8`), a domain (with all below it; only those below it if it begins with a dot or `*.`), each with a port or without, or
 //! `*`. Lower-case names count where the upper-case ones are not set. The loopback is never asked through a proxy.
+//!
+//! A proxy speaks HTTP (`http`, also without a scheme, or `https`) or SOCKS (`socks5`, `socks5h`; either looks up names itself, as Go has it).
 
 use super::url::is_loopback;
 use crate::telemetry::catalog::say;
@@ -66,15 +68,34 @@ impl Proxies {
     }
 }
 
-fn proxy(name: &str, text: &str) -> Option<Url> {
+/// The schemes of proxies.
+const SCHEMES: [&str; 4] = ["http", "https", "socks5", "socks5h"];
+
+fn parse(text: &str) -> Option<Url> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let url = Url::parse(&with_scheme).ok().filter(|url| url.has_host());
+    let mut url = Url::parse(&with_scheme).ok().filter(|url| url.has_host() && SCHEMES.contains(&url.scheme()))?;
+    if url.scheme() == "socks5" {
+        // What the library calls so looks names up here, where only the proxy may know them.
+        url.set_scheme("socks5h").ok()?;
+    }
+    Some(url)
+}
+
+/// Variables of the environment that should name a proxy and do not.
+pub fn unusable_proxies() -> Vec<&'static str> {
+    let names = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"];
+    let is_set = |name: &&str| std::env::var(name).is_ok_and(|text| !text.is_empty() && parse(&text).is_none());
+    names.into_iter().filter(is_set).collect()
+}
+
+fn proxy(name: &str, text: &str) -> Option<Url> {
+    let url = parse(text);
     if url.is_none() {
         // What is in it may be a password.
         say!(
             ProxyIgnored,
             variable = name,
-            "this variable of the environment is not the URL of a proxy; going on without it"
+            "this variable of the environment is not the URL of a proxy (http, https or socks5); going on without it"
         );
     }
     url
@@ -197,6 +218,7 @@ mod tests {
         });
         let of = |url| proxies.of(&Url::parse(url).unwrap()).map(|url| url.to_string());
         assert_eq!(of("https://x/").as_deref(), Some("http://lower:1/"));
-        assert_eq!(of("http://x/").as_deref(), Some("socks5://all:1"));
+        assert_eq!(of("http://x/").as_deref(), Some("socks5h://all:1"), "the proxy looks names up, as with Go");
+        assert_eq!(parse("ftp://p:1"), None);
     }
 }

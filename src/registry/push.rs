@@ -1,7 +1,7 @@
 //! Putting things into a registry: blobs in pieces that can be taken up again, manifests, and the list of referrers.
 //!
 //! * Only the registry itself is pushed to, never a mirror.
-//! * A blob that is there is not sent; one that another repository of the registry has is mounted from there.
+//! * A blob that is there is not sent; one that another repository of the registry has is mounted from there, if we may read it there.
 //! * A blob goes up in pieces of [`PIECE`]; a piece that was lost is sent again from where the registry says it got to, so that no more
 //!   than one piece has to be in memory.
 //! * Where the registry has no referrers API, the tag `sha256-<hex>` stands in for it, and is everybody's: it is read, extended and
@@ -9,12 +9,11 @@
 
 use super::{
     RegistryError, Repository,
-    auth::{Trial, Visitor},
     body::Body,
-    challenge::Challenge,
     client::Site,
     endpoint::{Endpoint, Need},
     error::{Advice, Failure, Request},
+    proving::Proving,
     referrers::fallback_tag,
     retry,
     transport::{Kind, Reply, To, text},
@@ -51,11 +50,13 @@ struct Sending<'a> {
     method: Method,
     headers: &'a [(HeaderName, &'a str)],
     body: Bytes,
+    /// Another repository of the registry that is read by it.
+    also: Option<&'a str>,
 }
 
 impl<'a> Sending<'a> {
     fn new(kind: Kind, method: Method) -> Sending<'a> {
-        Sending { kind, method, headers: &[], body: Bytes::new() }
+        Sending { kind, method, headers: &[], body: Bytes::new(), also: None }
     }
 
     fn http(&self, url: &Url, proof: Option<&HeaderValue>) -> reqwest::Request {
@@ -122,10 +123,14 @@ impl Repository {
 
     /// Whether the blob could be taken over from the repository `from` of the same registry.
     pub async fn mount(&self, digest: Digest, from: &str) -> Result<bool, RegistryError> {
-        match self.begin(Some((digest, from))).await? {
-            Begun::Mounted => Ok(true),
+        use RegistryError::{NotFound, Refused, Unauthorized};
+        match self.begin(Some((digest, from))).await {
+            Ok(Begun::Mounted) => Ok(true),
+            // Who may not read it there, or where mounting is not known, may still upload it.
+            Err(NotFound { .. } | Refused { .. } | Unauthorized { .. }) => Ok(false),
+            Err(error) => Err(error),
             // We did not ask for an upload.
-            Begun::At(place) => {
+            Ok(Begun::At(place)) => {
                 self.upload_at(place).cancel().await;
                 Ok(false)
             }
@@ -149,7 +154,8 @@ impl Repository {
         let path = path.as_str();
         patiently(site, |endpoint| async move {
             let url = site.url(&endpoint, path)?;
-            let sending = Sending::new(Kind::Blob, Method::POST);
+            let also = mount.map(|(_, from)| from);
+            let sending = Sending { also, ..Sending::new(Kind::Blob, Method::POST) };
             let answer = send(site, &endpoint, &sending, &url, &url).await?;
             if mount.is_some() && answer.status == StatusCode::CREATED {
                 return Ok(Begun::Mounted);
@@ -290,6 +296,10 @@ impl Upload {
     /// Adds bytes. They are sent when there is a piece of them.
     pub async fn write(&mut self, mut bytes: Bytes) -> Result<(), RegistryError> {
         while !bytes.is_empty() {
+            if self.piece.capacity() == 0 {
+                // At once: growing would hold two of them for a moment, and copy it all several times.
+                self.piece.reserve(PIECE);
+            }
             let room = PIECE - self.piece.len();
             self.piece.extend_from_slice(&bytes.split_to(room.min(bytes.len())));
             // The last piece goes up with the end of the upload.
@@ -502,35 +512,11 @@ async fn send_proven(
     request: &Request,
     url: &Url,
 ) -> Result<Reply, Failure> {
-    let auth = &site.client.auth;
-    let door = auth.door(endpoint, &site.name, Need::Push);
-    let visitor = Visitor {
-        transport: &site.client.transport,
-        endpoint,
-        reference: &site.reference,
-        request,
-        timeout: endpoint.request_timeout(site.client.settings.request_timeout),
-        idle: site.client.settings.idle_timeout,
-        need: Need::Push,
-    };
-    let mut trial = Trial::default();
-    let mut proof = auth.present(&door, &visitor).await;
+    let mut proof = Proving::begin(site, endpoint, Need::Push, sending.also, request).await;
     loop {
-        let reply = transmit(site, endpoint, To::Host, sending, request, url, proof.as_ref()).await?;
-        let Reply::Error(mut error) = reply else { return Ok(reply) };
-        let challenges = match error.status.as_u16() {
-            401 => error.challenges.clone(),
-            403 if proof.is_some() && !error.challenges.is_empty() => error.challenges.clone(),
-            403 if error.is_expired_login() => vec![Challenge::Basic],
-            403 if proof.is_some() => door.challenge().into_iter().collect(),
-            _ => return Ok(Reply::Error(error)),
-        };
-        match auth.answer(&door, &visitor, &challenges, proof.as_ref(), &mut trial).await? {
-            Some(next) => proof = Some(next),
-            None => {
-                error.tried = trial.words();
-                return Ok(Reply::Error(error));
-            }
+        let reply = transmit(site, endpoint, To::Host, sending, request, url, proof.shown()).await?;
+        if let Some(reply) = proof.judge(reply).await? {
+            return Ok(reply);
         }
     }
 }

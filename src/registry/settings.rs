@@ -91,6 +91,9 @@ pub struct Mirror {
     pub timeout: MirrorTimeout,
 }
 
+/// Where containerd (2.2 by default, older ones by habit) and Docker keep what is said about single registries.
+pub const DEFAULT_DIRECTORIES: [&str; 2] = ["/etc/containerd/certs.d", "/etc/docker/certs.d"];
+
 /// `[resolver]` and `[registry]`: whom to ask for the images of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HostSettings {
@@ -98,4 +101,18 @@ pub struct HostSettings {
     pub mirrors: HashMap<String, Vec<Mirror>>,
     /// Directories of hosts' directories with `hosts.toml` or certificates, in the order to look into them.
     pub directories: Vec<PathBuf>,
+    /// Beside what those say about a host.
+    pub every_host: TlsFlags,
+}
+
+/// What holds for the TLS of every host: flags of a command line, that know of no single one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TlsFlags {
+    pub skip_verify: bool,
+    /// Files with authorities to trust, beside those of the system.
+    pub authorities: Vec<PathBuf>,
+    /// Files with our certificate and its key; one file may have both. Shown to hosts that ask for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// The image host that was thought of: it is asked over TLS also on the loopback.
+    pub host: Option<String>,
 }

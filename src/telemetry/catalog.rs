@@ -191,6 +191,10 @@ messages! {
         happened "The daemon gave the FUSE descriptor to a new soci-mount."
         means "The daemon may be restarted again without harm."
         act "Nothing.";
+    Stuck = "528f89a89d7547f496c33c10c6131e24" ERROR Always "A part of the SOCI snapshotter stands still"
+        happened "The daemon has stopped telling systemd that it lives: @SOCI_ERROR@."
+        means "Reads of lazily loaded layers may wait until systemd restarts the daemon (WatchdogSec= in its unit); then they go on."
+        act "Nothing now. If it happens again, report it with the lines around this one.";
     NoJournal = "6adbb1e78e0240fe9186d3106cc77489" ERROR Always "A crash of the snapshotter may leave reads waiting"
         happened "This kernel cannot repeat requests that a dead daemon had taken (Linux 6.9 can), and they cannot be written down: @SOCI_ERROR@."
         means "Containers run as before, and restarts are as safe as ever. If the daemon crashes, a read that it had taken may wait until its \

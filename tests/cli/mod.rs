@@ -1,5 +1,6 @@
 //! The `soci` tool as a black box.
 
+mod access;
 mod artifacts;
 mod golden;
 mod hostile;
@@ -7,6 +8,7 @@ mod images;
 mod lab;
 mod layouts;
 mod push;
+mod screen;
 mod transcript;
 mod usage;
 mod words;

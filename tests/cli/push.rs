@@ -4,7 +4,7 @@ use super::lab::{Lab, case, golden, ran};
 use crate::support::{
     containerd::Version,
     image::{Image, Layer, busybox, noise},
-    proxy::{Fault, Proxy, Rule, Tokens},
+    proxy::{Fault, Proxy, Rule, Seen, Tokens},
     registry::{Kind, Registry, get, image_manifest, read_json},
 };
 use serde_json::Value;
@@ -123,6 +123,47 @@ fn privileged_two_who_push_at_the_same_time_are_both_listed() {
         let all = listed(&registry, "lab/noise", &manifest);
         assert_eq!(all.len(), spans.len(), "{kind:?}: {all:?}");
     }
+}
+
+#[test]
+fn privileged_an_entry_that_came_in_between_is_kept_where_the_registry_obeys_if_match() {
+    let lab = Lab::new(Version::V22);
+    let (_root, registry) = lab.registry(Kind::Distribution3);
+    let layout = lab.root.join("layout");
+    noisy(&layout, 1);
+    registry.push(&layout, "lab/noise", "v1");
+    let (manifest, _) = image_manifest(&layout);
+    let (proxy, image) = (Proxy::start(&registry.host), registry.reference("lab/noise", "v1"));
+    lab.fetch(&image);
+    let other = proxy.reference("lab/noise", "v1");
+    crate::support::command::output(lab.containerd.ctr().args(["images", "tag", &image, &other]));
+    let index = |span: &str, image: &str| {
+        lab.soci(["create", "--min-layer-size", "0", "--span-size", span, image]).ok();
+        let pushed = lab.command();
+        (pushed, image.to_owned())
+    };
+    // There is a list already, or nothing could have changed.
+    let (mut first, image) = index("65536", &image);
+    let first = ran(first.args(["push", "-q", &image])).ok().text().trim().to_owned();
+    proxy.obey_conditions();
+    let (mut second, other) = index("131072", &other);
+    // What it writes is held up, and meanwhile somebody else writes.
+    let tag = format!("PUT /v2/lab/noise/manifests/sha256-{}", manifest.hex());
+    proxy.rule(Rule::all(Fault::Hang).containing(&tag).times(1));
+    second.args(["push", "-q", "--existing-index", "allow", &other]).stdout(std::process::Stdio::piped());
+    let second = second.spawn().unwrap();
+    super::lab::eventually("the list is being written", || proxy.hangs() == 1);
+    let (mut third, image) = index("262144", &image);
+    let third = ran(third.args(["push", "-q", "--existing-index", "allow", &image])).ok().text().trim().to_owned();
+    proxy.release();
+    let second = second.wait_with_output().unwrap();
+    assert!(second.status.success());
+    let second = String::from_utf8(second.stdout).unwrap().trim().to_owned();
+    let statuses: Vec<u16> =
+        proxy.take_seen().iter().filter(|s| format!("{} {}", s.method, s.path) == tag).map(|s| s.status).collect();
+    assert_eq!(statuses, [412, 201], "the first attempt was refused, the second took what had been added into account");
+    let all = listed(&registry, "lab/noise", &manifest);
+    assert!(all.len() == 3 && [first, second, third].iter().all(|one| all.contains(one)), "{all:?}");
 }
 
 #[test]
@@ -310,7 +351,7 @@ fn privileged_what_cannot_be_had_from_a_registry_is_named() {
     let to = registry.reference("a", "soci");
     convert(&registry.reference("nothing", "here"), &to, &[])
         .failed(&[&registry.reference("nothing", "here"), "not found"]);
-    convert("nginx", &to, &[]).failed(&["invalid image reference \"nginx\"", "no registry host"]);
+    convert("lab/UPPER", &to, &[]).failed(&["invalid image reference \"docker.io/lab/UPPER\"", "lower-case"]);
     convert(&registry.reference("a", "v1"), "b", &[]).failed(&["the destination image must be a tagged ref"]);
     let layouts = golden();
     let manifest = registry.push(&case(&layouts, "single"), "gold", "v1");
@@ -331,6 +372,76 @@ fn privileged_what_cannot_be_had_from_a_registry_is_named() {
     assert_eq!(stopped.code, 1, "{}", stopped.stderr);
 }
 
+/// Uploads whose bytes a registry with its data in `root` keeps, in case somebody goes on with them.
+fn uploads(root: &Path) -> usize {
+    let uploads = root.join("docker/registry/v2/repositories/lab/noise/_uploads");
+    let begun = std::fs::read_dir(uploads).into_iter().flatten().flatten();
+    begun.filter(|upload| upload.path().join("data").exists()).count()
+}
+
+/// Numbers of bytes that went up, and which blobs were completed.
+fn sent(seen: &[Seen]) -> (u64, Vec<&str>) {
+    let up = seen.iter().filter(|s| matches!(s.method.as_str(), "PATCH" | "PUT") && s.path.contains("/uploads/"));
+    let digest = |path: &str| Some(path.find("digest=")? + "digest=".len());
+    let complete = seen.iter().filter(|s| s.method == "PUT" && s.status == 201);
+    (up.map(|s| s.received).sum(), complete.filter_map(|s| digest(&s.path).map(|at| &s.path[at..])).collect())
+}
+
+#[test]
+fn privileged_after_a_kill_only_what_had_not_arrived_is_sent() {
+    let slot = crate::support::slot::Slot::take();
+    let (a, b, home) = (slot.root(), slot.root(), tempfile::tempdir().unwrap());
+    let (from, to) = (Registry::start(Kind::Distribution3, &a), Registry::start(Kind::Distribution3, &b));
+    let layout = a.join("layout");
+    let layers = (0..6).map(|n| {
+        let mut layer = Layer::new();
+        layer.file(format!("noise-{n}"), noise(n, (10 + 4 * n as usize) << 20));
+        layer
+    });
+    Image::new([busybox()].into_iter().chain(layers).collect()).write(&layout);
+    from.push(&layout, "lab/noise", "v1");
+    let (_, manifest) = image_manifest(&layout);
+    let all: u64 = manifest.layers.iter().map(|layer| layer.size).sum();
+    let (source, target) = (Proxy::start(&from.host), Proxy::start(&to.host));
+    source.shape(8 << 20, Duration::ZERO);
+    let (image, other) = (source.reference("lab/noise", "v1"), target.reference("lab/noise", "soci"));
+    let mut soci = super::command();
+    soci.args(["convert", "--registry", "--quiet", "--min-layer-size", "0", &image, &other]);
+    soci.env("HOME", home.path()).env("TMPDIR", home.path()).current_dir(home.path());
+    let mut running = soci.spawn().unwrap();
+    // In the middle: some layers are there, others under way.
+    let mut before = Vec::new();
+    let until = std::time::Instant::now() + Duration::from_secs(120);
+    while sent(&before).1.len() < 4 {
+        assert!(std::time::Instant::now() < until, "nothing arrives");
+        std::thread::sleep(Duration::from_millis(20));
+        before.extend(target.take_seen());
+    }
+    running.kill().unwrap();
+    running.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    before.extend(target.take_seen());
+    assert_eq!(get(&format!("http://{}/v2/lab/noise/manifests/soci", to.host)).0, 404, "half an image has no name");
+    let (_, done) = sent(&before);
+    let arrived: u64 = manifest
+        .layers
+        .iter()
+        .filter(|l| done.iter().any(|d| d.contains(l.digest.hex().as_str())))
+        .map(|l| l.size)
+        .sum();
+    assert!(arrived > 10 << 20 && arrived < all, "{arrived} of {all}");
+    source.shape(0, Duration::ZERO);
+    let again = convert(&image, &other, &["--quiet"]).ok();
+    let seen = target.take_seen();
+    let (bytes, second) = sent(&seen);
+    assert!(second.iter().all(|digest| !done.contains(digest)), "sent twice: {done:?}, then {second:?}");
+    // The rest, zTOCs and the configuration.
+    assert!(bytes <= all - arrived + (2 << 20), "{bytes} bytes, when {} were missing", all - arrived);
+    let want = super::convert(&layout, &b.join("out"), &["--quiet"]).ok();
+    assert_eq!(again.text(), want.text());
+    assert_eq!(super::names(home.path()), Vec::<String>::new(), "nothing is kept on this machine, so nothing is left");
+}
+
 #[test]
 fn privileged_an_interrupted_conversion_is_completed_by_the_next_one() {
     let slot = crate::support::slot::Slot::take();
@@ -341,7 +452,8 @@ fn privileged_an_interrupted_conversion_is_completed_by_the_next_one() {
     from.push(&layout, "lab/noise", "v1");
     let source = Proxy::start(&from.host);
     source.shape(20 << 20, Duration::ZERO);
-    let (image, other) = (source.reference("lab/noise", "v1"), to.reference("lab/noise", "soci"));
+    let target = Proxy::start(&to.host);
+    let (image, other) = (source.reference("lab/noise", "v1"), target.reference("lab/noise", "soci"));
     let mut soci = super::command();
     soci.args(["convert", "--registry", "--min-layer-size", "0", &image, &other]);
     let mut running = soci.spawn().unwrap();
@@ -350,6 +462,7 @@ fn privileged_an_interrupted_conversion_is_completed_by_the_next_one() {
     let status = running.wait().unwrap();
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(2), "{status}");
     assert_eq!(get(&format!("http://{}/v2/lab/noise/manifests/soci", to.host)).0, 404, "half an image has no name");
+    assert_eq!(uploads(&b.join("registry")), 0, "what was under way was taken back");
     source.shape(0, Duration::ZERO);
     let digest = convert(&image, &other, &["--quiet"]).ok();
     let want = super::convert(&layout, &b.join("out"), &["--quiet"]).ok();

@@ -166,6 +166,56 @@ fn config_check_says_what_the_daemon_would_say() {
     assert!(error.contains(&format!("{name}:2:")), "{error}");
 }
 
+#[test]
+fn config_check_says_who_decides_about_each_registry() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, certs) = (dir.path().join("config.toml"), dir.path().join("certs.d"));
+    let hosts = |host: &str, text: &str| {
+        std::fs::create_dir_all(certs.join(host)).unwrap();
+        std::fs::write(certs.join(host).join("hosts.toml"), text).unwrap();
+    };
+    hosts("both.example", "[host.\"https://file.example\"]\n  capabilities = [\"pull\"]\n");
+    hosts("_default", "[host.\"https://default.example\"]\n");
+    let text = format!(
+        "[registry]\nconfig_path = '{}'\n[[resolver.host.\"both.example\".mirrors]]\nhost = 'https://resolver.example'\n\
+         [[resolver.host.\"only.example\".mirrors]]\nhost = 'https://resolver.example'\n",
+        certs.display()
+    );
+    std::fs::write(&path, text).unwrap();
+    let check = |more: &[&str]| {
+        let done = attempt(Command::new(DAEMON).args(["config", "check"]).args(more).arg("--config").arg(&path));
+        (done.status.code(), text_of(&done.stdout), text_of(&done.stderr))
+    };
+    let (code, out, warnings) = check(&[]);
+    assert_eq!(code, Some(0), "{warnings}");
+    let (config, certs_d) = (path.display(), certs.display());
+    for line in [
+        format!(
+            "both.example: {certs_d}/both.example/hosts.toml decides: https://file.example/v2 (pull), then https://both.example/v2"
+        ),
+        format!("only.example: [resolver.host] in {config} decides: https://resolver.example/v2"),
+        format!("only.example: {certs_d}/_default/hosts.toml is not used"),
+        format!("_default: {certs_d}/_default/hosts.toml decides: https://default.example/v2"),
+    ] {
+        assert!(out.lines().any(|l| l.starts_with(&line)), "{line:?} is not in\n{out}");
+    }
+    let unused = format!(
+        "warning: both.example: [resolver.host.\"both.example\"] is not used, because {certs_d}/both.example/hosts.toml decides\n"
+    );
+    assert_eq!(warnings, unused);
+    assert_eq!(check(&["--strict"]).0, Some(1), "what has no effect is an error to those who want to know");
+    // A file that cannot be understood says where.
+    hosts("both.example", "server = 7\n");
+    let (code, _, error) = check(&[]);
+    assert_eq!(code, Some(1));
+    assert!(
+        error.contains(&format!("images of both.example cannot be had: {certs_d}/both.example/hosts.toml:1:10: ")),
+        "{error}"
+    );
+    std::fs::write(&path, "[registry]\nconfig_path = '/nonexistent'\n").unwrap();
+    assert!(check(&[]).2.contains("registry.config_path: /nonexistent is not a directory"));
+}
+
 fn text_of(bytes: &[u8]) -> String {
     text(bytes)
 }

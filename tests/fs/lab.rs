@@ -1,5 +1,6 @@
 //! A tar in memory, a layer that can be told to keep its readers waiting, and a mount that never outlives its test.
 
+use crate::support::leaks;
 use bytes::Bytes;
 use nix::mount::{MntFlags, MsFlags};
 use soci::fs::wire::{Resend, answer_init};
@@ -328,6 +329,7 @@ impl Mount {
         let options =
             format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", file.as_raw_fd());
         nix::mount::mount(Some("soci"), &path, Some("fuse.rawBridge"), MsFlags::MS_RDONLY, Some(&options[..])).unwrap();
+        leaks::watch_connection(&path);
         let device = OwnedFd::from(file);
         let mut request = vec![0; 65536];
         let len = rustix::io::read(&device, &mut request[..]).unwrap();
@@ -385,6 +387,7 @@ impl Drop for Mount {
         drop(self.session.take());
         // The last descriptor: whoever still waits gets an error.
         drop(self.device.take());
+        leaks::check(self.home.path());
     }
 }
 

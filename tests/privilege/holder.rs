@@ -1,4 +1,5 @@
 use super::{HOLDER, Killed, eventually, privileged, run, somebody_else_is_answered, status_row};
+use crate::support::leaks;
 use soci::{
     fs::Journal,
     holder::{self, Held, How, Keeping},
@@ -45,7 +46,9 @@ impl Lab {
     }
 
     fn obtain(&self) -> Held {
-        holder::obtain(&self.layout, How::Connect).expect("a descriptor")
+        let held = holder::obtain(&self.layout, How::Connect).expect("a descriptor");
+        leaks::watch_connection(&self.layout.lazy());
+        held
     }
 
     fn mounted(&self) -> bool {

@@ -1,6 +1,7 @@
 //! A root directory with a custodian, as every test here starts from.
 
 use super::{CUSTODIAN, Killed, install_helpers};
+use crate::support::leaks;
 use soci::{
     custodian::{self, Client},
     layout::{Layout, SnapshotId},
@@ -15,6 +16,13 @@ use std::{
 pub struct Lab {
     pub dir: tempfile::TempDir,
     pub layout: Layout,
+}
+
+impl Drop for Lab {
+    /// Whoever was started here was declared later, and so has ended.
+    fn drop(&mut self) {
+        leaks::check(self.dir.path());
+    }
 }
 
 impl Lab {

@@ -126,6 +126,10 @@ impl Daemon {
         self.process.take().expect("the daemon is running").kill_9();
     }
 
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        self.process().signal(signal);
+    }
+
     /// SIGTERM; panics unless it exits 0.
     pub fn stop(&mut self) {
         let status = self.process.take().expect("the daemon is running").stop();

@@ -157,6 +157,21 @@ pub struct FaultRegistry {
 
 impl FaultRegistry {
     pub fn start(script: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> FaultRegistry {
+        FaultRegistry::run(None, script)
+    }
+
+    /// With TLS; the name that clients ask for is the header `sni` of their requests.
+    pub fn start_tls(
+        tls: rustls::ServerConfig,
+        script: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> FaultRegistry {
+        FaultRegistry::run(Some(Arc::new(tls)), script)
+    }
+
+    fn run(
+        tls: Option<Arc<rustls::ServerConfig>>,
+        script: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> FaultRegistry {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -173,7 +188,8 @@ impl FaultRegistry {
                 let connection = connections.fetch_add(1, Ordering::SeqCst);
                 let Ok(stream) = stream else { continue };
                 // It ends with its client; an error is what the test made happen.
-                thread::spawn(move || drop(serve(stream, connection, &seen, &*script)));
+                let tls = tls.clone();
+                thread::spawn(move || drop(accept(stream, tls, connection, &seen, &*script)));
             }
         });
         FaultRegistry { address, requests, stop }
@@ -206,10 +222,31 @@ impl Drop for FaultRegistry {
     }
 }
 
-fn serve(stream: TcpStream, connection: usize, seen: &Mutex<Vec<Request>>, script: &Script) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    let mut reader = BufReader::new(stream.try_clone()?);
-    let mut writer = stream;
+fn accept(
+    mut raw: TcpStream,
+    tls: Option<Arc<rustls::ServerConfig>>,
+    connection: usize,
+    seen: &Mutex<Vec<Request>>,
+    script: &Script,
+) -> std::io::Result<()> {
+    raw.set_nodelay(true)?;
+    let under = raw.try_clone()?;
+    let Some(tls) = tls else { return serve(raw, &under, None, connection, seen, script) };
+    let mut session = rustls::ServerConnection::new(tls).map_err(std::io::Error::other)?;
+    session.complete_io(&mut raw)?;
+    let name = session.server_name().map(str::to_owned);
+    serve(rustls::StreamOwned::new(session, raw), &under, name, connection, seen, script)
+}
+
+fn serve(
+    stream: impl Read + Write,
+    under: &TcpStream,
+    name: Option<String>,
+    connection: usize,
+    seen: &Mutex<Vec<Request>>,
+    script: &Script,
+) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream);
     loop {
         let mut line = String::new();
         if reader.read_line(&mut line)? == 0 {
@@ -217,7 +254,7 @@ fn serve(stream: TcpStream, connection: usize, seen: &Mutex<Vec<Request>>, scrip
         }
         let mut words = line.split_whitespace().map(str::to_owned);
         let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let mut headers = HashMap::new();
+        let mut headers: HashMap<_, _> = name.iter().map(|name| ("sni".to_owned(), name.clone())).collect();
         loop {
             let mut line = String::new();
             reader.read_line(&mut line)?;
@@ -234,11 +271,11 @@ fn serve(stream: TcpStream, connection: usize, seen: &Mutex<Vec<Request>>, scrip
             seen.push(request.clone());
             request
         };
-        send(&mut writer, script(&request))?;
+        send(reader.get_mut(), under, script(&request))?;
     }
 }
 
-fn send(writer: &mut TcpStream, reply: Reply) -> std::io::Result<()> {
+fn send(writer: &mut (impl Read + Write), under: &TcpStream, reply: Reply) -> std::io::Result<()> {
     if reply.status != 0 {
         let mut head = format!("HTTP/1.1 {} Scripted\r\n", reply.status);
         for (name, value) in &reply.headers {
@@ -262,7 +299,7 @@ fn send(writer: &mut TcpStream, reply: Reply) -> std::io::Result<()> {
             Part::Stall(time) => thread::sleep(time),
             Part::Close => return Err(std::io::ErrorKind::ConnectionAborted.into()),
             Part::Reset => {
-                rustix::net::sockopt::set_socket_linger(&*writer, Some(Duration::ZERO))?;
+                rustix::net::sockopt::set_socket_linger(under, Some(Duration::ZERO))?;
                 return Err(std::io::ErrorKind::ConnectionReset.into());
             }
         }

@@ -95,6 +95,8 @@ pub struct Seen {
     pub status: u16,
     /// Body bytes sent to the client.
     pub bytes: u64,
+    /// Body bytes that came from the client.
+    pub received: u64,
 }
 
 /// Faults at random. The same seed gives the same faults for the same requests in the same order.
@@ -182,7 +184,17 @@ struct Shared {
     faults: Mutex<std::collections::BTreeMap<&'static str, u64>>,
     seen: Mutex<Vec<Seen>>,
     tokens: Mutex<Option<Tokens>>,
-    issued: Mutex<HashMap<String, Instant>>,
+    /// Tokens: until when they are good, and what for.
+    issued: Mutex<HashMap<String, (Instant, Vec<String>)>>,
+    /// The scopes that were asked for.
+    scopes: Mutex<Vec<String>>,
+    /// Repositories that nobody gets the right to read.
+    forbidden: Mutex<Vec<String>>,
+    /// Downloads of large blobs that are under way.
+    downloads: AtomicU64,
+    conditional: AtomicBool,
+    /// Held by a conditional request until it has been answered.
+    condition: Mutex<()>,
     redirects: Mutex<HashMap<String, (String, Instant)>>,
     connections: Mutex<HashMap<u64, TcpStream>>,
     next: AtomicU64,
@@ -216,6 +228,11 @@ impl Proxy {
             seen: Mutex::default(),
             tokens: Mutex::default(),
             issued: Mutex::default(),
+            scopes: Mutex::default(),
+            forbidden: Mutex::default(),
+            downloads: AtomicU64::new(0),
+            conditional: AtomicBool::new(false),
+            condition: Mutex::default(),
             redirects: Mutex::default(),
             connections: Mutex::default(),
             next: AtomicU64::new(0),
@@ -264,6 +281,11 @@ impl Proxy {
         *self.shared.chaos.lock().unwrap() = None;
         self.release();
         self.up();
+    }
+
+    /// How many requests hang, or have hung.
+    pub fn hangs(&self) -> u64 {
+        self.shared.hanging.load(Ordering::SeqCst)
     }
 
     /// What hangs now goes on.
@@ -315,6 +337,26 @@ impl Proxy {
     /// Tokens issued until now are worth nothing any more.
     pub fn revoke_tokens(&self) {
         self.shared.issued.lock().unwrap().clear();
+    }
+
+    /// Nobody is given the right to read this repository.
+    pub fn forbid(&self, repository: &str) {
+        self.shared.forbidden.lock().unwrap().push(repository.into());
+    }
+
+    /// The scopes that tokens were asked for since the last call of this.
+    pub fn take_scopes(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.scopes.lock().unwrap())
+    }
+
+    /// How many blobs of more than a megabyte are on their way now.
+    pub fn downloads(&self) -> u64 {
+        self.shared.downloads.load(Ordering::SeqCst)
+    }
+
+    /// `If-Match` is obeyed from now on: the registries that tests have give entity tags and ignore them.
+    pub fn obey_conditions(&self) {
+        self.shared.conditional.store(true, Ordering::SeqCst);
     }
 
     /// What came by since the last call of this.
@@ -372,10 +414,22 @@ impl Shared {
         None
     }
 
+    /// What the registry gives as the entity tag of a manifest.
+    fn entity_tag(&self, path: &str) -> io::Result<Option<String>> {
+        let mut upstream = TcpStream::connect(&self.upstream)?;
+        write!(
+            upstream,
+            "HEAD {path} HTTP/1.1\r\nhost: {}\r\naccept: {}\r\nconnection: close\r\n\r\n",
+            self.upstream,
+            soci::oci::media_type::OCI_INDEX
+        )?;
+        Ok(Head::read(&mut BufReader::new(upstream))?.and_then(|head| head.get("etag").map(String::from)))
+    }
+
     /// How a client is told to get a token, where tokens are demanded.
-    fn challenge(&self) -> Option<String> {
+    fn challenge(&self, scopes: &[String]) -> Option<String> {
         self.tokens.lock().unwrap().as_ref()?;
-        Some(format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"repository:x:pull\"", self.host))
+        Some(format!("Bearer realm=\"http://{}/token\",service=\"lab\",scope=\"{}\"", self.host, scopes.join(" ")))
     }
 
     /// Sleeps as long as `bytes` take at the shaped rate, and until the shared line has carried them.
@@ -397,6 +451,45 @@ impl Shared {
             std::thread::sleep(until.saturating_duration_since(Instant::now()));
         }
     }
+}
+
+/// Counts while it lives.
+struct Counted<'a>(&'a AtomicU64);
+
+impl<'a> Counted<'a> {
+    fn new(counter: &'a AtomicU64) -> Counted<'a> {
+        counter.fetch_add(1, Ordering::SeqCst);
+        Counted(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The scopes that a registry demands for a request, as distribution has them.
+fn needed(method: &str, path: &str) -> Vec<String> {
+    let (path, query) = path.split_once('?').unwrap_or((path, ""));
+    let Some(rest) = path.strip_prefix("/v2/").filter(|rest| !rest.is_empty()) else { return Vec::new() };
+    let end = ["/blobs/", "/manifests/", "/referrers/"].iter().filter_map(|part| rest.find(part)).min();
+    let name = &rest[..end.unwrap_or(rest.len())];
+    let actions = if matches!(method, "GET" | "HEAD") && !path.contains("/uploads/") { "pull" } else { "pull,push" };
+    let mut out = vec![format!("repository:{name}:{actions}")];
+    if let Some((_, from)) = url::form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "from") {
+        out.push(format!("repository:{from}:pull"));
+    }
+    out
+}
+
+/// Whether one of the scopes granted has all that a scope needs.
+fn covers(granted: &[String], need: &str) -> bool {
+    let (name, actions) = need.rsplit_once(':').unwrap();
+    granted
+        .iter()
+        .filter_map(|scope| scope.rsplit_once(':'))
+        .any(|(of, has)| of == name && actions.split(',').all(|action| has.split(',').any(|a| a == action)))
 }
 
 /// With nothing in flight worth keeping, closing resets; here the peer must not mistake it for an orderly end.
@@ -494,6 +587,7 @@ fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
             authorization: request.get("authorization").map(String::from),
             status: 0,
             bytes: 0,
+            received: body.len() as u64,
             method,
             path,
         };
@@ -540,7 +634,18 @@ fn answer(
     if seen.path.starts_with("/token") {
         let token = format!("token-{}", shared.next.fetch_add(1, Ordering::Relaxed));
         let valid = shared.tokens.lock().unwrap().map_or(Duration::from_secs(300), |t| t.valid_for);
-        shared.issued.lock().unwrap().insert(token.clone(), Instant::now() + valid);
+        let form =
+            if seen.method == "POST" { body } else { seen.path.split_once('?').map_or("", |(_, q)| q).as_bytes() };
+        let asked: Vec<String> = url::form_urlencoded::parse(form)
+            .filter(|(name, _)| name == "scope")
+            .flat_map(|(_, scopes)| scopes.split_whitespace().map(String::from).collect::<Vec<_>>())
+            .collect();
+        shared.scopes.lock().unwrap().extend(asked.iter().cloned());
+        let forbidden = shared.forbidden.lock().unwrap().clone();
+        let granted =
+            asked.into_iter().filter(|s| !forbidden.iter().any(|f| s.starts_with(&format!("repository:{f}:"))));
+        let granted = granted.collect();
+        shared.issued.lock().unwrap().insert(token.clone(), (Instant::now() + valid, granted));
         let json = format!(r#"{{"token":"{token}","expires_in":{}}}"#, valid.as_secs().max(1));
         return say(writer, seen, 200, &[("content-type", "application/json".into())], &json);
     }
@@ -553,10 +658,12 @@ fn answer(
     } else if shared.tokens.lock().unwrap().is_some() {
         let issued = shared.issued.lock().unwrap();
         let token = seen.authorization.as_deref().and_then(|a| a.strip_prefix("Bearer "));
-        let valid = token.and_then(|t| issued.get(t)).is_some_and(|until| Instant::now() < *until);
+        let needed = needed(&seen.method, &seen.path);
+        let granted = token.and_then(|t| issued.get(t)).filter(|(until, _)| Instant::now() < *until);
+        let valid = granted.is_some_and(|(_, granted)| needed.iter().all(|need| covers(granted, need)));
         drop(issued);
         if !valid {
-            let challenge = shared.challenge().unwrap_or_default();
+            let challenge = shared.challenge(&needed).unwrap_or_default();
             return say(
                 writer,
                 seen,
@@ -585,7 +692,7 @@ fn answer(
         }
         Some(Fault::Revoke) => {
             shared.issued.lock().unwrap().clear();
-            return match shared.challenge() {
+            return match shared.challenge(&needed(&seen.method, &seen.path)) {
                 Some(challenge) => say(writer, seen, 401, &[("www-authenticate", challenge)], ""),
                 None => say(writer, seen, 401, &[], ""),
             };
@@ -600,6 +707,13 @@ fn answer(
         _ => (),
     }
 
+    let mut _condition = None;
+    if let (true, Some(wanted)) = (shared.conditional.load(Ordering::SeqCst), request.get("if-match")) {
+        _condition = Some(shared.condition.lock().unwrap());
+        if shared.entity_tag(&seen.path)?.as_deref() != Some(wanted) {
+            return say(writer, seen, 412, &[], "");
+        }
+    }
     // The registry must see itself as the host, or its upload locations lead past us; and it must end the connection when it is done.
     let upstream = TcpStream::connect(&shared.upstream)?;
     upstream.set_nodelay(true)?;
@@ -626,6 +740,7 @@ fn answer(
     if seen.method == "HEAD" || matches!(seen.status, 204 | 304) {
         return Ok(());
     }
+    let _counted = (seen.path.contains("/blobs/") && whole > 1 << 20).then(|| Counted::new(&shared.downloads));
     let mut left = if chunked { u64::MAX } else { whole };
     let mut buffer = vec![0; 1 << 16];
     while left > 0 {

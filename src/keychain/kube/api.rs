@@ -97,6 +97,22 @@ struct WatchEvent {
 pub(super) struct Api {
     client: reqwest::Client,
     cluster: Cluster,
+    /// Where requests go: to the server, under the name that it has in TLS.
+    base: url::Url,
+}
+
+/// Finds the server under another name.
+struct Elsewhere(String);
+
+impl reqwest::dns::Resolve for Elsewhere {
+    fn resolve(&self, _: reqwest::dns::Name) -> reqwest::dns::Resolving {
+        let host = self.0.clone();
+        Box::pin(async move {
+            // The port is that of the URL.
+            let found: Vec<_> = tokio::net::lookup_host((host.as_str(), 0)).await?.collect();
+            Ok(Box::new(found.into_iter()) as reqwest::dns::Addrs)
+        })
+    }
 }
 
 /// A list, and from where on to watch.
@@ -119,7 +135,17 @@ impl Api {
         if let Some(proxy) = &cluster.proxy {
             builder = builder.proxy(reqwest::Proxy::all(proxy.clone()).map_err(|e| setup(&e))?);
         }
-        Ok(Api { client: builder.build().map_err(|e| setup(&e))?, cluster })
+        let mut base = cluster.server.clone();
+        if let Some(name) = &cluster.tls_name {
+            let host = match cluster.server.host() {
+                Some(url::Host::Ipv6(ip)) => ip.to_string(),
+                other => other.map(|host| host.to_string()).unwrap_or_default(),
+            };
+            base.set_host(Some(name)).map_err(|e| setup(&e))?;
+            // A proxy would be asked for a host of that name.
+            builder = builder.dns_resolver(std::sync::Arc::new(Elsewhere(host))).no_proxy();
+        }
+        Ok(Api { client: builder.build().map_err(|e| setup(&e))?, cluster, base })
     }
 
     fn server(&self) -> String {
@@ -145,7 +171,7 @@ impl Api {
     }
 
     async fn get(&self, query: &[(&str, &str)]) -> Result<reqwest::Response, ApiError> {
-        let mut url = self.cluster.server.clone();
+        let mut url = self.base.clone();
         url.set_path(&format!("{}/api/v1/secrets", url.path().trim_end_matches('/')));
         url.query_pairs_mut().append_pair("fieldSelector", &format!("type={TYPE}")).extend_pairs(query);
         let mut request = self.client.get(url).header(header::ACCEPT, "application/json");

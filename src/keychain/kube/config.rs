@@ -48,6 +48,8 @@ pub(super) enum KubeconfigError {
 /// A way to the cluster.
 pub(super) struct Cluster {
     pub server: url::Url,
+    /// What the server is called in TLS, where that is not its host.
+    pub tls_name: Option<String>,
     pub trust: Trust,
     pub proxy: Option<url::Url>,
     pub proof: Proof,
@@ -203,9 +205,6 @@ fn of_cluster(file: &Path, name: &str, cluster: &ClusterEntry) -> Result<Cluster
     let http = |url: &url::Url| matches!(url.scheme(), "http" | "https") && url.has_host();
     let server = url::Url::parse(cluster.server.trim_end_matches('/')).ok().filter(http);
     let server = server.ok_or_else(|| unusable("the server", "it is not a URL"))?;
-    if !cluster.tls_server_name.is_empty() {
-        return Err(unusable("tls-server-name", "another name than that of the server is not supported"));
-    }
     let proxy = match cluster.proxy_url.as_str() {
         "" => None,
         text => Some(url::Url::parse(text).map_err(|_| unusable("the proxy-url", "it is not a URL"))?),
@@ -219,7 +218,16 @@ fn of_cluster(file: &Path, name: &str, cluster: &ClusterEntry) -> Result<Cluster
         false => Verification::Required,
     };
     let trust = Trust { system, authorities: authority.into_iter().collect(), identities: Vec::new(), verification };
-    Ok(Cluster { server, trust, proxy, proof: Proof::Nobody })
+    let tls_name = Some(cluster.tls_server_name.clone()).filter(|name| !name.is_empty());
+    if let Some(tls_name) = &tls_name {
+        if !matches!(url::Host::parse(tls_name), Ok(url::Host::Domain(_))) {
+            return Err(unusable("tls-server-name", "it is not a DNS name"));
+        }
+        if proxy.is_some() {
+            return Err(unusable("tls-server-name", "together with a proxy-url it is not supported"));
+        }
+    }
+    Ok(Cluster { server, tls_name, trust, proxy, proof: Proof::Nobody })
 }
 
 async fn log_in(out: &mut Cluster, file: &Path, name: &str, user: &UserEntry) -> Result<(), KubeconfigError> {

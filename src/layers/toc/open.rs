@@ -7,11 +7,14 @@ use crate::sys::map::Mapping;
 use std::{io, ops::Deref, ops::Range, path::Path};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Why a flat TOC cannot be used. All but `Io` mean: build it again.
+/// Why a flat TOC cannot be used. All but `Io` and `Newer` mean: build it again.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error("cannot read the flat TOC")]
     Io(#[from] io::Error),
+    /// It may number inodes in another way, and the kernel remembers them.
+    #[error("the flat TOC was written by a newer version (format {0}, this one knows {VERSION})")]
+    Newer(u32),
     #[error("not a flat TOC of version {VERSION}")]
     OtherFormat,
     #[error("the flat TOC belongs to layer {0}")]
@@ -85,6 +88,9 @@ impl Toc {
 
     fn check(bytes: Bytes, layer: &Digest) -> Result<Toc, OpenError> {
         let (header, body) = Header::ref_from_prefix(&bytes).map_err(|_| OpenError::Damaged)?;
+        if header.magic == MAGIC && header.version.get() > VERSION {
+            return Err(OpenError::Newer(header.version.get()));
+        }
         if header.magic != MAGIC || header.version.get() != VERSION {
             return Err(OpenError::OtherFormat);
         }

@@ -111,62 +111,15 @@ impl Backend {
     }
 
     fn container(&self, payload: &Payload, steps: &[String], place: &Place) -> Outcome<String> {
-        let at = |name: &str| place.path.join(name);
-        let suite = self.suite().unwrap_or_default();
-        for name in ["upper", "work", "root", "vm", "data", "containerd"] {
-            fs::create_dir_all(at(name)).map_err(|error| error.to_string())?;
-        }
-        let lower = payload.guests.join(suite);
-        let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.display(), at("upper").display(), at("work").display());
-        run("mount", &["-t", "overlay", "overlay", "-o", &options, &at("root").display().to_string()])?;
-        // A small disk of its own, which can be full.
-        shell(&format!(
-            "truncate -s 400M {0}; mkfs.ext4 -q -F -m 0 {0}; mount -o loop {0} {1}",
-            at("data.img").display(),
-            at("data").display()
-        ))?;
-        equip(&at("root"))?;
-        fill(payload, &at("vm"), self.distribution(), steps)?;
-        // 133 is what it ends with when the guest wants to be rebooted. A cgroup of its own in each hierarchy of version 1; the guest's systemd would take over ours.
-        let script = format!(
-            "for h in /sys/fs/cgroup/*/; do mkdir -p $h/{name} 2>/dev/null || continue; \
-               for f in cpuset.cpus cpuset.mems; do [ ! -e $h/$f ] || cat $h/$f >$h/{name}/$f; done; \
-               echo $$ >$h/{name}/cgroup.procs 2>/dev/null || :; done; \
-             code=133; while [ $code = 133 ]; do code=0; systemd-nspawn -q -D {root} --machine={name} --register=no --keep-unit -b --console=pipe --private-network --capability=all \
-               --system-call-filter=@keyring --system-call-filter=bpf --bind=/dev/fuse --bind={vm}:/vm \
-               --bind={data}:/var/lib/soci-snapshotter-grpc --bind={containerd}:/var/lib/containerd || code=$?; done",
-            name = place.name,
-            root = at("root").display(),
-            vm = at("vm").display(),
-            data = at("data").display(),
-            containerd = at("containerd").display()
-        );
-        let log = fs::File::create(at("console")).map_err(|error| error.to_string())?;
-        let mut command = Command::new("bash");
-        command
-            .args(["-c", &script])
-            .stdin(Stdio::null())
-            .stderr(log.try_clone().map_err(|error| error.to_string())?)
-            .stdout(log);
-        let ended = wait(command.spawn().map_err(|error| error.to_string())?, NSPAWN_LIMIT, &at("console"));
-        self.verdict(place, ended)
+        fill(payload, &place.path.join("vm"), self.distribution(), steps)?;
+        let suite = payload.guests.join(self.suite().unwrap_or_default());
+        let ended = boot_container(place, &suite, NSPAWN_LIMIT);
+        verdict(&self.to_string(), place, ended)
     }
 
     fn machine(&self, payload: &Payload, steps: &[String], place: &Place) -> Outcome<String> {
-        let at = |name: &str| place.path.join(name);
-        fs::create_dir_all(at("vm")).map_err(|error| error.to_string())?;
-        fill(payload, &at("vm"), self.distribution(), steps)?;
-        // The story's disk: payload in, results out. And one that can be full.
-        shell(&format!(
-            "cd {}; mke2fs -q -F -t ext4 -L vm -d vm vm.img 1G; truncate -s 400M data.img; mke2fs -q -F -t ext4 -m 0 -L data data.img",
-            place.path.display()
-        ))?;
-        let mut arguments: Vec<String> = "-nodefaults -no-user-config -display none -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -serial file:console"
-            .split(' ')
-            .map(str::to_owned)
-            .collect();
-        match self {
+        fill(payload, &place.path.join("vm"), self.distribution(), steps)?;
+        let ended = match self {
             Backend::Official { path, .. } => {
                 shell(&format!(
                     "cd {}; qemu-img create -q -f qcow2 -F qcow2 -b {} root.img",
@@ -174,74 +127,114 @@ impl Backend {
                     path.display()
                 ))?;
                 seed(&place.path)?;
-                arguments.extend(
-                    ["-drive", "file=root.img,if=virtio,format=qcow2", "-drive", "file=seed.img,if=virtio,format=raw"]
-                        .map(String::from),
-                );
+                let drives =
+                    ["-drive", "file=root.img,if=virtio,format=qcow2", "-drive", "file=seed.img,if=virtio,format=raw"];
+                boot_machine(place, drives.map(String::from).to_vec())
             }
-            _ => {
-                let (root, kernel) = emulated_root(payload, &place.path)?;
-                let initrd = initrd(payload, &place.path)?;
-                arguments
-                    .extend(["-drive".into(), format!("file={},if=virtio,format=raw,snapshot=on", root.display())]);
-                arguments.extend([
-                    "-kernel".into(),
-                    kernel.display().to_string(),
-                    "-initrd".into(),
-                    initrd.display().to_string(),
-                ]);
-                arguments.extend(
-                    ["-append", "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 systemd.show_status=0"]
-                        .map(String::from),
-                );
-            }
-        }
-        arguments.extend(
-            ["-drive", "file=vm.img,if=virtio,format=raw", "-drive", "file=data.img,if=virtio,format=raw"]
-                .map(String::from),
-        );
-        let log = fs::File::create(at("qemu.log")).map_err(|error| error.to_string())?;
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(&arguments)
-            .current_dir(&place.path)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().map_err(|error| error.to_string())?)
-            .stderr(log);
-        let ended = wait(command.spawn().map_err(|error| error.to_string())?, QEMU_LIMIT, &at("console"));
-        for name in ["results", "journal"] {
-            // The guest's file system as it was left; nothing has to be mounted for that.
-            let _ = run(
-                "debugfs",
-                &[
-                    "-R",
-                    &format!("dump /{name} {}", at("vm").join(name).display()),
-                    &at("vm.img").display().to_string(),
-                ],
-            );
-        }
-        self.verdict(place, ended)
+            _ => boot_debian(payload, place),
+        };
+        verdict(&self.to_string(), place, ended)
     }
+}
 
-    /// The results, and everything that helps where they are bad.
-    fn verdict(&self, place: &Place, ended: Outcome) -> Outcome<String> {
-        let read = |name: &str| fs::read(place.path.join(name)).map(|bytes| text(&bytes)).unwrap_or_default();
-        let mut results = read("vm/results");
-        if let Err(error) = ended {
-            results += &format!("end failed: {error}\n");
-        }
-        if !results.lines().any(|line| line == "end passed") {
-            let keep = std::env::temp_dir()
-                .join(format!("vm-tests-{}", self.to_string().split(' ').next().unwrap_or_default()));
-            fs::create_dir_all(&keep).map_err(|error| error.to_string())?;
-            for name in ["console", "qemu.log", "vm/journal", "vm/results"] {
-                let file = Path::new(name).file_name().unwrap_or_default();
-                let _ = fs::copy(place.path.join(name), keep.join(file));
-            }
-            results += &format!("(console and journal are in {})\n", keep.display());
-        }
-        Ok(results)
+/// Boots the root filesystem in `suite` as a container, with the place's `vm` as `/vm`, and waits until it has ended itself.
+pub fn boot_container(place: &Place, suite: &Path, limit: Duration) -> Outcome {
+    let at = |name: &str| place.path.join(name);
+    for name in ["upper", "work", "root", "vm", "data", "containerd"] {
+        fs::create_dir_all(at(name)).map_err(|error| error.to_string())?;
     }
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", suite.display(), at("upper").display(), at("work").display());
+    run("mount", &["-t", "overlay", "overlay", "-o", &options, &at("root").display().to_string()])?;
+    // A small disk of its own, which can be full.
+    shell(&format!(
+        "truncate -s 400M {0}; mkfs.ext4 -q -F -m 0 {0}; mount -o loop {0} {1}",
+        at("data.img").display(),
+        at("data").display()
+    ))?;
+    equip(&at("root"))?;
+    // 133 is what it ends with when the guest wants to be rebooted. A cgroup of its own in each hierarchy of version 1; the guest's systemd would take over ours.
+    let script = format!(
+        "for h in /sys/fs/cgroup/*/; do mkdir -p $h/{name} 2>/dev/null || continue; \
+           for f in cpuset.cpus cpuset.mems; do [ ! -e $h/$f ] || cat $h/$f >$h/{name}/$f; done; \
+           echo $$ >$h/{name}/cgroup.procs 2>/dev/null || :; done; \
+         code=133; while [ $code = 133 ]; do code=0; systemd-nspawn -q -D {root} --machine={name} --register=no --keep-unit -b --console=pipe --private-network --capability=all \
+           --system-call-filter=@keyring --system-call-filter=bpf --bind=/dev/fuse --bind={vm}:/vm \
+           --bind={data}:/var/lib/soci-snapshotter-grpc --bind={containerd}:/var/lib/containerd || code=$?; done",
+        name = place.name,
+        root = at("root").display(),
+        vm = at("vm").display(),
+        data = at("data").display(),
+        containerd = at("containerd").display()
+    );
+    let log = fs::File::create(at("console")).map_err(|error| error.to_string())?;
+    let mut command = Command::new("bash");
+    command
+        .args(["-c", &script])
+        .stdin(Stdio::null())
+        .stderr(log.try_clone().map_err(|error| error.to_string())?)
+        .stdout(log);
+    wait(command.spawn().map_err(|error| error.to_string())?, limit, &at("console"))
+}
+
+/// Boots Debian 12 with its kernel 6.1 on an emulated machine.
+pub fn boot_debian(payload: &Payload, place: &Place) -> Outcome {
+    let (root, kernel) = emulated_root(payload, &place.path)?;
+    let initrd = initrd(payload, &place.path)?;
+    let (kernel, initrd) = (kernel.display().to_string(), initrd.display().to_string());
+    let drive = format!("file={},if=virtio,format=raw,snapshot=on", root.display());
+    let line = "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 systemd.show_status=0";
+    let arguments = ["-drive", &drive, "-kernel", &kernel, "-initrd", &initrd, "-append", line];
+    boot_machine(place, arguments.map(String::from).to_vec())
+}
+
+/// Boots an emulated machine, with the place's `vm` as a disk, and waits until it has switched itself off.
+fn boot_machine(place: &Place, system: Vec<String>) -> Outcome {
+    let at = |name: &str| place.path.join(name);
+    // The story's disk: payload in, results out. And one that can be full.
+    shell(&format!(
+        "cd {}; mke2fs -q -F -t ext4 -L vm -d vm vm.img 1G; truncate -s 400M data.img; mke2fs -q -F -t ext4 -m 0 -L data data.img",
+        place.path.display()
+    ))?;
+    let hardware = "-nodefaults -no-user-config -display none -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -serial file:console";
+    let disks = ["-drive", "file=vm.img,if=virtio,format=raw", "-drive", "file=data.img,if=virtio,format=raw"]
+        .map(String::from);
+    let log = fs::File::create(at("qemu.log")).map_err(|error| error.to_string())?;
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(hardware.split(' '))
+        .args(system)
+        .args(disks)
+        .current_dir(&place.path)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(|error| error.to_string())?)
+        .stderr(log);
+    let ended = wait(command.spawn().map_err(|error| error.to_string())?, QEMU_LIMIT, &at("console"));
+    for name in ["results", "journal"] {
+        // The guest's file system as it was left; nothing has to be mounted for that.
+        let dump = format!("dump /{name} {}", at("vm").join(name).display());
+        let _ = run("debugfs", &["-R", &dump, &at("vm.img").display().to_string()]);
+    }
+    ended
+}
+
+/// The results, and everything that helps where they are bad.
+pub fn verdict(name: &str, place: &Place, ended: Outcome) -> Outcome<String> {
+    let read = |name: &str| fs::read(place.path.join(name)).map(|bytes| text(&bytes)).unwrap_or_default();
+    let mut results = read("vm/results");
+    if let Err(error) = ended {
+        results += &format!("end failed: {error}\n");
+    }
+    if !results.lines().any(|line| line == "end passed") {
+        let keep = std::env::temp_dir().join(format!("vm-tests-{}", name.split(' ').next().unwrap_or_default()));
+        fs::create_dir_all(&keep).map_err(|error| error.to_string())?;
+        for name in ["console", "qemu.log", "vm/journal", "vm/results"] {
+            let file = Path::new(name).file_name().unwrap_or_default();
+            let _ = fs::copy(place.path.join(name), keep.join(file));
+        }
+        results += &format!("(console and journal are in {})\n", keep.display());
+    }
+    Ok(results)
 }
 
 /// Waits for a guest to end itself.
@@ -332,13 +325,13 @@ fn seed(place: &Path) -> Outcome {
 }
 
 /// A directory for one run; nothing of it is left when it is dropped.
-struct Place {
-    path: PathBuf,
+pub struct Place {
+    pub path: PathBuf,
     name: String,
 }
 
 impl Place {
-    fn new() -> Outcome<Place> {
+    pub fn new() -> Outcome<Place> {
         let name = format!("soci-vm-{}", std::process::id());
         let path = PathBuf::from("/var/tmp").join(&name);
         fs::create_dir_all(&path).map_err(|error| error.to_string())?;

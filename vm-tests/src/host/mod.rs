@@ -2,6 +2,7 @@
 
 mod backend;
 mod prepare;
+pub mod storm;
 
 use crate::Outcome;
 use backend::Backend;

@@ -48,7 +48,7 @@ pub fn cache() -> PathBuf {
     }
 }
 
-fn target() -> PathBuf {
+pub fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| source().join("target"), PathBuf::from)
 }
 
@@ -68,7 +68,7 @@ pub fn payload(suites: &[&str]) -> Outcome<Payload> {
     Ok(payload)
 }
 
-fn tools() -> Outcome {
+pub fn tools() -> Outcome {
     shell("for name in systemd-nspawn umoci skopeo mke2fs mmdebstrap qemu-system-x86_64 htpasswd createrepo_c cpio; do \
            command -v $name >/dev/null || missing=yes; done; [ -z \"${missing:-}\" ] || { apt-get -q update || :; \
            DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends systemd-container umoci skopeo e2fsprogs mmdebstrap \
@@ -232,7 +232,7 @@ fn images(payload: &Payload) -> Outcome {
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,udev,kmod,containerd,runc,docker-registry,dnf,rpm,iproute2,procps,ca-certificates,busybox-static,\
                         e2fsprogs,man-db-";
 
-fn root_filesystems(payload: &Payload, suites: &[&str]) -> Outcome {
+pub fn root_filesystems(payload: &Payload, suites: &[&str]) -> Outcome {
     for suite in suites {
         let more = if *suite == "bookworm" { ",linux-image-cloud-amd64,initramfs-tools-" } else { "" };
         let at = payload.guests.join(suite);

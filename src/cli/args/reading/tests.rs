@@ -1,6 +1,8 @@
 //! Command lines and what they mean.
 
 use super::*;
+use crate::cli::args::{Convert, Global};
+use std::{path::PathBuf, time::Duration};
 
 fn read(line: &str) -> Result<Args, NotACommand> {
     parse(line.split_whitespace().map(Into::into))
