@@ -10,6 +10,9 @@
 # make dist    the same as tars with checksums (target/dist)
 # make vm-test the packages in booted systems: install, use, upgrade, reboot, remove; ARGS="nspawn" or "qemu" for one kind
 
+# A test that fails fails the recipe, whatever reads what it says.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
 export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 ARGS ?=
@@ -31,6 +34,8 @@ test: setup
 # Each prints one line that begins with its name.
 storm: setup
 	SOCI_FAULTS=10000 $(CARGO) test --test it -- --nocapture daemon::faults::privileged_random_faults 2>&1 | grep -E '^(fault storm|test )'
+	SOCI_CRASH_SEEDS=11,12,13,14,15,16 SOCI_MODEL_SEEDS=$$(seq -s, 100 140) SOCI_EXPLORE=50 $(CARGO) test --lib --test it -- --nocapture crash:: model:: shuttle 2>&1 | grep -E '^(killed at|seed|test )'
+	@$(CARGO) run --quiet --package vm-tests -- storm $(ARGS)
 
 bench: setup
 	$(CARGO) test --release --test bench -- $(ARGS)
@@ -46,5 +51,3 @@ rpm srpm dist:
 vm-test: setup
 	@$(CARGO) run --quiet --package vm-tests -- $(ARGS)
 
-storm: setup
-	@$(CARGO) run --quiet --package vm-tests -- storm $(ARGS)

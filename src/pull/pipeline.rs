@@ -428,7 +428,7 @@ mod tests {
         let other = gzip(&tar[1..]);
         let (passed, out) = helped(&other, shelf.inflating(&one, size)).await;
         assert!(out == tar[1..]);
-        assert_eq!(passed.parts, 0);
+        assert!(passed.parts <= 1, "behind its header every layer is the same");
     }
 
     #[tokio::test]

@@ -125,6 +125,7 @@ fn privileged_what_a_cancelled_pull_has_begun_is_given_up_at_once_and_another_pu
     assert!(second.wait().unwrap().success());
     let mount = node.containerd.mount("soci", "other", &reference, &node.root.join("other"));
     assert_eq!(std::fs::read_dir(mount.path.join("most")).unwrap().count(), 24);
+    end_leases_of_the_dead(&node, &["default"]);
 }
 
 #[test]
