@@ -60,7 +60,11 @@ fn privileged_kubelets_logins_pass_through_and_serve_lazy_layers() {
 
         // The next daemon was told nothing, and what is missing needs a login: after a crash, and after a holder that was replaced.
         daemon.crash_and_restart();
-        assert!(daemon.log().contains("logins that kubelet sent to an earlier daemon are known again"), "{}", daemon.log());
+        assert!(
+            daemon.log().contains("logins that kubelet sent to an earlier daemon are known again"),
+            "{}",
+            daemon.log()
+        );
         assert_eq!(bytes_below(&daemon.lazy(), "bulk"), 4 << 20, "{}", daemon.log());
         let found = Command::new("grep").args(["-rlaE", "dTpw|SOCILOG1"]).arg(&daemon.root).output().unwrap();
         assert_eq!(text(&found.stdout), "", "nothing of the login is on disk");

@@ -510,7 +510,9 @@ fn inherit_logins(layout: &Layout, logins: &CriLogins) {
     };
     let text = kept.as_ref().and_then(|kept| kept.strip_prefix(holder::LOGINS_MAGIC));
     match text.map(|text| logins.restore(text)) {
-        Some(Some(count)) => tracing::info!(count, "registry logins that kubelet sent to an earlier daemon are known again"),
+        Some(Some(count)) => {
+            tracing::info!(count, "registry logins that kubelet sent to an earlier daemon are known again")
+        }
         Some(None) => tracing::info!("the registry logins of an earlier daemon cannot be understood"),
         None => {}
     }
@@ -531,13 +533,7 @@ async fn keep_logins(layout: Layout, logins: Arc<CriLogins>) {
 }
 
 /// Sees to it that the descriptor outlives us.
-async fn keep_held(
-    layout: Layout,
-    held: Held,
-    how: How,
-    condition: Arc<Condition>,
-    logins: Option<Arc<CriLogins>>,
-) {
+async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>, logins: Option<Arc<CriLogins>>) {
     let held = Arc::new(held);
     let mut failed = 0;
     loop {

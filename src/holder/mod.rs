@@ -34,7 +34,7 @@ mod protocol;
 mod server;
 mod store;
 
-pub use client::{Held, keep_logins, kept_logins, HolderError, How, Keeping, ensure_kept, obtain};
+pub use client::{Held, HolderError, How, Keeping, ensure_kept, keep_logins, kept_logins, obtain};
 
 use crate::{
     fs::journal,

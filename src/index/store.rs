@@ -168,7 +168,9 @@ impl ContentStore {
         let mut kept = ztocs.clone();
         for entry in fs::read_dir(&directory).map_err(error)? {
             let entry = entry.map_err(error)?;
-            let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::from_hex(name).ok()) else { continue };
+            let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::from_hex(name).ok()) else {
+                continue;
+            };
             let named = named_in(&entry.path()).unwrap_or_default();
             if named.iter().any(|digest| ztocs.contains(digest)) {
                 kept.insert(digest);

@@ -80,7 +80,8 @@ impl CriLogins {
         logins.sort_by_key(|(_, login)| login.age);
         let kept: Vec<_> = logins.into_iter().map(|(image, login)| kept(image, login)).collect();
         // One allocation: what a growing buffer leaves behind would not be wiped.
-        let room = kept.iter().map(|k| 6 * (k.image.len() + k.user.len() + k.secret.expose().len()) + 2048).sum::<usize>();
+        let room =
+            kept.iter().map(|k| 6 * (k.image.len() + k.user.len() + k.secret.expose().len()) + 2048).sum::<usize>();
         let mut out = Zeroizing::new(Vec::with_capacity(head.len() + room + 16));
         out.extend_from_slice(head);
         // Strings and a vector: there is nothing in it that JSON does not have.

@@ -44,7 +44,8 @@ pub fn unseal(fd: BorrowedFd<'_>, max: usize) -> io::Result<Vec<u8>> {
     let is_sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SEALS | SealFlags::WRITE));
     let size = rustix::fs::fstat(fd)?.st_size;
     let size = usize::try_from(size).ok().filter(|size| is_sealed && *size <= max);
-    let size = size.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a sealed anonymous file of sensible size"))?;
+    let size =
+        size.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a sealed anonymous file of sensible size"))?;
     let (mut bytes, mut at) = (vec![0; size], 0);
     while at < size {
         match rustix::io::pread(fd, &mut bytes[at..], at as u64)? {

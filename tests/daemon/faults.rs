@@ -136,7 +136,10 @@ fn privileged_a_node_with_a_quota_reads_images_larger_than_it() {
     let layers = site.layout().layers();
     let used = || -> u64 {
         use std::os::unix::fs::MetadataExt;
-        names(&layers).iter().map(|layer| std::fs::metadata(layers.join(layer).join("blob")).unwrap().blocks() * 512).sum()
+        names(&layers)
+            .iter()
+            .map(|layer| std::fs::metadata(layers.join(layer).join("blob")).unwrap().blocks() * 512)
+            .sum()
     };
     // The blocks at the ends of a span may stay.
     eventually("it takes no more than it may", || used() <= (2 << 20) + (LAYERS as u64 * 16 * 8192));
