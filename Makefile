@@ -33,7 +33,7 @@ test: setup
 
 # Each prints one line that begins with its name.
 storm: setup
-	SOCI_FAULTS=10000 $(CARGO) test --test it -- --nocapture daemon::faults::privileged_random_faults 2>&1 | grep -E '^(fault storm|test )'
+	SOCI_FAULTS=10000 $(CARGO) test --test it -- --nocapture daemon::faults::privileged_random_faults
 	SOCI_CRASH_SEEDS=11,12,13,14,15,16 SOCI_MODEL_SEEDS=$$(seq -s, 100 140) SOCI_EXPLORE=50 $(CARGO) test --lib --test it -- --nocapture crash:: model:: shuttle 2>&1 | grep -E '^(killed at|seed|test )'
 	@$(CARGO) run --quiet --package vm-tests -- storm $(ARGS)
 
