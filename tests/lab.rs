@@ -230,7 +230,7 @@ fn the_proxy_does_what_its_rules_say() {
 
     proxy.tokens(Some(Tokens { valid_for: Duration::from_secs(60) }));
     assert_eq!(fetch(&[]).unwrap().0, 401);
-    let (_, token) = get(&format!("http://{}/token?scope=x", proxy.host));
+    let (_, token) = get(&format!("http://{}/token?scope=repository:x:pull", proxy.host));
     let token: serde_json::Value = serde_json::from_str(&token).unwrap();
     let bearer = format!("Bearer {}", token["token"].as_str().unwrap());
     assert_eq!(fetch(&[("authorization", &bearer)]).unwrap().0, 200);

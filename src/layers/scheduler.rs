@@ -13,10 +13,6 @@
 //!
 //! Absent on purpose: the bytes. `fetch` moves them; this module only decides.
 
-#[cfg(test)]
-#[path = "explored.rs"]
-mod explored;
-
 use super::{
     fetch::{self, Taken},
     layer::Layer,
@@ -644,3 +640,7 @@ impl Drop for OnTheirWay {
         scheduler.wake();
     }
 }
+
+#[cfg(test)]
+#[path = "explored.rs"]
+mod explored;
