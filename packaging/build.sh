@@ -111,7 +111,7 @@ rpms() {
         if [ -n "${BUILT:-}" ]; then
             built=$TOP/built; mkdir -p "$built"
             local program
-            for program in soci soci-snapshotter-grpc soci-mount soci-custodian; do strip --strip-debug -o "$built/$program" "$BUILT/$program"; done
+            for program in soci soci-snapshotter-grpc soci-mount soci-custodian; do strip -o "$built/$program" "$BUILT/$program"; done
         else
             compile "$arch"
         fi
