@@ -103,6 +103,9 @@
 //! 18. **What containerd needs to reach a registry is not written down twice.** `[registry] config_path` and `soci --hosts-dir` are by default
 //!     `/etc/containerd/certs.d:/etc/docker/certs.d`, as in containerd 2.2. The Go product reads neither; on a node that has none nothing changes,
 //!     and where both speak of one registry `config check` says who is heard.
+//! 19. **Crates that the design names and that are not used**: tracing-journald gives every field one prefix or none (`telemetry::logs::journal`);
+//!     flate2 neither stops at block boundaries nor starts in the middle (`inflate::raw`), flatbuffers lays bytes out differently from the Go builder
+//!     (`ztoc::flatbuf`). The last two judge our own in tests.
 //!
 //! # Who may name whom
 //!
