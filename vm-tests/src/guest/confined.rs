@@ -65,7 +65,10 @@ pub fn confinement(_: &Guest) -> Outcome<Next> {
     ensure!(space(holder, "mnt")? == space(1, "mnt")?, "the holder's mount is hidden in a namespace");
     ensure!(space(custodian, "mnt")? != space(1, "mnt")?, "the custodian has no mount namespace of its own");
     ensure!(space(custodian, "net")? != space(1, "net")?, "the custodian has the machine's network");
-    only(holder, &open(holder)?, &["/dev/fuse", "/dev/null", "socket:", &format!("{ROOT}/snapshotter")])?;
+    // What it keeps for the next daemon: FUSE, the journal of requests (kernels before 6.9), logins.
+    let kept = ["/dev/fuse", "/memfd:soci-requests", "/memfd:soci-logins"];
+    let at = format!("{ROOT}/snapshotter");
+    only(holder, &open(holder)?, &[&kept[..], &["/dev/null", "socket:", &at]].concat())?;
     // It looks at its table of mounts before it removes anything, and speaks to the process that starts unpacking ones.
     let mounts = format!("/proc/{custodian}/mountinfo");
     only(custodian, &open(custodian)?, &["/dev/null", "socket:", &mounts, &format!("{ROOT}/snapshotter/snapshots")])?;
