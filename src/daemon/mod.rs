@@ -13,6 +13,7 @@ mod condition;
 mod decisions;
 mod eager;
 mod implied;
+mod keeping;
 mod lazy;
 mod listen;
 mod observe;

@@ -3,7 +3,7 @@
 use super::{
     artifacts::Artifacts,
     condition::{Cause, Condition, Identity, Reporter},
-    eager,
+    eager, keeping,
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
@@ -41,7 +41,6 @@ use crate::{
 };
 use std::{
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, RwLock},
@@ -54,11 +53,6 @@ use tokio::signal::unix::{SignalKind, signal};
 const DRAIN: Duration = Duration::from_millis(2500);
 /// See [`DRAIN`].
 const LAST_REQUESTS: Duration = Duration::from_millis(1500);
-/// How often the holder is asked whether it still has the descriptor: as long as nobody but us has it, our end would be that of the mount.
-const HOLDER_CHECK: Duration = Duration::from_secs(1);
-
-/// How often in a row it may be missing before an operator is told: who restarts it needs a moment.
-const HOLDER_PATIENCE: u32 = 3;
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -286,8 +280,8 @@ async fn serve(
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
     if let Some(logins) = &cri_logins {
-        inherit_logins(&layout, logins);
-        tokio::spawn(keep_logins(layout.clone(), logins.clone()));
+        keeping::inherit_logins(&layout, logins);
+        tokio::spawn(keeping::keep_logins(layout.clone(), logins.clone()));
     }
     let unpacker = Arc::new(eager::Custodian::new(disk.clone(), layout.clone()));
     let parts = Parts { tree: tree.clone(), observers: observers.clone(), unpacker: unpacker.clone() };
@@ -353,7 +347,7 @@ async fn serve(
         async move { lazy.find_local_copies().await }
     });
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
-    let journal = journal(held.journal.as_ref(), &held.init);
+    let journal = keeping::journal(held.journal.as_ref(), &held.init);
     let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
@@ -369,7 +363,7 @@ async fn serve(
         Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
         served => served?,
     }
-    tokio::spawn(keep_held(layout.clone(), held, how, condition.clone(), cri_logins.clone()));
+    tokio::spawn(keeping::keep_held(layout.clone(), held, how, condition.clone(), cri_logins.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };
@@ -485,77 +479,6 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
             Ok(Ok(0)) | Err(_) => {}
             Ok(Ok(removed)) => tracing::info!(removed, "indexes and zTOCs of images that are gone were removed"),
             Ok(Err(error)) => tracing::info!(%error, "indexes and zTOCs of images that are gone could not be removed"),
-        }
-    }
-}
-
-/// Where requests are read into, on a kernel that cannot repeat them.
-fn journal(file: Option<&OwnedFd>, init: &holder::InitParams) -> Option<lazyfs::Journal> {
-    let error = match file.map(lazyfs::Journal::open) {
-        Some(Ok(journal)) => return Some(journal),
-        Some(Err(error)) => snapshot::chain(&error),
-        None if init.can_resend() => return None,
-        None => "soci-mount did not send one".to_owned(),
-    };
-    // Everything else works. What it holds is left as it is.
-    say!(NoJournal, error, "a crash of this daemon may leave reads waiting for ever: they cannot be written down");
-    None
-}
-
-/// The logins that kubelet sent to an earlier daemon. Without them layers that need one wait for the next pull of their image.
-fn inherit_logins(layout: &Layout, logins: &CriLogins) {
-    let kept = match holder::kept_logins(layout) {
-        Ok(kept) => kept,
-        Err(error) => return tracing::info!(%error, "soci-mount gives no registry logins back"),
-    };
-    let text = kept.as_ref().and_then(|kept| kept.strip_prefix(holder::LOGINS_MAGIC));
-    match text.map(|text| logins.restore(text)) {
-        Some(Some(count)) => {
-            tracing::info!(count, "registry logins that kubelet sent to an earlier daemon are known again")
-        }
-        Some(None) => tracing::info!("the registry logins of an earlier daemon cannot be understood"),
-        None => {}
-    }
-}
-
-/// Hands them on, whenever they change.
-async fn keep_logins(layout: Layout, logins: Arc<CriLogins>) {
-    loop {
-        logins.changed().await;
-        let (layout, sealed) = (layout.clone(), logins.sealed(holder::LOGINS_MAGIC));
-        let kept = tokio::task::spawn_blocking(move || holder::keep_logins(&layout, &sealed)).await;
-        if let Ok(Err(error)) = kept {
-            tracing::info!(%error, "soci-mount does not keep registry logins for the next daemon");
-            tokio::time::sleep(HOLDER_CHECK).await;
-            logins.touch();
-        }
-    }
-}
-
-/// Sees to it that the descriptor outlives us.
-async fn keep_held(layout: Layout, held: Held, how: How, condition: Arc<Condition>, logins: Option<Arc<CriLogins>>) {
-    let held = Arc::new(held);
-    let mut failed = 0;
-    loop {
-        tokio::time::sleep(HOLDER_CHECK).await;
-        let (layout, held) = (layout.clone(), held.clone());
-        let kept = tokio::task::spawn_blocking(move || holder::ensure_kept(&layout, &held, how)).await;
-        condition.connection_kept(matches!(kept, Ok(Ok(_))));
-        failed = match kept {
-            Ok(Ok(_)) => 0,
-            Ok(Err(_)) | Err(_) => failed + 1,
-        };
-        match kept {
-            Ok(Ok(holder::Keeping::HandedIn)) => {
-                say!(HolderReplaced, "gave the FUSE descriptor to a new soci-mount");
-                if let Some(logins) = &logins {
-                    logins.touch();
-                }
-            }
-            Ok(Err(error)) if failed == HOLDER_PATIENCE => {
-                say!(HolderGone, %error, "soci-mount does not answer: if this daemon ends now, running containers lose their lazily loaded layers");
-            }
-            _ => {}
         }
     }
 }

@@ -13,7 +13,7 @@ use super::error::{SnapshotError, StoreError};
 use super::model::{Info, Kind, Labels, Usage, label};
 use super::snapshotter::Inner;
 use super::state::Mount;
-use super::store::{Change, Link};
+use super::store::{Change, LabelUpdate, Link};
 use crate::layout::SnapshotId;
 use crate::oci::IdMaps;
 use std::collections::HashSet;
@@ -44,6 +44,17 @@ pub(super) fn wanted(labels: &Labels) -> Result<Option<IdMaps>, SnapshotError> {
     // Each for itself first, for an error that names the right label.
     IdMaps::new(uids, uids).map_err(invalid(label::UID_MAPPING))?;
     IdMaps::new(uids, gids).map(Some).map_err(invalid(label::GID_MAPPING))
+}
+
+/// An update of labels that leaves a snapshot its mappings: they are what its mounts, and those they keep from being swept, are known by.
+pub(super) fn kept(info: &Info, mut update: LabelUpdate) -> LabelUpdate {
+    let (LabelUpdate::Replace(labels) | LabelUpdate::Set(labels)) = &mut update;
+    for key in [label::UID_MAPPING, label::GID_MAPPING] {
+        if let Some(value) = info.labels.get(key) {
+            labels.insert(key.to_owned(), value.clone());
+        }
+    }
+    update
 }
 
 impl Inner {

@@ -277,7 +277,11 @@ impl Snapshotter {
             LabelUpdate::Set(set)
         };
         let inner = self.0.clone();
-        to_the_end(async move { inner.store.update(&name, update, Timestamp::now()).await }).await
+        to_the_end(async move {
+            let update = mapped::kept(&inner.store.get(&name)?, update);
+            inner.store.update(&name, update, Timestamp::now()).await
+        })
+        .await
     }
 
     /// Space that `key` takes: measured while it is active, what the layer store holds for a lazy layer, else as committed.
