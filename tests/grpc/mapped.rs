@@ -1,6 +1,7 @@
 //! Containers in a user namespace (runtime.md 3.7): their mounts are of layers with other owners, which nobody else gets to see.
 
 use super::lab::*;
+use soci::grpc::proto::snapshots::{Info, UpdateSnapshotRequest};
 use soci::snapshot::label;
 use std::collections::BTreeMap;
 use tonic::Code;
@@ -91,4 +92,22 @@ async fn mappings_that_are_none_are_refused_and_leave_nothing() {
     lab.cleanup().await.unwrap();
     assert_eq!(lab.directories(), ["1", "2"]);
     assert_eq!(lab.prepare(".mapped/1/0:0:1;0:0:1", "two").await, Err(Code::InvalidArgument), "names of ours");
+}
+
+#[tokio::test]
+async fn privileged_an_update_of_labels_does_not_take_a_containers_layers_away() {
+    if !is_root() {
+        eprintln!("skipped: needs root to change owners");
+        return;
+    }
+    let lab = with_two_lazy_layers().await;
+    let mount = lab.prepare_labelled("container", "two", in_namespace()).await.unwrap();
+    let info = Info { name: "container".into(), labels: labels(&[("mine", "1")]), ..Info::default() };
+    let message = UpdateSnapshotRequest { info: Some(info), ..UpdateSnapshotRequest::default() };
+    lab.client.clone().update(request(message)).await.unwrap();
+    let now = lab.stat("container").await.unwrap().labels;
+    assert_eq!(now.get("mine").map(String::as_str), Some("1"));
+    lab.cleanup().await.unwrap();
+    assert_eq!(lab.mounts("container").await.unwrap(), mount);
+    assert_eq!(lab.directories(), ["1", "2", "3", "4", "5"]);
 }
