@@ -136,7 +136,8 @@ fn copier_rules() -> io::Result<Rules> {
 /// What copying takes besides.
 fn copying() -> io::Result<Rules> {
     let mut rules = calls(COPIER);
-    let share = condition(1, SeccompCmpOp::Eq, libc::FICLONE)?;
+    const FICLONE: u64 = 0x4004_9409; // _IOW(0x94, 9, int) of linux/fs.h; in the crate libc its type depends on the libc
+    let share = condition(1, SeccompCmpOp::Eq, FICLONE)?;
     rules.insert(libc::SYS_ioctl, vec![rule(vec![share])?]);
     Ok(rules)
 }
