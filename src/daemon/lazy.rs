@@ -15,6 +15,7 @@ use super::{
     implied::{self, Below, Shown},
     observe::Observers,
     record::LazyRecord,
+    served::{self, Served},
     takeover::Waiting,
 };
 use crate::{
@@ -41,6 +42,7 @@ use std::{
 /// A mounted layer, for status, usage and removal.
 struct Mounted {
     layer: Arc<Layer>,
+    served: Arc<Served>,
     ztoc: Digest,
     shown: Arc<Shown>,
     /// Where it was prepared; containerd's content belongs to namespaces.
@@ -131,7 +133,9 @@ impl LazyMounts {
         let layers: Vec<(usize, Digest, ZtocDescriptor)> = index
             .layers_in_order()
             .enumerate()
-            .filter(|(_, (layer, _))| *layer != target.layer)
+            .filter(|(_, (layer, ztoc))| {
+                *layer != target.layer && self.store.condemned(layer, &ztoc.digest).is_none()
+            })
             .map(|(depth, (layer, ztoc))| (depth, layer, ztoc))
             .collect();
         let (me, target, index) = (self.clone(), target.clone(), index.digest);
@@ -318,6 +322,7 @@ impl LazyMounts {
             ztoc_path: self.indexes.ztoc_path(&record.ztoc),
             depth: record.depth,
             source: registry,
+            chain: record.chain,
         };
         self.store.open(wanted, user).await.map_err(|e| crate::snapshot::chain(&e))
     }
@@ -330,19 +335,20 @@ impl LazyMounts {
         layer: Arc<Layer>,
     ) -> Result<(), fs::AddError> {
         let shown = Arc::new(Shown { toc: layer.toc().clone(), implied: implied.clone() });
+        let served = Served::new(layer.clone(), record.chain);
         let in_tree = LazyLayer {
             id,
             toc: layer.toc().clone(),
             implied,
-            data: layer.clone(),
+            data: served.clone(),
             headers: self.settings().headers,
             xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
             maps: record.maps.clone(),
         };
         self.tree.add(in_tree)?;
-        self.observers.mounted(id, record, &layer, self.layout.snapshot_fs(id));
+        self.observers.mounted(id, record, &served, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
-        self.mounted().insert(id, Mounted { layer, ztoc: record.ztoc, shown, namespace: record.namespace.clone() });
+        self.mounted().insert(id, Mounted { layer, served, ztoc: record.ztoc, shown, namespace: record.namespace.clone() });
         Ok(())
     }
 
@@ -375,8 +381,16 @@ impl LazyMounts {
             self.open_ahead(&index, target);
         }
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
+        let wrong = |why: String| NotLazyReason::IndexWrong { layer: target.layer, why };
+        if let Some(why) = self.store.condemned(&target.layer, &ztoc.digest) {
+            return Err(wrong(why));
+        }
         let record = LazyRecord::new(target, ztoc, parents.len());
         let layer = self.open(id, &record).await.map_err(unresolved)?;
+        // Another index of the layer may have come first, and be wrong; or the image is.
+        if let Some(why) = layer.verdict().and_then(|verdict| served::trouble(verdict, record.chain.as_ref())) {
+            return Err(wrong(why));
+        }
         if is_local {
             layer.add_source(Arc::new(local));
         }
@@ -508,6 +522,10 @@ impl LazyLayers for Arc<LazyMounts> {
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool> {
         let here = self.mounted().contains_key(&id);
         Box::pin(async move { here || self.heal(id).await })
+    }
+
+    fn condemned(&self, id: SnapshotId) -> Option<String> {
+        self.mounted().get(&id).and_then(|mounted| mounted.served.trouble().map(str::to_owned))
     }
 
     fn remove(&self, id: SnapshotId) {

@@ -22,6 +22,7 @@ mod registries;
 mod reload;
 mod root;
 mod run;
+mod served;
 mod settings;
 mod systemd;
 mod takeover;

@@ -4,7 +4,7 @@ use crate::{
     fs::ImpliedAttrs,
     index::ZtocDescriptor,
     layout::{Layout, SnapshotId},
-    oci::{Digest, IdMaps, Reference},
+    oci::{Chain, Digest, IdMaps, Reference},
     snapshot::Target,
 };
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,9 @@ pub struct LazyRecord {
     pub no_xattrs: bool,
     /// Number of layers below.
     pub depth: usize,
+    /// What the image says of the layer's diff ID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Chain>,
     /// Shown with the owners of a user namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maps: Option<IdMaps>,
@@ -59,6 +62,7 @@ impl LazyRecord {
             namespace: target.namespace.clone(),
             no_xattrs: ztoc.disable_xattrs,
             depth,
+            chain: target.chain,
             maps: None,
         }
     }

@@ -352,6 +352,15 @@ async fn serve(
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
+    if let Some(mut condemned) = observers.condemnations() {
+        let kernel = session.kernel();
+        tokio::spawn(async move {
+            while let Some(id) = condemned.recv().await {
+                let kernel = kernel.clone();
+                let _ = tokio::task::spawn_blocking(move || kernel.forget_content(id)).await;
+            }
+        });
+    }
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {

@@ -13,7 +13,10 @@ pub fn status(error: &SnapshotError) -> Status {
         | SnapshotError::InvalidName { .. }
         | SnapshotError::ImmutableField { .. }
         | SnapshotError::IdMapping { .. } => Code::InvalidArgument,
-        SnapshotError::NotActive(_) | SnapshotError::NotMountable(_) | SnapshotError::HasChildren(_) => {
+        SnapshotError::NotActive(_)
+        | SnapshotError::NotMountable(_)
+        | SnapshotError::HasChildren(_)
+        | SnapshotError::Condemned { .. } => {
             Code::FailedPrecondition
         }
         SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,

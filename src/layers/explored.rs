@@ -15,6 +15,7 @@ use crate::{
         source::Body,
         spans::Span,
         toc::{self, Toc},
+        verdict::Condemned,
     },
     oci::Digest,
     registry::{HostId, Throttle},
@@ -60,6 +61,7 @@ struct Shelf {
     table: SpanTable,
     toc: Arc<Toc>,
     runtime: tokio::runtime::Handle,
+    condemned: Arc<Condemned>,
 }
 
 impl Shelf {
@@ -90,7 +92,8 @@ impl Shelf {
         std::fs::write(&source, &built.bytes).unwrap();
         let ztoc = Digest::of(&built.bytes);
         files::create(directory, &source, &ztoc, table.compressed_size, table.spans.len()).unwrap();
-        Shelf { directory: directory.to_owned(), digest, table, toc: Arc::new(toc), runtime: runtime.handle().clone() }
+        let condemned = Arc::new(Condemned::open(directory.join("condemned")));
+        Shelf { directory: directory.to_owned(), digest, table, toc: Arc::new(toc), runtime: runtime.handle().clone(), condemned }
     }
 
     fn open(&self, pace: Pace) -> (Scheduler, Arc<Layer>) {
@@ -118,6 +121,10 @@ impl Shelf {
             ranked: (0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect(),
             present: Vec::new(),
             source: Arc::new(Nothing),
+            verdict: None,
+            chain: None,
+            condemned: self.condemned.clone(),
+            limits: Limits::default(),
         };
         (scheduler, Layer::new(parts, Arc::new(shared)))
     }

@@ -312,6 +312,12 @@ impl Scheduler {
         OnTheirWay::new(self, layer, bytes)
     }
 
+    /// Whether nothing is on its way and nobody has waited for a while.
+    pub(super) fn is_quiet(&self) -> bool {
+        let state = self.lock();
+        state.on_their_way == 0 && state.demanded.is_none_or(|at| at.elapsed() >= CAUTION)
+    }
+
     /// How long a request may be silent before that means something: all that is on its way may come first, and a registry that always
     /// takes its time has a window to match.
     pub(super) fn patience(&self) -> Duration {

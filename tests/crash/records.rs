@@ -61,7 +61,8 @@ fn extraction(chain: &str) -> Extraction {
         reference: "registry.example/image:1".parse().unwrap(),
         manifest: Digest::of(b"manifest"),
         layer,
-        size: None,
+        chain: None,
+            size: None,
         index: None,
         layers: vec![(layer, None)],
     };
