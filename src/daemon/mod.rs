@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod collect;
 mod condition;
 mod decisions;
 mod eager;

@@ -133,11 +133,8 @@ impl Observers {
     pub fn progress(&self, background: layers::Background) -> Progress {
         let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
         let images: HashSet<_> = mounted.values().map(|m| Arc::as_ptr(&m.image)).collect();
-        let layers: HashMap<_, _> = mounted
-            .values()
-            .filter_map(|m| m.layer())
-            .map(|layer| (layer.digest(), layer.progress()))
-            .collect();
+        let layers: HashMap<_, _> =
+            mounted.values().filter_map(|m| m.layer()).map(|layer| (layer.digest(), layer.progress())).collect();
         Progress {
             images: images.len(),
             layers: layers.len(),

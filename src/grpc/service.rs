@@ -93,8 +93,7 @@ impl Snapshots for Service {
         tracing::debug!(key, parent = name, "prepare");
         let namespace = labels::namespace(&metadata).or_else(|| labels::namespace_of_key(&key));
         let parent = parent(name);
-        let extraction =
-            labels::extraction(&labels, parent.as_deref(), namespace).map_err(|error| status(&error))?;
+        let extraction = labels::extraction(&labels, parent.as_deref(), namespace).map_err(|error| status(&error))?;
         let prepared = self.admit()?.prepare(key, parent, labels, extraction).await;
         answer(prepared, |m| wire::PrepareSnapshotResponse { mounts: vec![mount(m)] })
     }

@@ -16,9 +16,7 @@ pub fn status(error: &SnapshotError) -> Status {
         SnapshotError::NotActive(_)
         | SnapshotError::NotMountable(_)
         | SnapshotError::HasChildren(_)
-        | SnapshotError::Condemned { .. } => {
-            Code::FailedPrecondition
-        }
+        | SnapshotError::Condemned { .. } => Code::FailedPrecondition,
         SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,
         // As the Go daemon reports them: containerd has no error of its own for these.
         SnapshotError::NoNamespace

@@ -321,7 +321,11 @@ impl<'a> Listing<'a> {
     }
 
     fn finish(mut self) -> Option<String> {
-        let more = || self.entries.next().map(|entry| format!("its table of contents has {}, the layer has not", shown(entry.name)));
+        let more = || {
+            self.entries
+                .next()
+                .map(|entry| format!("its table of contents has {}, the layer has not", shown(entry.name)))
+        };
         self.difference.or_else(more)
     }
 }
@@ -377,8 +381,13 @@ fn difference(entry: &tar::Entry, listed: &FileRef<'_>) -> Option<String> {
         real.sort_unstable();
         claimed.sort_unstable();
         if real != claimed {
-            let names = |list: &[(&[u8], &[u8])]| list.iter().map(|(name, _)| shown(name)).collect::<Vec<_>>().join(" ");
-            return says("extended attributes", format!("[{}]", names(&claimed)), format!("[{}] with other values", names(&real)));
+            let names =
+                |list: &[(&[u8], &[u8])]| list.iter().map(|(name, _)| shown(name)).collect::<Vec<_>>().join(" ");
+            return says(
+                "extended attributes",
+                format!("[{}]", names(&claimed)),
+                format!("[{}] with other values", names(&real)),
+            );
         }
     }
     None

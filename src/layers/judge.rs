@@ -30,6 +30,8 @@ use tokio::sync::oneshot;
 const LOOK: Duration = Duration::from_millis(250);
 /// It is not waited for longer: on a node that is never quiet a wrong index is to be found, too. The processor's scheduler takes care of readers.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Before an index is accused of bytes on disk that are not the layer's.
+const DOUBTS: u32 = 2;
 /// Images that may claim a diff ID of one layer; the newest are enough.
 const MAX_CLAIMS: usize = 16;
 
@@ -135,8 +137,9 @@ impl Layer {
         if self.discard_damaged() > 0 {
             return false;
         }
-        // The gzip header has no digest: it comes with the first span, and is asked for once more before anybody is accused.
-        if self.table.header_len() > 0 && !self.doubted.swap(true, Ordering::Relaxed) {
+        // The gzip header has no digest, it comes with the first span; and what was damaged may have been mended meanwhile, by a reader. So the
+        // beginning is asked for again, and all of it looked at again, before anybody is accused.
+        if self.doubts.fetch_add(1, Ordering::Relaxed) < DOUBTS {
             tracing::info!(layer = %self.digest(), "the layer's first bytes may be damaged, fetching them again");
             self.discard(0);
             return false;

@@ -147,8 +147,8 @@ pub struct Layer {
     pub(super) verdict: OnceLock<Verdict>,
     /// It is being compared, so all of it has to stay. Changed under the map's lock.
     pub(super) judging: AtomicBool,
-    /// Bytes that no digest covers were fetched again, because of what came of that.
-    pub(super) doubted: AtomicBool,
+    /// How often its beginning was fetched again, because of what came of that.
+    pub(super) doubts: AtomicU32,
     /// What images say of its diff ID. Leaf lock.
     pub(super) claims: std::sync::Mutex<Vec<Chain>>,
     pub(super) condemned: Arc<Condemned>,
@@ -220,7 +220,7 @@ impl Layer {
             removed: AtomicBool::new(false),
             verdict: parts.verdict.map_or_else(OnceLock::new, OnceLock::from),
             judging: AtomicBool::new(false),
-            doubted: AtomicBool::new(false),
+            doubts: AtomicU32::new(0),
             claims: std::sync::Mutex::new(parts.chain.into_iter().collect()),
             condemned: parts.condemned,
             limits: parts.limits,

@@ -32,7 +32,9 @@ pub enum SnapshotError {
     #[error("layer \"{0}\" unavailable: unavailable")]
     Unavailable(SnapshotId),
     /// What the layer shows is not what the image has.
-    #[error("layer \"{id}\" cannot be used, its SOCI index is wrong: {why}. Remove the image and pull it again: failed precondition")]
+    #[error(
+        "layer \"{id}\" cannot be used, its SOCI index is wrong: {why}. Remove the image and pull it again: failed precondition"
+    )]
     Condemned { id: SnapshotId, why: String },
     /// The daemon could not start properly, see [`super::Door`].
     #[error("soci-snapshotter takes nothing new: {0}")]

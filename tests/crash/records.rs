@@ -62,7 +62,7 @@ fn extraction(chain: &str) -> Extraction {
         manifest: Digest::of(b"manifest"),
         layer,
         chain: None,
-            size: None,
+        size: None,
         index: None,
         layers: vec![(layer, None)],
     };

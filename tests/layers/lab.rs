@@ -366,7 +366,8 @@ impl Lab {
         // As the content store does it: whole, or not under its name; what a crash has torn is fetched again.
         if fs::read(&ztoc_path).ok().map(|bytes| Digest::of(&bytes)) != Some(ztoc) {
             fs::create_dir_all(ztoc_path.parent().unwrap()).unwrap();
-            let new = ztoc_path.with_extension("new");
+            static NEXT: AtomicUsize = AtomicUsize::new(0);
+            let new = ztoc_path.with_extension(format!("new{}", NEXT.fetch_add(1, Ordering::Relaxed)));
             fs::write(&new, &image.ztoc).unwrap();
             fs::rename(new, &ztoc_path).unwrap();
         }

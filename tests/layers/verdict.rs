@@ -99,7 +99,11 @@ async fn every_lie_in_an_index_is_found_and_ends_the_reads() {
     wrong_window[window].iter_mut().for_each(|byte| *byte ^= 1);
     let cases = [
         ("a mode", forged(&honest, &mode(0o644), &mode(0o4755)), "the mode 4755, the layer 0644"),
-        ("two files exchanged", swapped(&honest, b"dir/file3", b"dir/file7"), "has \"dir/file7\" where the layer has \"dir/file3\""),
+        (
+            "two files exchanged",
+            swapped(&honest, b"dir/file3", b"dir/file7"),
+            "has \"dir/file7\" where the layer has \"dir/file3\"",
+        ),
         ("a window", Image { ztoc: wrong_window.into(), ..honest.clone() }, ""),
     ];
     for (name, image, expected) in cases {
@@ -123,7 +127,10 @@ async fn every_lie_in_an_index_is_found_and_ends_the_reads() {
             assert!(refused(layer.read(0..1000).await), "{name}");
             drop(layer);
             lab.store.release(image.layer, soci::layout::SnapshotId(1)).await.unwrap();
-            assert!(lab.store.condemned(&image.layer, &wanted.ztoc).is_some_and(|why| why.contains(expected)), "{name}");
+            assert!(
+                lab.store.condemned(&image.layer, &wanted.ztoc).is_some_and(|why| why.contains(expected)),
+                "{name}"
+            );
             assert_eq!(lab.store.condemned(&image.layer, &Digest::of(&honest.ztoc)), None, "{name}");
         }
     }
