@@ -36,9 +36,8 @@ pub const WORKING: &str = "vm-test: working";
 pub const LAST: &str = "vm.last";
 
 /// Everything in an image: names, types, modes, owners, sizes, devices, and what is in files and links.
-const LIST: &str = "busybox find / -xdev ! -type d | busybox sort | while read -r f; do \
-                    if [ -h \"$f\" ]; then s=$(busybox readlink \"$f\"); elif [ -f \"$f\" ]; then s=$(md5sum <\"$f\"); else s=; fi; \
-                    echo \"$(busybox stat -c '%s %n %F %a %u %g %t:%T' \"$f\") $s\"; done";
+const LIST: &str = "(busybox find / -xdev ! -type d -exec busybox stat -c '%s %F %a %u %g %t:%T %N' {} +; \
+                    busybox find / -xdev -type f -exec md5sum {} +) | busybox sort";
 
 /// What was acknowledged, one line each, on the disk before anything else is done.
 struct Acts(Mutex<fs::File>);
@@ -108,7 +107,7 @@ fn boot(last: bool) -> Outcome<String> {
     let mut counts = Counts::read();
     let acts = Acts::open()?;
     if Acts::promised().contains("installed") {
-        look(&mut counts)?;
+        look(&acts, &mut counts)?;
     } else {
         install()?;
         acts.say("has installed")?;
@@ -144,14 +143,21 @@ fn install() -> Outcome {
     run("systemctl", &["enable", "--quiet", "--now", "soci-snapshotter.socket", "soci-mount.service"])?;
     run("systemctl", &["enable", "--quiet", "soci-snapshotter.service"])?;
     run("systemctl", &["restart", "containerd"])?;
+    run("systemctl", &["start", DAEMON])?;
     registry()?;
-    within(PATIENCE, "containerd pulls", || pull("overlayfs", STEADY).ok())?;
+    answers()?;
     for image in IMAGES {
         pull("overlayfs", image)?;
         fs::write(expectation(image), list("overlayfs", image)?).map_err(|error| error.to_string())?;
         run(CTR, &["images", "rm", "--sync", &reference(image)])?;
     }
     run("sync", &[]).map(drop)
+}
+
+/// containerd does, and through it the daemon. It gives a connection less time than an overloaded machine may need.
+fn answers() -> Outcome {
+    let probe = format!("{CTR} snapshots --snapshotter soci prepare probe && {CTR} snapshots --snapshotter soci rm probe");
+    within(PATIENCE * 2, "containerd and the daemon answer", || shell(&probe).ok()).map(drop)
 }
 
 /// Starts the registry, at a speed at which pulls last long enough to be cut.
@@ -174,7 +180,9 @@ fn expectation(image: &str) -> String {
 }
 
 fn pull(snapshotter: &str, image: &str) -> Outcome<String> {
-    run(CTR, &["images", "pull", "--plain-http", "--snapshotter", snapshotter, &reference(image)])
+    let arguments = ["images", "pull", "--plain-http", "--snapshotter", snapshotter, &reference(image)];
+    // Before the last line is how far it came, a hundred times.
+    run(CTR, &arguments).map_err(|error| error.lines().last().unwrap_or_default().to_owned())
 }
 
 /// What a container sees of an image.
@@ -205,7 +213,7 @@ fn compare(image: &str, counts: &mut Counts) -> Outcome {
 }
 
 /// After a boot: everything is as consistent as if the machine had been shut down.
-fn look(counts: &mut Counts) -> Outcome {
+fn look(acts: &Acts, counts: &mut Counts) -> Outcome {
     for unit in [DAEMON, HOLDER] {
         within(PATIENCE, &format!("{unit} runs"), || is_active(unit).then_some(()))?;
     }
@@ -220,8 +228,7 @@ fn look(counts: &mut Counts) -> Outcome {
     for unit in [DAEMON, HOLDER, CUSTODIAN] {
         ensure!(property(unit, "NRestarts") == "0", "{unit} had to be restarted: {}", journal(unit, &["-n", "30"])?);
     }
-    // containerd has mended itself, too.
-    within(PATIENCE, "containerd answers", || run(CTR, &["version"]).ok())?;
+    answers()?;
     let promised = Acts::promised();
     // What was pulled whole is read without a registry.
     if promised.contains(PULLED) {
@@ -231,7 +238,9 @@ fn look(counts: &mut Counts) -> Outcome {
     for image in IMAGES.iter().filter(|image| promised.contains(**image)) {
         let said = run(CTR, &["images", "check", "--snapshotter", "soci", &format!("name=={}", reference(image))])?;
         ensure!(said.lines().any(|line| line.contains(" true")), "{image} was pulled before the cut, and is not unpacked: {said}");
-        compare(image, counts)?;
+        if *image != PULLED {
+            compare(image, counts)?;
+        }
         counts.add("promised", 1);
     }
     for container in promised.iter().filter_map(|what| what.strip_prefix("container ")) {
@@ -240,19 +249,19 @@ fn look(counts: &mut Counts) -> Outcome {
         counts.add("containers", 1);
     }
     // What was not finished stands in nobody's way.
-    for image in IMAGES {
+    for image in IMAGES.into_iter().filter(|image| !promised.contains(*image)) {
         pull("soci", image).map_err(|error| format!("{image} cannot be pulled after the cut: {error}"))?;
         compare(image, counts)?;
     }
-    both_know_the_same(counts)
+    both_know_the_same(acts, counts)
 }
 
 /// containerd's snapshots are ours, ours are containerd's, and each directory belongs to one of them.
-fn both_know_the_same(counts: &mut Counts) -> Outcome {
+fn both_know_the_same(acts: &Acts, counts: &mut Counts) -> Outcome {
     // Whatever was interrupted, its owner is gone. Removing an image makes containerd collect.
     shell(&format!("{CTR} leases ls -q | xargs -r {CTR} leases rm"))?;
+    acts.say(&format!("loses {}", LAZY[0]))?;
     run(CTR, &["images", "rm", "--sync", &reference(LAZY[0])])?;
-    pull("soci", LAZY[0])?;
     // containerd's keys are the last part of ours.
     let theirs = run(CTR, &["snapshots", "--snapshotter", "soci", "ls"])?;
     let theirs: BTreeSet<&str> = theirs.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();

@@ -425,7 +425,8 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
         "dd if=/dev/zero of={ballast} bs=1M oflag=append conv=notrunc 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; truncate -s -1M {ballast}; sync"
     ));
     let expected = shell("cat /vm/huge-sum")?;
-    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
+    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"]);
+    let found = found.map_err(|error| format!("{error}: {}", who_has_the_disk(&ballast)))?;
     ensure!(
         found.trim() == expected.trim(),
         "with a full disk a container read something else: {found} is not {expected}"
@@ -440,6 +441,13 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     Ok(Next::Step)
 }
 
+/// Who has the disk.
+fn who_has_the_disk(ballast: &str) -> String {
+    let look = format!("df -k {ROOT}; df -i {ROOT}; ls -ls {ballast}; ls -ls {ROOT}/snapshotter; cat /sys/fs/ext4/*/reserved_clusters; \
+         du -ak {ROOT} | sort -n | tail -n 30");
+    shell(&format!("({look}) 2>&1")).unwrap_or_else(|error| error)
+}
+
 /// After a reboot containers start again from what is here: there is no registry any more.
 fn reboot(guest: &Guest) -> Outcome<Next> {
     let mark = Path::new("/vm/rebooted");
@@ -450,7 +458,8 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
         return Ok(Next::Reboot);
     }
     ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
-    let found = guest.container("soci", "app", &["/bin/cat", "/hello"])?;
+    let found = guest.container("soci", "app", &["/bin/cat", "/hello"]);
+    let found = found.map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
     ensure!(found == "hello\n", "the container wrote {found:?}");
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
