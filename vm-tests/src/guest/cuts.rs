@@ -6,7 +6,8 @@
 use super::{
     end, storm,
     tools::{
-        CUSTODIAN, DAEMON, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell, text, within,
+        CUSTODIAN, DAEMON, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell, text,
+        within,
     },
 };
 use crate::{Outcome, ensure};
@@ -156,7 +157,8 @@ fn install() -> Outcome {
 
 /// containerd does, and through it the daemon. It gives a connection less time than an overloaded machine may need.
 fn answers() -> Outcome {
-    let probe = format!("{CTR} snapshots --snapshotter soci prepare probe && {CTR} snapshots --snapshotter soci rm probe");
+    let probe =
+        format!("{CTR} snapshots --snapshotter soci prepare probe && {CTR} snapshots --snapshotter soci rm probe");
     within(PATIENCE * 2, "containerd and the daemon answer", || shell(&probe).ok()).map(drop)
 }
 
@@ -237,19 +239,26 @@ fn look(acts: &Acts, counts: &mut Counts) -> Outcome {
     registry()?;
     for image in IMAGES.iter().filter(|image| promised.contains(**image)) {
         let said = run(CTR, &["images", "check", "--snapshotter", "soci", &format!("name=={}", reference(image))])?;
-        ensure!(said.lines().any(|line| line.contains(" true")), "{image} was pulled before the cut, and is not unpacked: {said}");
+        ensure!(
+            said.lines().any(|line| line.contains(" true")),
+            "{image} was pulled before the cut, and is not unpacked: {said}"
+        );
         if *image != PULLED {
             compare(image, counts)?;
         }
         counts.add("promised", 1);
     }
     for container in promised.iter().filter_map(|what| what.strip_prefix("container ")) {
-        let wrote = run(CTR, &["tasks", "start", container]).map_err(|error| format!("{container} does not start: {error}"))?;
+        let wrote =
+            run(CTR, &["tasks", "start", container]).map_err(|error| format!("{container} does not start: {error}"))?;
         ensure!(wrote == "hello\n", "{container} wrote {wrote:?}");
         counts.add("containers", 1);
     }
     // What was not finished stands in nobody's way.
     for image in IMAGES.into_iter().filter(|image| !promised.contains(*image)) {
+        if image == PULLED {
+            remove(image)?;
+        }
         pull("soci", image).map_err(|error| format!("{image} cannot be pulled after the cut: {error}"))?;
         compare(image, counts)?;
     }
@@ -359,36 +368,43 @@ fn work(acts: &Acts) -> Outcome<String> {
     Err(format!("working: {error}: {}", journal(DAEMON, &["-n", "30"])?))
 }
 
-fn replace(acts: &Acts, image: &str, then: impl FnOnce() -> Outcome) -> Outcome {
-    acts.say(&format!("loses {image}"))?;
+fn remove(image: &str) -> Outcome {
     let gone = attempt(CTR, &["images", "rm", "--sync", &reference(image)])?;
     let said = text(&gone.stderr);
     ensure!(gone.status.success() || said.contains("not found"), "{image} is not removed: {said}");
+    Ok(())
+}
+
+fn replace(acts: &Acts, image: &str) -> Outcome {
+    acts.say(&format!("loses {image}"))?;
+    remove(image)?;
     pull("soci", image)?;
-    acts.say(&format!("has {image}"))?;
-    then()
+    if image == PULLED {
+        // Like containerd, we do not wait for the disk to have what was unpacked: that is the kernel's, until it has written it.
+        sleep(Duration::from_millis(300));
+        run("sync", &[])?;
+    }
+    acts.say(&format!("has {image}"))
 }
 
 /// Lazy layers: one image stays while the other one is replaced, read a little, and fetched in the background.
 fn lazily(acts: &Acts, round: usize) -> Outcome {
     let image = LAZY[round % LAZY.len()];
-    replace(acts, image, || {
-        let name = format!("look-{image}-{round}");
-        let look = "dd if=/hello bs=1 count=5 2>/dev/null; for f in /data/*; do dd if=$f bs=64k skip=3 count=1 of=/dev/null 2>/dev/null; done";
-        let reference = reference(image);
-        let said = run(CTR, &["run", "--rm", "--snapshotter", "soci", &reference, &name, "/bin/sh", "-c", look])?;
-        ensure!(said == "hello", "a container of {image} wrote {said:?}");
-        sleep(Duration::from_millis(500));
-        Ok(())
-    })
+    replace(acts, image)?;
+    let name = format!("look-{image}-{round}");
+    let look = "dd if=/hello bs=1 count=5 2>/dev/null; for f in /data/*; do dd if=$f bs=64k skip=3 count=1 of=/dev/null 2>/dev/null; done";
+    let reference = reference(image);
+    let said = run(CTR, &["run", "--rm", "--snapshotter", "soci", &reference, &name, "/bin/sh", "-c", look])?;
+    ensure!(said == "hello", "a container of {image} wrote {said:?}");
+    sleep(Duration::from_millis(500));
+    Ok(())
 }
 
 /// Layers that we unpack.
 fn whole(acts: &Acts, _: usize) -> Outcome {
-    replace(acts, PULLED, || {
-        sleep(Duration::from_millis(700));
-        Ok(())
-    })
+    replace(acts, PULLED)?;
+    sleep(Duration::from_millis(700));
+    Ok(())
 }
 
 /// Containers: some are made and removed, some stay until the next boot.
@@ -403,7 +419,8 @@ fn containers(acts: &Acts, round: usize) -> Outcome {
     }
     let temporary = format!("{name}-writes");
     let write = "cd /tmp; n=0; while [ $n -lt 20 ]; do n=$((n+1)); echo $n >$n; done; echo *";
-    run(CTR, &["run", "--rm", "--snapshotter", "soci", &reference(STEADY), &temporary, "/bin/sh", "-c", write]).map(drop)
+    run(CTR, &["run", "--rm", "--snapshotter", "soci", &reference(STEADY), &temporary, "/bin/sh", "-c", write])
+        .map(drop)
 }
 
 /// Whether the steps file says that this is the job.

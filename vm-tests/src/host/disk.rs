@@ -143,8 +143,7 @@ impl Disk {
         let _ = std::fs::remove_file(&socket);
         let open = File::options().read(true).write(true).open(file).map_err(why)?;
         let size = open.metadata().map_err(why)?.len() / SECTOR * SECTOR;
-        let state =
-            Arc::new(Mutex::new(State { file: open, size, cache: BTreeMap::new(), random: Random::new(seed) }));
+        let state = Arc::new(Mutex::new(State { file: open, size, cache: BTreeMap::new(), random: Random::new(seed) }));
         let listener = UnixListener::bind(&socket).map_err(why)?;
         let served = state.clone();
         let thread = std::thread::spawn(move || {
@@ -214,7 +213,8 @@ fn number<const N: usize>(from: &mut impl Read) -> io::Result<[u8; N]> {
 /// The protocol of <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>: fixed newstyle, simple replies.
 fn serve(connection: &UnixStream, state: &Mutex<State>) -> io::Result<Ended> {
     let size = state.lock().unwrap_or_else(PoisonError::into_inner).size;
-    let (mut from, mut to) = (BufReader::with_capacity(1 << 20, connection), BufWriter::with_capacity(1 << 20, connection));
+    let (mut from, mut to) =
+        (BufReader::with_capacity(1 << 20, connection), BufWriter::with_capacity(1 << 20, connection));
     to.write_all(b"NBDMAGIC")?;
     to.write_all(OPTION)?;
     to.write_all(&3u16.to_be_bytes())?;
@@ -254,7 +254,8 @@ fn serve(connection: &UnixStream, state: &Mutex<State>) -> io::Result<Ended> {
             // INFO and GO: the export, its block sizes, and that this is all.
             6 | 7 => {
                 let export = [&0u16.to_be_bytes()[..], &size.to_be_bytes(), &FLAGS.to_be_bytes()].concat();
-                let blocks = [&3u16.to_be_bytes()[..], &512u32.to_be_bytes(), &4096u32.to_be_bytes(), &LARGEST.to_be_bytes()];
+                let blocks =
+                    [&3u16.to_be_bytes()[..], &512u32.to_be_bytes(), &4096u32.to_be_bytes(), &LARGEST.to_be_bytes()];
                 reply(3, &export)?;
                 reply(3, &blocks.concat())?;
                 reply(1, &[])?;
