@@ -2,6 +2,7 @@
 
 use super::{
     artifacts::Artifacts,
+    collect,
     condition::{Cause, Condition, Identity, Reporter},
     eager, keeping,
     lazy::{self, LazyMounts, LazySettings},
@@ -352,6 +353,16 @@ async fn serve(
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
+    if let Some(mut condemned) = observers.condemnations() {
+        let kernel = session.kernel();
+        tokio::spawn(async move {
+            while let Some(id) = condemned.recv().await {
+                let kernel = kernel.clone();
+                let _ = tokio::task::spawn_blocking(move || kernel.forget_content(id)).await;
+            }
+        });
+    }
+    tokio::spawn(collect::run(lazy.clone()));
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());
     if !config.background_fetch.disable {
@@ -470,16 +481,9 @@ async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: 
     }
     // Not while something could not be read.
     if recovered == count && unreferenced == Unreferenced::Removed {
-        let lazy = lazy.clone();
-        let swept = tokio::task::spawn_blocking(move || {
-            let _ = lazy.store.sweep();
-            lazy.indexes.collect(&lazy.ztocs())
-        });
-        match swept.await {
-            Ok(Ok(0)) | Err(_) => {}
-            Ok(Ok(removed)) => tracing::info!(removed, "indexes and zTOCs of images that are gone were removed"),
-            Ok(Err(error)) => tracing::info!(%error, "indexes and zTOCs of images that are gone could not be removed"),
-        }
+        let me = lazy.clone();
+        let _ = tokio::task::spawn_blocking(move || me.store.sweep()).await;
+        collect::collect(lazy).await;
     }
 }
 
