@@ -10,7 +10,7 @@ use crate::{
     layers::{
         InflatedCache, Shared, Source, SourceError, Unobserved,
         files::{self, LayerFiles},
-        layer::{Arrival, Layer, Parts},
+        layer::{Arrival, Layer, Parts, Ranking},
         prior::Ranked,
         source::Body,
         spans::Span,
@@ -115,7 +115,7 @@ impl Shelf {
             table: self.table.clone(),
             toc: self.toc.clone(),
             files: LayerFiles::open(&self.directory).unwrap(),
-            ranked: (0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect(),
+            ranking: Ranking::Known((0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect()),
             present: Vec::new(),
             source: Arc::new(Nothing),
         };

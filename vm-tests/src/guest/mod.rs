@@ -4,6 +4,7 @@
 //! it is then called again after the boot.
 
 mod confined;
+mod life;
 pub mod probe;
 pub mod readme;
 mod storm;

@@ -3,6 +3,7 @@
 use super::{
     Next, Step,
     confined::{self, Watch},
+    life,
     probe, readme,
     tools::{
         CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
@@ -25,6 +26,8 @@ pub const STEPS: &[Step] = &[
     Step { name: "confinement", run: confined::confinement },
     Step { name: "refusals", run: refusals },
     Step { name: "restart", run: restart },
+    Step { name: "keepers", run: life::keepers },
+    Step { name: "watchdog", run: life::watchdog },
     Step { name: "upgrade", run: upgrade },
     Step { name: "disk-full", run: disk_full },
     Step { name: "reboot", run: reboot },
