@@ -24,6 +24,7 @@ pub fn watchdog(guest: &Guest) -> Outcome<Next> {
 pub fn keepers(guest: &Guest) -> Outcome<Next> {
     let reader = guest.reader("app")?;
     logins_of_both(&|when| reader.goes_on(when))?;
+    an_emptied_store(&|when| reader.goes_on(when))?;
     Ok(Next::Step)
 }
 
@@ -74,6 +75,24 @@ pub fn logins_of_both(goes_on: &dyn Fn(&str) -> Outcome) -> Outcome {
     ensure!(disk.trim().is_empty(), "the login is on disk: {disk}");
     fs::write(config, before).map_err(|error| error.to_string())?;
     restarted()
+}
+
+/// Stopping soci-mount empties systemd's store, and ends the holder: the daemon has the connection alone, and hands it to the next holder, which
+/// leaves it with systemd again.
+pub fn an_emptied_store(goes_on: &dyn Fn(&str) -> Outcome) -> Outcome {
+    let stored = || property(HOLDER, "NFileDescriptorStore");
+    let handed = || journal(DAEMON, &["-o", "cat"]).map(|said| said.matches("to a new soci-mount").count());
+    let before = handed()?;
+    run("systemctl", &["stop", HOLDER])?;
+    ensure!(stored() == "0", "after systemctl stop systemd still keeps {} descriptors", stored());
+    goes_on("soci-mount was stopped")?;
+    run("systemctl", &["start", HOLDER])?;
+    within(PATIENCE, "the daemon hands the connection in", || (handed().ok()? > before).then_some(()))?;
+    within(PATIENCE, "systemd has it again", || (stored() != "0").then_some(()))?;
+    let daemon = main_pid(DAEMON)?;
+    attempt("sh", &["-c", &format!("kill -9 {daemon}")])?;
+    replaced(DAEMON, daemon)?;
+    goes_on("the store was emptied, and then the daemon killed")
 }
 
 fn restarted() -> Outcome {

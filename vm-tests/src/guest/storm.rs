@@ -59,6 +59,7 @@ pub fn storm(kills: usize) -> Outcome<String> {
     // The workers tell in the end whether they noticed anything.
     life::a_worker_that_stands_still(&|_| Ok(()))?;
     life::logins_of_both(&|_| Ok(()))?;
+    life::an_emptied_store(&|_| Ok(()))?;
     let begun = Instant::now();
     let counts = strike(kills)?;
     let lasted = begun.elapsed().as_secs_f64();
