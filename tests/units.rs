@@ -48,8 +48,11 @@ const KNOWN_TO_219: [(&str, &[&str]); 4] = [
             "PrivateNetwork",
             "DevicePolicy",
             "DeviceAllow",
+            "InaccessibleDirectories", // since 231 InaccessiblePaths=
             "RestrictAddressFamilies",
             "SystemCallArchitectures",
+            "SystemCallFilter", // names of calls; groups of them are of 231
+            "SystemCallErrorNumber",
         ],
     ),
 ];
@@ -169,6 +172,7 @@ fn the_units_for_amazon_linux_2_say_nothing_that_systemd_219_does_not_know() {
             let newer = matches!((key.as_str(), value.as_str()), ("ProtectSystem", "strict") | ("ProtectHome", "tmpfs"))
                 // Of 231, 235 and later; '@' before the path of a program is old, '+' and '!' are not.
                 || (key.starts_with("Exec") && value.starts_with(['+', '!', ':']))
+                || (key == "SystemCallFilter" && value.contains('@'))
                 || value.contains("%E") || value.contains("%S") || value.contains("%t");
             if newer || !known.get(section.as_str()).is_some_and(|keys| keys.contains(&key.as_str())) {
                 unknown.push(format!("{unit}: [{section}] {key}={value}"));

@@ -43,8 +43,9 @@ const IN_FLIGHT: usize = 48;
 const UNPACKING: usize = 16;
 /// What a pipe without privilege may hold (/proc/sys/fs/pipe-max-size): the more, the less the two sides wait for each other.
 const PIPE: usize = 1 << 20;
-/// How long a custodian may take to say hello: systemd has to start it, on a machine that is booting.
-const HELLO: Duration = Duration::from_secs(10);
+/// How long a custodian may take to say hello: systemd has to start it, on a machine that is booting. 11 s were seen on an overloaded one; giving up
+/// means to begin anew, which is what such a machine can do least.
+const HELLO: Duration = Duration::from_secs(60);
 
 /// Why there is no custodian.
 #[derive(Debug, thiserror::Error)]

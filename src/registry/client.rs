@@ -14,7 +14,7 @@ use super::{
     RegistryError,
     auth::Auth,
     body::Body,
-    endpoint::{Endpoint, Endpoints, Held, HostId, Need, Standing, TRIAL_MAX},
+    endpoint::{Endpoint, Endpoints, Held, HostId, Need, Standing},
     error::{Advice, Failure, Request},
     hosts::Hosts,
     proving::Proving,
@@ -146,7 +146,7 @@ impl Site {
             };
             tracing::debug!(error = %error, "retrying request");
             // What a host that stays sick is spared is its circuit's business; whoever waits is to notice soon that it is well.
-            let patience = retry.max_wait.min(TRIAL_MAX.max(retry.min_wait));
+            let patience = retry.max_wait.min(self.client.settings.recovery().max(retry.min_wait));
             let spaced = RetrySettings { max_wait: if asked.is_some() { retry.max_wait } else { patience }, ..*retry };
             tokio::time::sleep(spaced.wait(number, asked, retry::random())).await;
         }

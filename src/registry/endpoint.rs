@@ -6,7 +6,8 @@
 //!
 //! The last host of a list has nobody to take over from it. It has a circuit breaker: after some failures in a row one request at a time
 //! is let through to see, ever more rarely, and the others fail here. So a sick registry gets [`TRIAL_MIN`]⁻¹ requests a second at most,
-//! however many readers wait for it, and is found well again within [`TRIAL_MAX`].
+//! however many readers wait for it, and is found well again within [`TRIAL_MAX`], or sooner where readers are given
+//! little time (`HttpSettings::recovery`).
 
 use super::{Limit, hosts_file::Capabilities, settings::MirrorTimeout, transport::Clients};
 use ::url::Url;
@@ -28,7 +29,7 @@ const PROBE: Duration = Duration::from_secs(6);
 const FAILURES: u32 = 5;
 /// Between two requests to a host whose circuit is open, at first.
 const TRIAL_MIN: Duration = Duration::from_millis(500);
-/// The same in the end: how late a recovery may be noticed.
+/// The same in the end.
 pub(super) const TRIAL_MAX: Duration = Duration::from_secs(5);
 /// Failures longer ago than this were another trouble.
 const FORGET: Duration = Duration::from_secs(60);
@@ -98,7 +99,7 @@ pub(super) struct Endpoint {
 }
 
 /// How a host fares, whichever images it is asked for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Health {
     /// As one of several. Leaf lock.
     penalty: Mutex<Penalty>,
@@ -108,6 +109,13 @@ pub(super) struct Health {
     trouble: Mutex<Option<Box<str>>>,
 }
 
+impl Health {
+    /// Nothing is known of the host. That it is well again is to be noticed within `recovery`.
+    pub fn unknown(recovery: Duration) -> Health {
+        Health { penalty: Mutex::default(), circuit: Mutex::new(Circuit::closed(recovery)), trouble: Mutex::default() }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Penalty {
     failures: u32,
@@ -115,8 +123,10 @@ struct Penalty {
 }
 
 /// The circuit breaker of a host.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Circuit {
+    /// Between two requests while it is open, at most: how late a recovery may be noticed.
+    longest: Duration,
     /// In a row; those of requests that were on their way together when it opened count once.
     failures: u32,
     latest: Option<Instant>,
@@ -136,6 +146,10 @@ pub(super) struct Held {
 }
 
 impl Circuit {
+    fn closed(longest: Duration) -> Circuit {
+        Circuit { longest, failures: 0, latest: None, next: None, trial: false }
+    }
+
     /// Whether a request may be sent now.
     fn admit(&mut self, now: Instant) -> Result<(), Held> {
         match self.next {
@@ -152,12 +166,12 @@ impl Circuit {
 
     fn interval(&self) -> Duration {
         let doubled = 1u32.checked_shl(self.failures.saturating_sub(FAILURES)).unwrap_or(u32::MAX);
-        TRIAL_MIN.saturating_mul(doubled).min(TRIAL_MAX)
+        TRIAL_MIN.saturating_mul(doubled).min(self.longest)
     }
 
     fn failed(&mut self, now: Instant, asked: Option<Duration>) {
         if self.latest.is_some_and(|latest| now.saturating_duration_since(latest) > FORGET) {
-            *self = Circuit::default();
+            *self = Circuit::closed(self.longest);
         }
         self.latest = Some(now);
         let asked = asked.unwrap_or_default().min(PENALTY_MAX);
@@ -271,7 +285,8 @@ impl Endpoint {
     /// An answer has come to its end.
     pub fn succeeded(&self) {
         *self.penalty() = Penalty::default();
-        *self.circuit() = Circuit::default();
+        let mut circuit = self.circuit();
+        *circuit = Circuit::closed(circuit.longest);
     }
 
     /// It has given a sign of life; that it also serves what is asked for, a request has to show.
@@ -326,7 +341,7 @@ mod tests {
 
     #[test]
     fn an_open_circuit_lets_one_request_through_at_a_time_ever_more_rarely() {
-        let mut circuit = Circuit::default();
+        let mut circuit = Circuit::closed(TRIAL_MAX);
         let start = Instant::now();
         for _ in 0..FAILURES {
             assert_eq!(circuit.admit(start), Ok(()));
@@ -356,8 +371,22 @@ mod tests {
     }
 
     #[test]
+    fn who_is_given_little_time_does_not_find_the_circuit_open_for_longer() {
+        let short = crate::registry::HttpSettings {
+            blob_timeout: Limit::After(Duration::from_secs(4)),
+            ..crate::registry::HttpSettings::default()
+        };
+        let (mut circuit, start) = (Circuit::closed(short.recovery()), Instant::now());
+        for second in 0..20 {
+            let _ = circuit.admit(start + Duration::from_secs(second));
+            circuit.failed(start + Duration::from_secs(second), None);
+        }
+        assert_eq!(circuit.admit(start + Duration::from_secs(20)), Ok(()));
+    }
+
+    #[test]
     fn a_registry_that_names_a_delay_gets_it_within_reason() {
-        let mut circuit = Circuit::default();
+        let mut circuit = Circuit::closed(TRIAL_MAX);
         let start = Instant::now();
         circuit.failed(start, Some(Duration::from_secs(3)));
         assert_eq!(circuit.admit(start), Err(Held { wait: Duration::from_secs(3), failures: 1 }));

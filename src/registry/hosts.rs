@@ -69,6 +69,7 @@ pub(super) struct Hosts {
     /// Held while files are read, which are small and local.
     lists: Mutex<HashMap<String, Remembered>>,
     health: Mutex<HashMap<String, Arc<Health>>>,
+    recovery: Duration,
 }
 
 /// Why nobody can be asked for the images of a host.
@@ -101,8 +102,9 @@ pub struct HostReport {
 }
 
 impl Hosts {
-    pub fn new(settings: HostSettings, transport: Arc<Transport>) -> Hosts {
-        Hosts { settings, transport, lists: Mutex::default(), health: Mutex::default() }
+    /// That a sick host is well again is to be noticed within `recovery`.
+    pub fn new(settings: HostSettings, transport: Arc<Transport>, recovery: Duration) -> Hosts {
+        Hosts { settings, transport, recovery, lists: Mutex::default(), health: Mutex::default() }
     }
 
     /// Hosts for images of `image_host`, as they are configured now. A mirror of `[resolver.host]` that cannot be understood is named
@@ -294,7 +296,8 @@ impl Hosts {
         if health.len() >= MAX_IMAGE_HOSTS {
             health.retain(|_, health| Arc::strong_count(health) > 1);
         }
-        let health = health.entry(base.origin().ascii_serialization()).or_default().clone();
+        let unknown = || Arc::new(Health::unknown(self.recovery));
+        let health = health.entry(base.origin().ascii_serialization()).or_insert_with(unknown).clone();
         Ok(Endpoint {
             id: HostId::new(&text),
             base: text,
@@ -458,7 +461,7 @@ mod tests {
 
     fn hosts(settings: HostSettings) -> Hosts {
         let transport = Transport::new(&HttpSettings::default(), Arc::new(Unobserved)).unwrap();
-        Hosts::new(settings, Arc::new(transport))
+        Hosts::new(settings, Arc::new(transport), HttpSettings::default().recovery())
     }
 
     fn bases(image_host: &str, mirrors: &[(&str, Security)]) -> Vec<String> {

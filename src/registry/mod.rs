@@ -110,8 +110,8 @@ impl Registry {
         let transport = Arc::new(Transport::new(&http, observer.clone())?);
         let client = Client {
             transport: transport.clone(),
+            hosts: Hosts::new(hosts, transport, http.recovery()),
             settings: http,
-            hosts: Hosts::new(hosts, transport),
             auth: auth::Auth::new(keychain),
             redirects: redirect::RedirectCache::new(),
         };
@@ -124,8 +124,8 @@ impl Registry {
         let mut client = self.client.write().unwrap_or_else(PoisonError::into_inner);
         *client = Arc::new(Client {
             transport: transport.clone(),
+            hosts: Hosts::new(hosts, transport, http.recovery()),
             settings: http,
-            hosts: Hosts::new(hosts, transport),
             auth: auth::Auth::new(client.auth.keychain()),
             redirects: redirect::RedirectCache::new(),
         });

@@ -1,7 +1,7 @@
 //! How registries are talked to. Values here are resolved: the zero and negative rules of the configuration file are
 //! applied where it is read.
 
-use super::RetrySettings;
+use super::{RetrySettings, endpoint::TRIAL_MAX};
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
 /// A time limit that may be absent.
@@ -39,6 +39,19 @@ pub struct HttpSettings {
     pub idle_connections: usize,
     /// Largest manifest, image index, SOCI index or page of referrers.
     pub manifest_max: u64,
+}
+
+impl HttpSettings {
+    /// How late it may be noticed that a sick host is well again: soon enough that whoever has the time of [`blob_timeout`] asks it a few
+    /// times.
+    ///
+    /// [`blob_timeout`]: HttpSettings::blob_timeout
+    pub(super) fn recovery(&self) -> Duration {
+        match self.blob_timeout {
+            Limit::Unlimited => TRIAL_MAX,
+            Limit::After(time) => TRIAL_MAX.min(time / 4),
+        }
+    }
 }
 
 impl Default for HttpSettings {

@@ -6,18 +6,36 @@ use soci::grpc::proto::snapshots::{Kind, PrepareSnapshotRequest};
 use soci::layout::SnapshotId;
 use soci::oci::Digest;
 use soci::snapshot::{NotLazyReason, Pull, label};
+use std::cell::RefCell;
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use tonic::Code;
-use tracing_subscriber::prelude::*;
+use tracing_subscriber::{filter::dynamic_filter_fn, prelude::*};
 
 /// Log lines of this test, as JSON objects.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Log {
+thread_local! {
+    /// Who collects what this thread logs.
+    static COLLECTS: RefCell<Option<Log>> = const { RefCell::new(None) };
+}
+
+/// While it lives, what its thread logs is collected.
+struct Collecting;
+
+impl Drop for Collecting {
+    fn drop(&mut self) {
+        COLLECTS.set(None);
+    }
+}
+
+/// Goes to the log of the thread that writes.
+struct Collector;
+
+impl Write for Collector {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        COLLECTS.with_borrow(|log| log.iter().for_each(|log| log.0.lock().unwrap().extend_from_slice(bytes)));
         Ok(bytes.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {
@@ -26,13 +44,20 @@ impl Write for Log {
 }
 
 impl Log {
-    /// Collects what this thread logs; tests here run on one thread.
-    fn start() -> (Log, tracing::subscriber::DefaultGuard) {
+    /// Collects what this thread logs; tests here run on one thread. One subscriber for all threads: beside one of a single thread, what
+    /// another thread logs first is off for both.
+    fn start() -> (Log, Collecting) {
+        static SUBSCRIBE: Once = Once::new();
+        SUBSCRIBE.call_once(|| {
+            let collected = dynamic_filter_fn(|_, _| COLLECTS.with_borrow(Option::is_some));
+            let layer = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(|| Collector);
+            let all = tracing_subscriber::registry().with(layer.with_filter(collected));
+            tracing::subscriber::set_global_default(all).unwrap();
+            tracing::callsite::rebuild_interest_cache();
+        });
         let log = Log::default();
-        let writer = log.clone();
-        let layer = tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(move || writer.clone());
-        let guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
-        (log, guard)
+        COLLECTS.set(Some(log.clone()));
+        (log, Collecting)
     }
 
     /// Level, message and value of each line with the field `key`.

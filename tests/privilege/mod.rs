@@ -75,7 +75,7 @@ impl Drop for Killed {
 
 /// Polls until there is a value, at most ten seconds.
 pub fn eventually<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         if let Some(value) = poll() {
             return value;

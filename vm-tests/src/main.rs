@@ -3,6 +3,7 @@
 //! ```text
 //!   vm-tests [BACKEND…]        make vm-test      on this machine: builds packages and an image, boots a guest per backend, reads what it found
 //!   vm-tests storm             make storm        the daemon is killed a thousand times under containers that read ([`host::storm`])
+//!   vm-tests power-cuts        make storm        an emulated machine loses power in the middle of its work ([`host::cuts`])
 //!   vm-tests guest             in the guest      started by its unit vm-test.service: lives through the story, step by step
 //!   vm-tests probe ROLE        in the guest      in the place of one of the product's programs: tries what its unit must refuse
 //! ```
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         ["guest"] => guest::main(),
         ["probe", role] => guest::probe::main(role),
         ["storm", ref more @ ..] => host::storm::main(more),
+        ["power-cuts", ref more @ ..] => host::cuts::main(more),
         _ => host::main(&words),
     }
 }

@@ -152,7 +152,7 @@ fn privileged_what_an_earlier_custodian_left_is_removed_at_the_next_start() {
 }
 
 fn end_spawner(lab: &Lab) {
-    kill(lab.spawner().expect("running"));
+    kill(eventually("it runs", || lab.spawner()));
     eventually("it is gone", || lab.spawner().is_none().then_some(()));
 }
 

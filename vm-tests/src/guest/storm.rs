@@ -100,7 +100,7 @@ pub fn storm(kills: usize) -> Outcome<String> {
     ))
 }
 
-fn install(version: &str) -> Outcome {
+pub fn install(version: &str) -> Outcome {
     shell(&format!(
         "install -D -m 755 -t /usr/bin /vm/{version}/soci-snapshotter-grpc; \
          install -D -m 755 -t /usr/libexec/soci-snapshotter /vm/{version}/soci-mount /vm/{version}/soci-custodian"
@@ -108,7 +108,7 @@ fn install(version: &str) -> Outcome {
     .map(drop)
 }
 
-fn configure_containerd() -> Outcome {
+pub fn configure_containerd() -> Outcome {
     let mut text = String::from(
         "version = 3\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \"io.containerd.cri.v1.runtime\"]\n",
     );

@@ -424,11 +424,19 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     let said = described(guest, "last")?;
     ensure!(said.contains("1 lazy"), "with a disk full of fetched data: {said}: {}", journal(DAEMON, &["-n", "20"])?);
     // Nothing left but for a container to be made: a directory or two.
-    let _ = shell(&format!(
-        "dd if=/dev/zero of={ballast} bs=1M oflag=append conv=notrunc 2>/dev/null; dd if=/dev/zero of={ballast} bs=4k oflag=append conv=notrunc 2>/dev/null; truncate -s -1M {ballast}; sync"
-    ));
+    shell(&format!(
+        "for size in 1M 4k; do dd if=/dev/zero of={ballast} bs=$size oflag=append conv=notrunc 2>/dev/null || :; sync -f {ballast}; done; \
+         truncate -s -1M {ballast}; sync -f {ballast}"
+    ))?;
+    let room = shell(&format!("df -k --output=avail {ROOT} | tail -n 1"))?;
+    ensure!(
+        room.trim().parse().is_ok_and(|room: u32| (512..2048).contains(&room)),
+        "{} KiB are left, not 1024",
+        room.trim()
+    );
     let expected = shell("cat /vm/huge-sum")?;
-    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;
+    let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"]);
+    let found = found.map_err(|error| format!("{error}: {}", who_has_the_disk(&ballast)))?;
     ensure!(
         found.trim() == expected.trim(),
         "with a full disk a container read something else: {found} is not {expected}"
@@ -443,6 +451,15 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     Ok(Next::Step)
 }
 
+/// Who has the disk.
+fn who_has_the_disk(ballast: &str) -> String {
+    let look = format!(
+        "df -k {ROOT}; df -i {ROOT}; ls -ls {ballast}; ls -ls {ROOT}/snapshotter; cat /sys/fs/ext4/*/reserved_clusters; \
+         du -ak {ROOT} | sort -n | tail -n 30"
+    );
+    shell(&format!("({look}) 2>&1")).unwrap_or_else(|error| error)
+}
+
 /// After a reboot containers start again from what is here: there is no registry any more.
 fn reboot(guest: &Guest) -> Outcome<Next> {
     let mark = Path::new("/vm/rebooted");
@@ -453,7 +470,8 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
         return Ok(Next::Reboot);
     }
     ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
-    let found = guest.container("soci", "app", &["/bin/cat", "/hello"])?;
+    let found = guest.container("soci", "app", &["/bin/cat", "/hello"]);
+    let found = found.map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
     ensure!(found == "hello\n", "the container wrote {found:?}");
     let expected = shell("cat /vm/huge-sum")?;
     let found = guest.container("soci", "huge", &["/bin/sh", "-c", "md5sum </data/huge | cut -c1-32"])?;

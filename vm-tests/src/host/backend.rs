@@ -127,9 +127,10 @@ impl Backend {
                     path.display()
                 ))?;
                 seed(&place.path)?;
+                let machine = Machine::new(place, place.path.join("root.img"), Vec::new())?;
                 let drives =
-                    ["-drive", "file=root.img,if=virtio,format=qcow2", "-drive", "file=seed.img,if=virtio,format=raw"];
-                boot_machine(place, drives.map(String::from).to_vec())
+                    ["file=root.img,if=virtio,format=qcow2", "file=seed.img,if=virtio,format=raw", VM_DISK, DATA_DISK];
+                machine.run(place, &drives.map(String::from))
             }
             _ => boot_debian(payload, place),
         };
@@ -177,45 +178,83 @@ pub fn boot_container(place: &Place, suite: &Path, limit: Duration) -> Outcome {
     wait(command.spawn().map_err(|error| error.to_string())?, limit, &at("console"))
 }
 
-/// Boots Debian 12 with its kernel 6.1 on an emulated machine.
+/// Boots Debian 12 with its kernel 6.1 on an emulated machine, and waits until it has switched itself off.
 pub fn boot_debian(payload: &Payload, place: &Place) -> Outcome {
-    let (root, kernel) = emulated_root(payload, &place.path)?;
-    let initrd = initrd(payload, &place.path)?;
-    let (kernel, initrd) = (kernel.display().to_string(), initrd.display().to_string());
-    let drive = format!("file={},if=virtio,format=raw,snapshot=on", root.display());
-    let line = "console=ttyS0 root=/dev/vda rw quiet net.ifnames=0 systemd.show_status=0";
-    let arguments = ["-drive", &drive, "-kernel", &kernel, "-initrd", &initrd, "-append", line];
-    boot_machine(place, arguments.map(String::from).to_vec())
+    let machine = Machine::debian(payload, place)?;
+    let root = format!("file={},if=virtio,format=raw,snapshot=on", machine.root.display());
+    machine.run(place, &[&root, VM_DISK, DATA_DISK].map(String::from))
 }
 
-/// Boots an emulated machine, with the place's `vm` as a disk, and waits until it has switched itself off.
-fn boot_machine(place: &Place, system: Vec<String>) -> Outcome {
-    let at = |name: &str| place.path.join(name);
-    // The story's disk: payload in, results out. And one that can be full.
-    shell(&format!(
-        "cd {}; mke2fs -q -F -t ext4 -L vm -d vm vm.img 1G; truncate -s 400M data.img; mke2fs -q -F -t ext4 -m 0 -L data data.img",
-        place.path.display()
-    ))?;
-    let hardware = "-nodefaults -no-user-config -display none -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -serial file:console";
-    let disks = ["-drive", "file=vm.img,if=virtio,format=raw", "-drive", "file=data.img,if=virtio,format=raw"]
-        .map(String::from);
-    let log = fs::File::create(at("qemu.log")).map_err(|error| error.to_string())?;
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(hardware.split(' '))
-        .args(system)
-        .args(disks)
-        .current_dir(&place.path)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().map_err(|error| error.to_string())?)
-        .stderr(log);
-    let ended = wait(command.spawn().map_err(|error| error.to_string())?, QEMU_LIMIT, &at("console"));
-    for name in ["results", "journal"] {
-        // The guest's file system as it was left; nothing has to be mounted for that.
-        let dump = format!("dump /{name} {}", at("vm").join(name).display());
-        let _ = run("debugfs", &["-R", &dump, &at("vm.img").display().to_string()]);
+/// An emulated machine.
+pub struct Machine {
+    /// Where its files are.
+    at: PathBuf,
+    pub root: PathBuf,
+    pub data: PathBuf,
+    /// What says which system it starts.
+    system: Vec<String>,
+}
+
+const VM_DISK: &str = "file=vm.img,if=virtio,format=raw";
+const DATA_DISK: &str = "file=data.img,if=virtio,format=raw";
+
+impl Machine {
+    /// With the story's disk: payload in, results out; and one that can be full.
+    fn new(place: &Place, root: PathBuf, system: Vec<String>) -> Outcome<Machine> {
+        let at = place.path.clone();
+        shell(&format!(
+            "cd {}; mke2fs -q -F -t ext4 -L vm -d vm vm.img 1G; truncate -s 400M data.img; mke2fs -q -F -t ext4 -m 0 -L data data.img",
+            at.display()
+        ))?;
+        let data = at.join("data.img");
+        Ok(Machine { at, root, data, system })
     }
-    ended
+
+    /// Debian 12 with its kernel 6.1.
+    pub fn debian(payload: &Payload, place: &Place) -> Outcome<Machine> {
+        let (root, kernel) = emulated_root(payload, &place.path)?;
+        let initrd = initrd(payload, &place.path)?;
+        let system = ["-kernel", &kernel.display().to_string(), "-initrd", &initrd.display().to_string()];
+        Machine::new(place, root, system.map(String::from).to_vec())
+    }
+
+    /// Switches it on, with these drives in this order, and `words` for its kernel.
+    pub fn start(&self, drives: &[String], words: &str) -> Outcome<Child> {
+        let hardware = "-nodefaults -no-user-config -display none -M q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -serial file:console";
+        // An emulated timer that is late is there all the same.
+        let line =
+            format!("console=ttyS0 root=/dev/vda rw quiet no_timer_check net.ifnames=0 systemd.show_status=0 {words}");
+        let log = fs::File::create(self.at.join("qemu.log")).map_err(|error| error.to_string())?;
+        let _ = fs::remove_file(self.at.join("console"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(hardware.split(' ')).args(&self.system);
+        if !self.system.is_empty() {
+            command.args(["-append", &line]);
+        }
+        command
+            .args(drives.iter().flat_map(|drive| ["-drive", drive]))
+            .current_dir(&self.at)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(|error| error.to_string())?)
+            .stderr(log);
+        command.spawn().map_err(|error| error.to_string())
+    }
+
+    /// Switches it on, and waits until it has switched itself off.
+    fn run(&self, place: &Place, drives: &[String]) -> Outcome {
+        let ended = wait(self.start(drives, "")?, QEMU_LIMIT, &self.at.join("console"));
+        self.collect(place);
+        ended
+    }
+
+    /// What the guest has left on the story's disk.
+    pub fn collect(&self, place: &Place) {
+        for name in ["results", "journal"] {
+            // The guest's file system as it was left; nothing has to be mounted for that.
+            let dump = format!("dump /{name} {}", place.path.join("vm").join(name).display());
+            let _ = run("debugfs", &["-R", &dump, &self.at.join("vm.img").display().to_string()]);
+        }
+    }
 }
 
 /// The results, and everything that helps where they are bad.

@@ -1,6 +1,8 @@
 //! On the development machine: what a guest needs is made once, each backend boots it, and what the guest wrote down decides.
 
 mod backend;
+pub mod cuts;
+mod disk;
 mod prepare;
 pub mod storm;
 

@@ -63,7 +63,11 @@ pub fn payload(suites: &[&str]) -> Outcome<Payload> {
         repositories(&payload, distribution)?;
     }
     program(&payload)?;
-    images(&payload)?;
+    let soci = match env::var_os("BUILT") {
+        Some(built) => PathBuf::from(built).join("soci"),
+        None => target().join("package/x86_64-unknown-linux-gnu/release/soci"),
+    };
+    images(&payload, &soci)?;
     root_filesystems(&payload, suites)?;
     Ok(payload)
 }
@@ -178,12 +182,8 @@ fn program(payload: &Payload) -> Outcome {
 }
 
 /// Images with an index and images without one, as a registry keeps them: nothing has to be pushed in a guest.
-fn images(payload: &Payload) -> Outcome {
+pub fn images(payload: &Payload, soci: &Path) -> Outcome {
     let at = payload.work.join("images");
-    let soci = match env::var_os("BUILT") {
-        Some(built) => PathBuf::from(built).join("soci"),
-        None => target().join("package/x86_64-unknown-linux-gnu/release/soci"),
-    };
     let script = format!(
         r#"rm -rf {at}; mkdir -p {at}/base/bin {at}/registry; cd {at}
         cp /bin/busybox base/bin/; for name in sh cat dd md5sum cut true sleep echo; do ln -s busybox base/bin/$name; done

@@ -63,7 +63,7 @@ fn one(kind: &'static str, kills: usize) -> Outcome<String> {
     let built = built()?;
     image(&payload, &built)?;
     let place = Place::new()?;
-    fill(&payload, &built, &place.path.join("vm"), kills)?;
+    put(&payload.work.join("storm/registry"), &built, &place.path.join("vm"), &format!("storm {kills}"))?;
     let ended = match kind {
         "qemu" => boot_debian(&payload, &place),
         _ => boot_container(&place, &payload.guests.join("bookworm"), LIMIT),
@@ -71,7 +71,7 @@ fn one(kind: &'static str, kills: usize) -> Outcome<String> {
     verdict(kind, &place, ended)
 }
 
-fn built() -> Outcome<PathBuf> {
+pub fn built() -> Outcome<PathBuf> {
     if let Some(built) = env::var_os("BUILT") {
         return Ok(built.into());
     }
@@ -121,19 +121,20 @@ for name in sys.argv[1:]:
 }
 
 /// What the guest sees as `/vm`: this program, the product twice (the second is another version by name), its units, containerd, the registry.
-fn fill(payload: &Payload, built: &Path, vm: &Path, kills: usize) -> Outcome {
+/// Its job is in `steps`.
+pub fn put(registry: &Path, built: &Path, vm: &Path, steps: &str) -> Outcome {
     let own = env::current_exe().map_err(|error| error.to_string())?;
     let script = format!(
-        r#"mkdir -p {vm}/bin {vm}/v1 {vm}/v2 {vm}/units; cp {own} {vm}/vm-tests; cp -r {work}/storm/registry {vm}/; cp {source}/systemd/al2023/* {vm}/units/
+        r#"mkdir -p {vm}/bin {vm}/v1 {vm}/v2 {vm}/units; cp {own} {vm}/vm-tests; cp -r {registry} {vm}/; cp {source}/systemd/al2023/* {vm}/units/
         cp {cache}/bin/c2/containerd {cache}/bin/c2/ctr {cache}/bin/c2/containerd-shim-runc-v2 {vm}/bin/
-        cp {source}/etc/soci-snapshotter-grpc/config.toml {vm}/; echo storm {kills} >{vm}/steps
+        cp {source}/etc/soci-snapshotter-grpc/config.toml {vm}/; echo {steps} >{vm}/steps
         product=$(sed -n 's/^version = "\(.*\)"/\1/p' {source}/Cargo.toml | head -n 1); other=9${{product#?}}
         for program in soci-snapshotter-grpc soci-mount soci-custodian; do strip --strip-debug -o {vm}/v1/$program {built}/$program
             LC_ALL=C sed "s/$(echo $product | sed 's/\./\\./g')/$other/g" {vm}/v1/$program >{vm}/v2/$program; chmod 755 {vm}/v2/$program; done
         {vm}/v2/soci-snapshotter-grpc --version | grep -q " $other ""#,
         vm = vm.display(),
         own = own.display(),
-        work = payload.work.display(),
+        registry = registry.display(),
         cache = cache().display(),
         source = source().display(),
         built = built.display()
