@@ -1,5 +1,7 @@
 //! The daemon as it really runs: the built programs, started as root, told to stop, killed, and started again.
 
+#[path = "daemon/connections.rs"]
+mod connections;
 #[path = "daemon/degraded.rs"]
 mod degraded;
 #[path = "daemon/faults.rs"]

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod collect;
 mod condition;
 mod decisions;
 mod eager;
@@ -23,6 +24,7 @@ mod registries;
 mod reload;
 mod root;
 mod run;
+mod served;
 mod settings;
 mod systemd;
 mod takeover;

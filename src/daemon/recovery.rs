@@ -5,7 +5,7 @@
 //! shown is what has a record beside its snapshot, which is written before the database hears of it. A record that the database does not know is
 //! of a Prepare that a crash has cut off; it goes with the first sweep.
 
-use super::{lazy::LazyMounts, record, systemd};
+use super::{collect, lazy::LazyMounts, record, systemd};
 use crate::{layout::SnapshotId, telemetry::catalog::say};
 use futures::StreamExt;
 use std::{
@@ -72,14 +72,7 @@ impl Shown {
 /// Removes what no snapshot refers to: layers of the store, indexes and zTOCs. Only to be called when it is known which snapshots there are, and
 /// all of them are shown.
 pub(super) async fn sweep(lazy: &Arc<LazyMounts>) {
-    let lazy = lazy.clone();
-    let swept = tokio::task::spawn_blocking(move || {
-        let _ = lazy.store.sweep();
-        lazy.indexes.collect(&lazy.ztocs())
-    });
-    match swept.await {
-        Ok(Ok(0)) | Err(_) => {}
-        Ok(Ok(removed)) => tracing::info!(removed, "indexes and zTOCs of images that are gone were removed"),
-        Ok(Err(error)) => tracing::info!(%error, "indexes and zTOCs of images that are gone could not be removed"),
-    }
+    let me = lazy.clone();
+    let _ = tokio::task::spawn_blocking(move || me.store.sweep()).await;
+    collect::collect(lazy).await;
 }

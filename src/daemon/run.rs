@@ -2,6 +2,7 @@
 
 use super::{
     artifacts::Artifacts,
+    collect,
     condition::{Cause, Condition, Identity, Reporter},
     eager, keeping,
     lazy::{self, LazyMounts, LazySettings},
@@ -301,6 +302,15 @@ async fn serve(
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
+    if let Some(mut condemned) = observers.condemnations() {
+        let kernel = session.kernel();
+        tokio::spawn(async move {
+            while let Some(id) = condemned.recv().await {
+                let kernel = kernel.clone();
+                let _ = tokio::task::spawn_blocking(move || kernel.forget_content(id)).await;
+            }
+        });
+    }
     tracing::info!(milliseconds = began.elapsed().as_millis().to_string(), "reads are answered");
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());
@@ -374,6 +384,7 @@ async fn serve(
         let lazy = lazy.clone();
         async move { lazy.find_local_copies().await }
     });
+    tokio::spawn(collect::run(lazy.clone()));
     if !config.background_fetch.disable {
         metrics.background_fetch_enabled();
     }

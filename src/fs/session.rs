@@ -27,7 +27,8 @@ use super::observer::{FailedOp, Failure};
 use super::read::{self, ReadError};
 use super::tree::{Layer, Tree};
 use super::wire::{self, InitParams, Request};
-use crate::layers::toc::Node;
+use crate::layers::toc::{Kind, Node};
+use crate::layout::SnapshotId;
 use crate::telemetry::catalog::say;
 use bytes::Bytes;
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -120,6 +121,24 @@ pub struct Session {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// What the kernel keeps, seen from here.
+#[derive(Clone)]
+pub struct Kernel(Weak<Shared>);
+
+impl Kernel {
+    /// Has it drop the content of all files of a layer, also where it is mapped: the next access is a read. Blocks while files are being read.
+    pub fn forget_content(&self, id: SnapshotId) {
+        let Some(shared) = self.0.upgrade() else { return };
+        let Some(layer) = shared.tree.get(id) else { return };
+        for node in 0..layer.toc.len() {
+            if layer.toc.node(node).is_some_and(|node| node.kind == Kind::Regular) {
+                // Of most it has nothing, and says so.
+                let _ = rustix::io::write(&shared.device, &wire::node_changed_notification(layer.node_id(node)));
+            }
+        }
+    }
+}
+
 struct Shared {
     device: OwnedFd,
     init: InitParams,
@@ -192,6 +211,11 @@ impl Session {
     pub fn root_changed(&self) {
         // Not cached, or not mounted: nothing to drop.
         let _ = rustix::io::write(&self.shared.device, &wire::root_changed_notification());
+    }
+
+    /// A way to have the kernel forget.
+    pub fn kernel(&self) -> Kernel {
+        Kernel(Arc::downgrade(&self.shared))
     }
 
     /// Shows whether the threads live.

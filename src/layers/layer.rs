@@ -16,20 +16,20 @@ use super::{
     source::Source,
     spans::{self, SpanMap},
     toc::Toc,
+    verdict::{Condemned, Verdict},
 };
-use crate::telemetry::catalog::say;
 use crate::{
     fs::ReadError,
-    oci::Digest,
+    oci::{Chain, Digest},
     sync::{Mutex, MutexGuard},
-    ztoc::{Compression, Span, SpanTable},
+    ztoc::{Compression, Limits, Span, SpanTable},
 };
 use bytes::Bytes;
 use std::{
     collections::HashMap,
     ops::{Range, RangeInclusive},
     sync::{
-        Arc, PoisonError, RwLock, Weak,
+        Arc, OnceLock, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -74,7 +74,7 @@ pub struct Shared {
     /// Kibibytes of [`MAX_INFLATING`].
     inflating: Arc<Semaphore>,
     /// Completed layers are read back one at a time: nobody waits for that.
-    completing: Semaphore,
+    pub(super) completing: Semaphore,
     /// Where inflated spans go that memory has no room for.
     spill: Option<Spill>,
 }
@@ -141,12 +141,18 @@ pub struct Layer {
     pub(super) demands: Arc<Semaphore>,
     pub(super) last_span: AtomicU64,
     pub(super) streak: AtomicU64,
-    opened: Instant,
+    pub(super) opened: Instant,
     removed: AtomicBool,
-    /// The whole blob was compared with the layer's digest.
-    judged: AtomicBool,
+    /// What became of comparing the whole layer with its index.
+    pub(super) verdict: OnceLock<Verdict>,
     /// It is being compared, so all of it has to stay. Changed under the map's lock.
-    judging: AtomicBool,
+    pub(super) judging: AtomicBool,
+    /// How often its beginning was fetched again, because of what came of that.
+    pub(super) doubts: AtomicU32,
+    /// What images say of its diff ID. Leaf lock.
+    pub(super) claims: std::sync::Mutex<Vec<Chain>>,
+    pub(super) condemned: Arc<Condemned>,
+    pub(super) limits: Limits,
     shared: Arc<Shared>,
     me: Weak<Layer>,
 }
@@ -202,6 +208,12 @@ pub struct Parts {
     pub ranking: Ranking,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
+    /// What was found out before.
+    pub verdict: Option<Verdict>,
+    pub chain: Option<Chain>,
+    pub condemned: Arc<Condemned>,
+    /// Of its zTOC.
+    pub limits: Limits,
 }
 
 impl Layer {
@@ -231,8 +243,12 @@ impl Layer {
             table: parts.table,
             opened: Instant::now(),
             removed: AtomicBool::new(false),
-            judged: AtomicBool::new(false),
+            verdict: parts.verdict.map_or_else(OnceLock::new, OnceLock::from),
             judging: AtomicBool::new(false),
+            doubts: AtomicU32::new(0),
+            claims: std::sync::Mutex::new(parts.chain.into_iter().collect()),
+            condemned: parts.condemned,
+            limits: parts.limits,
             shared,
             me: me.clone(),
         });
@@ -543,68 +559,12 @@ impl Layer {
         self.removed.load(Ordering::SeqCst)
     }
 
-    /// All spans are here: compares the whole blob with the layer's digest, once, after everything else.
-    fn completed(&self) {
-        let Some(layer) = self.arc() else { return };
-        let shared = self.shared.clone();
-        self.shared.runtime.spawn(async move {
-            let _one = shared.completing.acquire().await;
-            let _ = shared.runtime.spawn_blocking(move || layer.judge()).await;
-        });
-    }
-
-    fn judge(&self) {
-        let is_whole = {
-            let map = self.map();
-            self.judging.store(map.missing() == 0, Ordering::SeqCst);
-            map.missing() == 0
-        };
-        if is_whole && !self.is_removed() && !self.judged.load(Ordering::Relaxed) {
-            self.compare();
+    /// What was inflated of it is not needed again.
+    pub(super) fn forget_inflated(&self) {
+        self.shared.cache.forget(self.number);
+        if let Some(scratch) = self.shared.scratch() {
+            scratch.forget(self.number);
         }
-        self.judging.store(false, Ordering::SeqCst);
-    }
-
-    fn compare(&self) {
-        match self.files.blob_digest(self.table.compressed_size) {
-            Ok(Some(digest)) if digest == self.digest => {
-                tracing::debug!(layer = %self.digest, "layer complete, its digest matches");
-            }
-            Err(error) => {
-                say!(LayerUnreadable, layer = %self.digest, error = %error, "cannot read the completed layer back");
-            }
-            // Completed again when what is discarded here has come again.
-            Ok(_) if self.discard_damaged() > 0 => return,
-            Ok(found) => {
-                let found = found.map_or("a short file".to_owned(), |digest| digest.to_string());
-                say!(
-                    LayerContradictsIndex, layer = %self.digest, found,
-                    "every span of the layer matches its zTOC, but the layer does not match its digest: the SOCI index is wrong; rebuild and push it"
-                );
-                self.shared.observer.layer_contradicts_index(&self.digest);
-            }
-        }
-        self.judged.store(true, Ordering::Relaxed);
-        self.shared.observer.layer_complete(self, self.opened.elapsed());
-    }
-
-    /// Checks the spans that an earlier process has written and nobody has read since; returns how many were damaged.
-    fn discard_damaged(&self) -> usize {
-        let mut damaged = 0;
-        for (span, entry) in self.table.spans.iter().enumerate() {
-            if self.is_checked(span) {
-                continue;
-            }
-            match self.files.is_intact(entry) {
-                Ok(true) => self.set_checked(span, true),
-                Ok(false) | Err(_) => {
-                    say!(SpanDamaged, layer = %self.digest, span, "span on disk is damaged, fetching it again");
-                    self.discard(span);
-                    damaged += 1;
-                }
-            }
-        }
-        damaged
     }
 }
 
@@ -619,9 +579,6 @@ fn share(table: &SpanTable, span: usize) -> u64 {
 impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.scheduler.quota().shrank(self.fetched.load(Ordering::Relaxed));
-        self.shared.cache.forget(self.number);
-        if let Some(scratch) = self.shared.scratch() {
-            scratch.forget(self.number);
-        }
+        self.forget_inflated();
     }
 }

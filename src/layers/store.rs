@@ -6,6 +6,7 @@ use super::{
     Layer, OpenError, Shared, User, Wanted,
     files::{self, LayerFiles},
     layer, toc,
+    verdict::{self, Condemned, Verdict},
 };
 use crate::telemetry::catalog::say;
 use crate::{
@@ -36,12 +37,15 @@ pub struct LayerStore {
     /// Written only by who holds the layer's slot.
     users: Mutex<HashMap<Digest, HashSet<User>>>,
     numbers: AtomicU64,
+    condemned: Arc<Condemned>,
 }
 
 impl LayerStore {
     /// The store below `layout`.
     pub fn new(layout: Layout, shared: Arc<Shared>, limits: Limits) -> LayerStore {
+        let condemned = Arc::new(Condemned::open(layout.condemned()));
         LayerStore {
+            condemned,
             layout,
             shared,
             limits,
@@ -53,6 +57,11 @@ impl LayerStore {
 
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Why `layer` must not be read by way of `ztoc`, if that was found out before.
+    pub fn condemned(&self, layer: &Digest, ztoc: &Digest) -> Option<String> {
+        self.condemned.why(layer, ztoc)
     }
 
     /// A user that is no snapshot yet. It must be released like any other.
@@ -102,6 +111,7 @@ impl LayerStore {
         let mut slot = self.slot(&digest).lock_owned().await;
         if let Some(layer) = slot.upgrade() {
             layer.add_source(wanted.source);
+            layer.claim(wanted.chain);
             self.users().entry(digest).or_default().insert(user);
             return Ok(layer);
         }
@@ -138,6 +148,11 @@ impl LayerStore {
         drop(ztoc);
         files.settle();
         let present = files.present(table.spans.len()).map_err(failed(&directory))?;
+        let ztoc = files.ztoc_digest();
+        let verdict = match self.condemned.why(&wanted.layer, &ztoc) {
+            Some(reason) => Some(Verdict::Contradicts { reason }),
+            None => verdict::proven(&directory, &ztoc).map(|diff_id| Verdict::Genuine { diff_id }),
+        };
         // Upper layers hold what the image is for.
         let ranking = layer::Ranking::Later { interest: if wanted.depth == 0 { 1.0 } else { 3.0 } };
         let parts = layer::Parts {
@@ -149,8 +164,17 @@ impl LayerStore {
             ranking,
             present,
             source: wanted.source.clone(),
+            verdict,
+            chain: wanted.chain,
+            condemned: self.condemned.clone(),
+            limits: self.limits,
         };
-        Ok(Layer::new(parts, self.shared.clone()))
+        let layer = Layer::new(parts, self.shared.clone());
+        if layer.is_complete() {
+            // An earlier process did not get that far.
+            layer.completed();
+        }
+        Ok(layer)
     }
 
     fn create(&self, wanted: &Wanted, directory: &Path) -> Result<LayerFiles, OpenError> {
