@@ -56,7 +56,8 @@ impl Shown {
         for (id, error) in &failed {
             say!(
                 LayerNotRestored,
-                snapshot = id.to_string(), error,
+                snapshot = id.to_string(),
+                error,
                 "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
                  started from it; if that does not help, remove the image and pull it again"
             );

@@ -218,7 +218,8 @@ mod tests {
         theirs.set_nonblocking(true).unwrap();
         let (done, ended) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let filled = (0..100_000).take_while(|_| tell_on(ours.as_fd(), &[NotifyState::Watchdog]) == Told::Taken).count();
+            let filled =
+                (0..100_000).take_while(|_| tell_on(ours.as_fd(), &[NotifyState::Watchdog]) == Told::Taken).count();
             done.send((filled, ours)).unwrap();
         });
         let (filled, ours) = ended.recv_timeout(Duration::from_secs(60)).expect("it never waits");

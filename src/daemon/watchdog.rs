@@ -131,7 +131,8 @@ fn watch<T: Fn() + Send + Sync + 'static>(limit: Duration, runtime: &Handle, pul
             let sign = worker(metrics.worker_park_unpark_count(number), metrics.worker_total_busy_duration(number));
             (format!("worker {number} of the runtime"), sign)
         });
-        let signs: Vec<(String, Sign)> = threads.chain(workers).chain([("the runtime".to_owned(), probe.sign())]).collect();
+        let signs: Vec<(String, Sign)> =
+            threads.chain(workers).chain([("the runtime".to_owned(), probe.sign())]).collect();
         // Where this thread had to wait, too, the whole process was stopped, or the machine is overloaded: nobody is to blame for that.
         let passed = looked.elapsed().min(pause * 2);
         looked = Instant::now();
@@ -217,7 +218,8 @@ mod tests {
             }
         });
         let metrics = runtime.metrics();
-        let signs = || (0..3).map(|n| worker(metrics.worker_park_unpark_count(n), metrics.worker_total_busy_duration(n)));
+        let signs =
+            || (0..3).map(|n| worker(metrics.worker_park_unpark_count(n), metrics.worker_total_busy_duration(n)));
         // Until it has begun to block.
         std::thread::sleep(Duration::from_millis(500));
         let mut still: Vec<(usize, Sign)> = signs().enumerate().filter(|(_, sign)| *sign != Sign::Idle).collect();

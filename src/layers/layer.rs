@@ -173,9 +173,13 @@ pub enum Ranking {
     Known(Vec<Ranked>),
     /// The paths of all files, by [`prior::rank`], which takes longer than the rest of opening a layer: reads do not need it, so it is done when
     /// the background asks first.
-    Later { interest: f32 },
+    Later {
+        interest: f32,
+    },
     /// That is under way.
-    Begun { interest: f32 },
+    Begun {
+        interest: f32,
+    },
 }
 
 impl Order {

@@ -58,7 +58,8 @@ fn privileged_after_a_crash_reads_are_answered_before_anything_else_is_done() {
     image.prepare_all(&Client::connect(&site.socket()));
     let top = LAYERS - 1;
     let lazy = site.layout().lazy();
-    let place = names(&lazy).into_iter().map(|id| lazy.join(id).join(format!("data/{top}"))).find(|p| p.exists()).unwrap();
+    let place =
+        names(&lazy).into_iter().map(|id| lazy.join(id).join(format!("data/{top}"))).find(|p| p.exists()).unwrap();
     assert!(std::fs::read(&place).unwrap() == content(top));
     let direct = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(&place).unwrap();
     let mut took: Vec<Duration> = Vec::new();

@@ -140,7 +140,8 @@ impl Containerd {
     pub fn leases(&self) -> Vec<String> {
         let of = |namespace: &str| {
             let leases = attempt(self.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
-            let lines: Vec<String> = text(&leases.stdout).lines().map(|id| format!("lease {id} of {namespace}")).collect();
+            let lines: Vec<String> =
+                text(&leases.stdout).lines().map(|id| format!("lease {id} of {namespace}")).collect();
             lines
         };
         NAMESPACES.into_iter().flat_map(of).collect()

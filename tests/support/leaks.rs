@@ -113,7 +113,8 @@ const CONTAINERDS: (&str, usize) = ("socket:[]", 4);
 
 /// What a process has open.
 pub fn descriptors(pid: u32) -> Descriptors {
-    let tables = ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
+    let tables =
+        ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
     // Of proc_pid_net(5)'s lines, word 3 is the state (1: established), word 9 the inode.
     let established = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();

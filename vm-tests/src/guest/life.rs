@@ -54,7 +54,9 @@ pub fn a_worker_that_stands_still(goes_on: &dyn Fn(&str) -> Outcome) -> Outcome 
 pub fn logins_of_both(goes_on: &dyn Fn(&str) -> Outcome) -> Outcome {
     let config = "/etc/soci-snapshotter-grpc/config.toml";
     let before = fs::read_to_string(config).map_err(|error| error.to_string())?;
-    shell(&format!("sed -i '/^\\[cri_keychain\\]/,/^\\[/ s/^enable_keychain = false/enable_keychain = true/' {config}"))?;
+    shell(&format!(
+        "sed -i '/^\\[cri_keychain\\]/,/^\\[/ s/^enable_keychain = false/enable_keychain = true/' {config}"
+    ))?;
     restarted()?;
     write("/run/cri.py", CRI_PULL)?;
     let asked = run("python3", &["/run/cri.py", &format!("{RUNTIME}/soci-snapshotter-grpc.sock")])?;

@@ -3,8 +3,7 @@
 use super::{
     Next, Step,
     confined::{self, Watch},
-    life,
-    probe, readme,
+    life, probe, readme,
     tools::{
         CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
         main_pid, processes, property, replaced, run, shell, status, text, within,
