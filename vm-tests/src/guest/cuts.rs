@@ -6,8 +6,8 @@
 use super::{
     end, storm,
     tools::{
-        CUSTODIAN, DAEMON, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell, text,
-        within,
+        CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell,
+        text, within,
     },
 };
 use crate::{Outcome, ensure};
@@ -22,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+const GUEST: Guest = Guest;
 const CTR: &str = "/vm/bin/ctr";
 const SOCKET: &str = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock";
 const ACTS: &str = "/vm/acts";
@@ -32,7 +33,7 @@ const PULLED: &str = "pulled";
 const STEADY: &str = "last";
 const IMAGES: [&str; 4] = [LAZY[0], LAZY[1], PULLED, STEADY];
 /// Where the host looks for the moment from which it may cut.
-pub const WORKING: &str = "vm-test: working";
+pub const WORKING: &str = "working until the power is cut";
 /// On the kernel's command line: the last boot, after which nothing is cut.
 pub const LAST: &str = "vm.last";
 
@@ -107,6 +108,7 @@ pub fn main() -> ExitCode {
 fn boot(last: bool) -> Outcome<String> {
     let mut counts = Counts::read();
     let acts = Acts::open()?;
+    GUEST.say(if last { "the last boot" } else { "a boot" });
     if Acts::promised().contains("installed") {
         look(&acts, &mut counts)?;
     } else {
@@ -148,6 +150,7 @@ fn install() -> Outcome {
     registry()?;
     answers()?;
     for image in IMAGES {
+        GUEST.say(&format!("what {image} contains"));
         pull("overlayfs", image)?;
         fs::write(expectation(image), list("overlayfs", image)?).map_err(|error| error.to_string())?;
         run(CTR, &["images", "rm", "--sync", &reference(image)])?;
@@ -231,6 +234,7 @@ fn look(acts: &Acts, counts: &mut Counts) -> Outcome {
         ensure!(property(unit, "NRestarts") == "0", "{unit} had to be restarted: {}", journal(unit, &["-n", "30"])?);
     }
     answers()?;
+    GUEST.say("looking around");
     let promised = Acts::promised();
     // What was pulled whole is read without a registry.
     if promised.contains(PULLED) {
@@ -345,7 +349,7 @@ fn work(acts: &Acts) -> Outcome<String> {
     }
     pull("soci", STEADY)?;
     acts.say(&format!("has {STEADY}"))?;
-    let _ = fs::write("/dev/console", format!("{WORKING}\r\n"));
+    GUEST.say(WORKING);
     let failed = Mutex::new(None);
     let fail = |error: String| {
         failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
