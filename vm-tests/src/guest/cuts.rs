@@ -275,17 +275,19 @@ fn both_know_the_same(acts: &Acts, counts: &mut Counts) -> Outcome {
     shell(&format!("{CTR} leases ls -q | xargs -r {CTR} leases rm"))?;
     acts.say(&format!("loses {}", LAZY[0]))?;
     run(CTR, &["images", "rm", "--sync", &reference(LAZY[0])])?;
-    // containerd's keys are the last part of ours.
+    // What containerd prepares has its key as the last part of the name.
     let theirs = run(CTR, &["snapshots", "--snapshotter", "soci", "ls"])?;
     let theirs: BTreeSet<&str> = theirs.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
     let last = std::cell::RefCell::new(String::new());
     let agree = within(PATIENCE, "containerd and the daemon know the same snapshots", || {
-        let ours = run(CTR, &["--address", SOCKET, "snapshots", "--snapshotter", "soci", "ls"]).ok()?;
-        let ours: BTreeSet<String> = ours
-            .lines()
-            .skip(1)
-            .filter_map(|line| line.split_whitespace().next()?.splitn(3, '/').nth(2).map(str::to_owned))
-            .collect();
+        let ours = run(CTR, &["--address", SOCKET, "snapshots", "--snapshotter", "soci", "ls"]);
+        let ours = ours.map_err(|error| *last.borrow_mut() = error).ok()?;
+        let key = |line: &str| {
+            let name = line.split_whitespace().next()?;
+            // Layers that we bring are named by their chain alone.
+            Some(name.splitn(3, '/').nth(2).unwrap_or(name).to_owned())
+        };
+        let ours: BTreeSet<String> = ours.lines().skip(1).filter_map(key).collect();
         let differs: Vec<String> = ours
             .iter()
             .filter(|key| !theirs.contains(key.as_str()))

@@ -166,6 +166,11 @@ impl Disk {
         format!("file=nbd+unix:///?socket={},if=virtio,format=raw,cache=writeback", self.socket.display())
     }
 
+    /// Sectors that a cut at this moment could lose.
+    pub fn unflushed(&self) -> usize {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).cache.len()
+    }
+
     /// After the machine was killed.
     pub fn cut(&self) -> Outcome<Lost> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).cut().map_err(|error| error.to_string())
