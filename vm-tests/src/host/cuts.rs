@@ -113,7 +113,9 @@ fn series(count: u64, seed: u64) -> Outcome<(String, String)> {
         cuts += 1;
         early += u64::from(impatient);
         let (when, flushed) = (boot.elapsed().as_secs(), lost.unflushed / 2);
-        eprintln!("cut {cuts} of {count}, {when} s after the machine was switched on; not flushed so far: {flushed} KiB");
+        eprintln!(
+            "cut {cuts} of {count}, {when} s after the machine was switched on; not flushed so far: {flushed} KiB"
+        );
     };
     root.settle()?;
     data.settle()?;

@@ -153,7 +153,11 @@ impl Disk {
                 match serve(&connection, &served) {
                     Ok(Ended::Closed) => {}
                     Ok(Ended::Told) => return,
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                    Err(error)
+                        if matches!(
+                            error.kind(),
+                            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                        ) => {}
                     Err(error) => eprintln!("the disk's connection: {error}"),
                 }
             }
