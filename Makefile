@@ -1,7 +1,7 @@
 # make setup   what a fresh Debian 12 machine lacks (root)
 # make demo    a real image, eagerly and lazily, side by side
 # make test    everything that must hold
-# make storm   thousands of faults and kills under load: an hour
+# make storm   thousands of faults and kills under load: an hour; ARGS="kills" for one part, SCALE=5 for five percent
 # make bench   ours beside containerd and Docker; ARGS="images=redis,numpy engines=ctd2,ours n=1" for a part of it
 # make lint    formatting, clippy, licences
 # make build   the four programs, optimised
@@ -31,11 +31,9 @@ demo: setup
 test: setup
 	$(CARGO) test
 
-# Each prints one line that begins with its name.
+# Each part prints one line that begins with its name; the script says which there are.
 storm: setup
-	SOCI_FAULTS=10000 $(CARGO) test --test it -- --nocapture daemon::faults::privileged_random_faults
-	SOCI_CRASH_SEEDS=11,12,13,14,15,16 SOCI_MODEL_SEEDS=$$(seq -s, 100 140) SOCI_EXPLORE=50 $(CARGO) test --lib --test it -- --nocapture crash:: model:: shuttle 2>&1 | grep -E '^(killed at|seed|test )'
-	@$(CARGO) run --quiet --package vm-tests -- storm $(ARGS)
+	@CARGO="$(CARGO)" tests/storm/run.sh $(ARGS)
 
 bench: setup
 	$(CARGO) test --release --test bench -- $(ARGS)

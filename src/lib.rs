@@ -43,7 +43,8 @@
 //! 1. **One FUSE mount for all layers.** Preparing a layer needs no mount call and no privilege; one descriptor is to be kept alive.
 //!    `snapshots/<id>/fs` of a lazy layer is a symlink into it, so mount options stay those of the Go snapshotter.
 //! 2. **Every start is a resume.** `soci-mount` holds the descriptor; the daemon rebuilds its state from local files without the
-//!    network and goes on serving the same kernel connection. Requests that the dead one had taken come again from the kernel (Linux 6.9), or
+//!    network and goes on serving the same kernel connection. Reads come first: what has a record beside its snapshot is shown before the snapshot
+//!    database is opened, which syncs the disk, and before anything else is done (`daemon::recovery`). Requests that the dead one had taken come again from the kernel (Linux 6.9), or
 //!    out of a journal that they were read into (`fs::journal`, a memfd that goes wherever the descriptor goes). Inode numbers are a pure function of (snapshot id, position in the
 //!    table of contents), and snapshot ids are never reused.
 //! 3. **Our own FUSE session instead of fuser's.** The design first said fuser. Its session answers `FUSE_INTERRUPT` with `ENOSYS` (and

@@ -10,6 +10,8 @@ mod faults;
 mod lazy;
 #[path = "daemon/reload.rs"]
 mod reload;
+#[path = "daemon/restart.rs"]
+mod restart;
 #[path = "daemon/startup.rs"]
 mod startup;
 

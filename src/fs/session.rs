@@ -37,8 +37,8 @@ use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -50,8 +50,6 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
 /// How often a thread that has nothing to do shows that it lives.
 const BEAT: Duration = Duration::from_secs(2);
-/// A thread that was not seen for so long is stuck: none of them waits for a disk or a network.
-const STUCK: Duration = Duration::from_secs(10);
 /// Between two looks whether the journal has room again.
 const ROOM_INTERVAL: Duration = Duration::from_millis(5);
 /// How long an interrupt for a request nobody knows may be early, where nothing is known of what a dead process read.
@@ -89,35 +87,31 @@ pub struct Drained {
     pub unanswered: usize,
 }
 
-/// When each thread was last seen.
+/// How often each thread was seen. One that has nothing to do shows itself every [`BEAT`]; none of them waits for a network.
 #[derive(Debug, Clone)]
 pub struct Pulse(Arc<[Beat]>);
 
 #[derive(Debug)]
 struct Beat {
     thread: String,
-    seen: Mutex<Instant>,
+    seen: AtomicU64,
 }
 
 impl Beat {
     fn now(&self) {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    fn silent(&self) -> Duration {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        self.seen.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 impl Pulse {
     fn new(threads: usize) -> Pulse {
-        let beat = |number| Beat { thread: format!("fuse-{number}"), seen: Mutex::new(Instant::now()) };
+        let beat = |number| Beat { thread: format!("fuse-{number}"), seen: AtomicU64::new(0) };
         Pulse((0..threads).map(beat).collect())
     }
 
-    /// A thread that is stuck, and for how long.
-    pub fn stuck(&self) -> Option<(&str, Duration)> {
-        self.0.iter().map(|beat| (&*beat.thread, beat.silent())).find(|(_, silent)| *silent > STUCK)
+    /// Each thread's name, and a number that changes as long as it lives.
+    pub fn beats(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.0.iter().map(|beat| (&*beat.thread, beat.seen.load(Ordering::Relaxed)))
     }
 }
 

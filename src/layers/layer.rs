@@ -9,7 +9,7 @@ use super::{
     cache::InflatedCache,
     files::LayerFiles,
     large::Placings,
-    prior::Ranked,
+    prior::{self, Ranked},
     receive::Partial,
     scheduler::Scheduler,
     scratch::Scratch,
@@ -159,11 +159,47 @@ pub struct Layer {
 
 /// The streaming order and how far it was followed.
 struct Order {
+    ranking: Ranking,
     ranked: Vec<Ranked>,
     /// Everything before is present or taken; moved back when a span is lost.
     cursor: usize,
     /// Value of each span, by span.
     values: Vec<f32>,
+}
+
+/// What the streaming order is made of.
+#[derive(Debug)]
+pub enum Ranking {
+    Known(Vec<Ranked>),
+    /// The paths of all files, by [`prior::rank`], which takes longer than the rest of opening a layer: reads do not need it, so it is done when
+    /// the background asks first.
+    Later {
+        interest: f32,
+    },
+    /// That is under way.
+    Begun {
+        interest: f32,
+    },
+}
+
+impl Order {
+    fn new(ranking: Ranking, spans: usize) -> Order {
+        let mut order = Order { ranking, ranked: Vec::new(), cursor: 0, values: vec![0.0; spans] };
+        if let Ranking::Known(ranked) = &mut order.ranking {
+            let ranked = std::mem::take(ranked);
+            order.fill(ranked);
+        }
+        order
+    }
+
+    fn fill(&mut self, ranked: Vec<Ranked>) {
+        for rank in &ranked {
+            if let Some(value) = self.values.get_mut(rank.span) {
+                *value = rank.value;
+            }
+        }
+        (self.ranking, self.ranked, self.cursor) = (Ranking::Known(Vec::new()), ranked, 0);
+    }
 }
 
 /// The parts of a [`Layer`].
@@ -173,7 +209,7 @@ pub struct Parts {
     pub table: SpanTable,
     pub toc: Arc<Toc>,
     pub files: LayerFiles,
-    pub ranked: Vec<Ranked>,
+    pub ranking: Ranking,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
     /// What was found out before.
@@ -188,13 +224,6 @@ impl Layer {
     /// A layer from its parts.
     pub fn new(parts: Parts, shared: Arc<Shared>) -> Arc<Layer> {
         let count = parts.table.spans.len();
-        let mut values = vec![0.0; count];
-        let ranked = parts.ranked;
-        for rank in &ranked {
-            if let Some(value) = values.get_mut(rank.span) {
-                *value = rank.value;
-            }
-        }
         let fetched = parts.present.iter().map(|&span| share(&parts.table, span)).sum::<u64>();
         let layer = Arc::new_cyclic(|me| Layer {
             number: parts.number,
@@ -205,7 +234,7 @@ impl Layer {
             checked: (0..count).map(|_| AtomicBool::new(false)).collect(),
             checking: Arc::default(),
             sources: RwLock::new(vec![parts.source]),
-            order: Mutex::new(Order { ranked, cursor: 0, values }),
+            order: Mutex::new(Order::new(parts.ranking, count)),
             fetched: AtomicU64::new(fetched),
             read_at: (0..count).map(|_| AtomicU32::new(0)).collect(),
             held: Mutex::default(),
@@ -240,9 +269,33 @@ impl Layer {
         }
     }
 
-    /// The value of each span.
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The value of each span. May take a while.
     pub(super) fn values(&self) -> Vec<f32> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).values.clone()
+        self.rank();
+        self.order().values.clone()
+    }
+
+    /// Works the streaming order out, if that has not been done.
+    fn rank(&self) {
+        let interest = match self.order().ranking {
+            Ranking::Later { interest } | Ranking::Begun { interest } => interest,
+            Ranking::Known(_) => return,
+        };
+        let ranked = prior::rank(&self.table, &self.toc, interest);
+        self.order().fill(ranked);
+    }
+
+    /// Has it worked out by somebody else.
+    fn rank_soon(&self) {
+        let Some(layer) = self.arc() else { return };
+        self.shared.runtime.spawn_blocking(move || {
+            layer.rank();
+            layer.shared.scheduler.wake();
+        });
     }
 
     pub(super) fn is_being_judged(&self) -> bool {
@@ -321,7 +374,17 @@ impl Layer {
         if self.is_removed() {
             return None;
         }
-        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut order = self.order();
+        match order.ranking {
+            Ranking::Later { interest } => {
+                order.ranking = Ranking::Begun { interest };
+                drop(order);
+                self.rank_soon();
+                return None;
+            }
+            Ranking::Begun { .. } => return None,
+            Ranking::Known(_) => {}
+        }
         let map = self.map();
         while let Some(&Ranked { span, value }) = order.ranked.get(order.cursor) {
             if map.get(span) == spans::Span::Absent {
@@ -337,7 +400,7 @@ impl Layer {
         if self.is_removed() {
             return None;
         }
-        let order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = self.order();
         let least = order.values.get(first).copied().unwrap_or(0.0) / 2.0;
         let values = &order.values;
         let mut bytes = self.span_bytes(first);
@@ -440,7 +503,7 @@ impl Layer {
     }
 
     pub(super) fn rewind(&self) {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).cursor = 0;
+        self.order().cursor = 0;
     }
 
     /// `span` on disk is not what it should be.

@@ -5,14 +5,14 @@
 use super::{
     Layer, OpenError, Shared, User, Wanted,
     files::{self, LayerFiles},
-    layer, prior, toc,
+    layer, toc,
     verdict::{self, Condemned, Verdict},
 };
 use crate::telemetry::catalog::say;
 use crate::{
     layout::Layout,
     oci::Digest,
-    ztoc::{Limits, SpanTable, Ztoc},
+    ztoc::{Limits, Ztoc},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -154,14 +154,14 @@ impl LayerStore {
             None => verdict::proven(&directory, &ztoc).map(|diff_id| Verdict::Genuine { diff_id }),
         };
         // Upper layers hold what the image is for.
-        let ranked = rank(&table, &toc, if wanted.depth == 0 { 1.0 } else { 3.0 });
+        let ranking = layer::Ranking::Later { interest: if wanted.depth == 0 { 1.0 } else { 3.0 } };
         let parts = layer::Parts {
             number: self.numbers.fetch_add(1, Ordering::Relaxed),
             digest: wanted.layer,
             table,
             toc: Arc::new(toc),
             files,
-            ranked,
+            ranking,
             present,
             source: wanted.source.clone(),
             verdict,
@@ -323,25 +323,4 @@ fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
-}
-
-fn rank(table: &SpanTable, toc: &toc::Toc, interest: f32) -> Vec<prior::Ranked> {
-    let ends: Vec<u64> = table.spans.iter().map(|s| s.uncompressed.end).collect();
-    let mut value = prior::Values::new(&ends);
-    // Files of a directory are neighbours in the table, so its path is put together once.
-    let (mut directory, mut path) = (None, Vec::new());
-    for file in toc.files() {
-        if directory != Some(file.parent) {
-            directory = Some(file.parent);
-            path = toc.path(file.parent);
-            if !path.is_empty() {
-                path.push(b'/');
-            }
-        }
-        let length = path.len();
-        path.extend_from_slice(file.name);
-        value.add(prior::File { path: &path, mode: file.mode & 0o7777, offset: file.offset, size: file.size });
-        path.truncate(length);
-    }
-    value.order(interest)
 }

@@ -74,6 +74,32 @@ async fn a_layer_that_is_what_its_index_says_is_examined_once() {
     }
 }
 
+/// What Go has indexed is in use on nodes: a wrong accusation would end containers.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_layer_that_go_has_indexed_is_accused() {
+    let (layers, cases) = crate::formats::golden();
+    let mut judged_ones = 0;
+    for case in cases.iter().filter(|case| case["build_error"].as_str().unwrap_or_default().is_empty()) {
+        let (name, span_size) = (case["layer"].as_str().unwrap(), case["span_size"].as_u64().unwrap());
+        let blob = layers[name].clone();
+        let (tar, compression) = match case["compression"].as_str().unwrap() {
+            "gzip" => (crate::formats::gunzip(&blob), Compression::Gzip),
+            _ => (blob.clone(), Compression::Uncompressed),
+        };
+        let image = Image::of(tar, blob, compression, span_size);
+        if image.spans.is_empty() {
+            continue;
+        }
+        let directory = tempdir().unwrap();
+        let lab = Lab::at(directory.path(), streaming());
+        let layer = lab.open(&image, Script::good(&image)).await;
+        judged(&lab).await;
+        assert_eq!(diff_id(&layer), Digest::of(&image.tar), "{name} {span_size}");
+        judged_ones += 1;
+    }
+    assert!(judged_ones >= 15, "{judged_ones}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_image_says_of_the_diff_id_does_not_change_what_is_found() {
     let image = Image::gzip(81, 50_000);
