@@ -38,7 +38,7 @@ it() { "$CARGO" test --test it -- --nocapture "$@"; }
 export -f it
 export CARGO
 
-$CARGO build --quiet --workspace --bins && $CARGO test --quiet --no-run --lib --test it || exit 1
+$CARGO test --quiet --no-run --lib --test it || exit 1
 for part in $parts; do
     case $part in
     faults)
