@@ -7,7 +7,8 @@
 # make build   the four programs, optimised
 # make rpm     packages for Amazon Linux 2 and 2023, x86_64 and aarch64 (target/rpm/RPMS); ARCHES=x86_64 for a part of them
 # make srpm    their sources, complete (target/rpm/SRPMS)
-# make dist    the same as tars with checksums (target/dist)
+# make rebuild the sources built again, for this machine and without a network
+# make dist    static programs in tars, with checksums (target/dist)
 # make vm-test the packages in booted systems: install, use, upgrade, reboot, remove; ARGS="nspawn" or "qemu" for one kind
 
 # A test that fails fails the recipe, whatever reads what it says.
@@ -17,7 +18,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: build setup demo test storm bench lint rpm srpm dist vm-test
+.PHONY: build setup demo test storm bench lint rpm srpm rebuild dist vm-test
 
 build:
 	$(CARGO) build --release --bins
@@ -43,7 +44,7 @@ lint:
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) test --test it licences
 
-rpm srpm dist:
+rpm srpm rebuild dist:
 	@packaging/build.sh $@
 
 vm-test: setup

@@ -413,7 +413,7 @@ fn containers(acts: &Acts, round: usize) -> Outcome {
     let name = format!("c{}-{round}", &boot[..8.min(boot.len())]);
     run(CTR, &["containers", "create", "--snapshotter", "soci", &reference(STEADY), &name, "/bin/cat", "/hello"])?;
     acts.say(&format!("has container {name}"))?;
-    if round % 3 > 0 {
+    if !round.is_multiple_of(3) {
         acts.say(&format!("loses container {name}"))?;
         run(CTR, &["containers", "rm", &name])?;
     }
