@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the programs, units and manuals beside this script, for those who have no rpm. They need glibc 2.26 and nothing else.
+# Installs the programs, units and manuals beside this script, for those who have no rpm. They are static: any libc will do.
 #
 #   install.sh               here; what runs already is restarted, and running containers notice nothing
 #   install.sh DIRECTORY     below another root, for an image

@@ -5,7 +5,8 @@
 //!   artifacts.db                  what the soci tool made here (bbolt, shared with the Go CLI)
 //!   content/                      OCI layout: SOCI indexes and zTOCs as fetched
 //!   checkpoints/<hex>             where inflating a pulled layer can begin: a zinfo
-//!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans
+//!   layers/sha256/<hex>/          one lazily loaded layer: ztoc toc blob spans verdict
+//!   layers/condemned/<hex>-<hex>  layer and zTOC of which the one is not what the other says
 //!   snapshotter/metadata.redb     snapshot records
 //!   snapshotter/metadata.db       those of a Go snapshotter that was here before (bbolt); read once, kept
 //!   snapshotter/lazy/             the one FUSE mount; <id>/ is the layer of snapshot <id>
@@ -85,6 +86,10 @@ impl Layout {
     /// Directory of one lazily loaded layer.
     pub fn layer(&self, layer: &Digest) -> PathBuf {
         self.layers().join(layer.hex())
+    }
+    /// What is known of zTOCs that are wrong about their layers.
+    pub fn condemned(&self) -> PathBuf {
+        self.root.join("layers/condemned")
     }
     /// Checkpoints of pulled layers, by digest.
     pub fn checkpoints(&self) -> PathBuf {

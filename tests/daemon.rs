@@ -1,5 +1,7 @@
 //! The daemon as it really runs: the built programs, started as root, told to stop, killed, and started again.
 
+#[path = "daemon/connections.rs"]
+mod connections;
 #[path = "daemon/degraded.rs"]
 mod degraded;
 #[path = "daemon/faults.rs"]
@@ -8,6 +10,8 @@ mod faults;
 mod lazy;
 #[path = "daemon/reload.rs"]
 mod reload;
+#[path = "daemon/restart.rs"]
+mod restart;
 #[path = "daemon/startup.rs"]
 mod startup;
 

@@ -55,7 +55,7 @@ fn privileged_a_lazy_image_equals_the_unpacked_one_file_by_file() {
     assert_eq!(tree::differences(&theirs, &ours, &free), Vec::<String>::new());
 
     node.containerd.remove_image(&reference);
-    assert_eq!(node.containerd.snapshots("soci"), Vec::<String>::new());
+    node.nothing_is_left();
 }
 
 #[test]
@@ -86,6 +86,7 @@ fn privileged_the_labels_of_ctr_remote_and_nerdctl_make_layers_lazy() {
             assert_eq!(node.daemon.layers(), all_lazy(layers * (turn + 1)), "{version:?} {labels:?}");
             node.sums(&reference).unwrap();
             node.containerd.remove_image(&reference);
+            node.nothing_is_left();
         }
     }
 }
@@ -249,6 +250,8 @@ fn privileged_a_container_reads_on_while_the_daemon_is_killed_and_restarted() {
     }
     assert!(container.wait().unwrap().success());
     assert_eq!(std::fs::read_to_string(log).unwrap(), "READY\n1\nDONE\n");
+    node.containerd.remove_image(&reference);
+    node.nothing_is_left();
 }
 
 #[test]
@@ -390,6 +393,10 @@ fn privileged_a_container_in_a_user_namespace_sees_its_own_owners_on_every_kind_
         while std::fs::read_dir(&snapshots).unwrap().next().is_some() {
             assert!(Instant::now() < deadline, "mapped layers are swept");
             std::thread::sleep(Duration::from_millis(100));
+        }
+        if settings.is_empty() {
+            // (A layer that was pulled instead of being made lazy has been opened ahead, and is kept for a while.)
+            node.nothing_is_left();
         }
     }
 }

@@ -53,7 +53,7 @@ fn gzip(data: &[u8], level: u32) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-fn gunzip(layer: &[u8]) -> Vec<u8> {
+pub fn gunzip(layer: &[u8]) -> Vec<u8> {
     let mut data = Vec::new();
     MultiGzDecoder::new(layer).read_to_end(&mut data).unwrap();
     data
@@ -151,7 +151,7 @@ fn check_agreement(layer: &[u8], built: &Built, tar: &[u8], ranges: &[(u64, u64)
 // ---- the Go builder as the oracle ----------------------------------------------------------------------------------
 
 /// Layers by name, and the manifest. Two of the layers are stored as differences to a third (they hold the same data).
-fn golden() -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
+pub fn golden() -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
     let mut archive = Vec::new();
     GzDecoder::new(&include_bytes!("data/golden-ztoc.tar.gz")[..]).read_to_end(&mut archive).unwrap();
     let mut files: BTreeMap<String, Vec<u8>> =

@@ -40,7 +40,8 @@ fn sources() -> Vec<(String, String)> {
         .filter(is_code)
         .map(|path| {
             let text = fs::read_to_string(&path).unwrap();
-            let code = text.split("#[cfg(test)]").next().unwrap_or_default().to_owned();
+            // Tests stand last.
+            let code = text.rsplit_once("#[cfg(test)]").map_or(text.as_str(), |(code, _)| code).to_owned();
             (path.strip_prefix(&root).unwrap().display().to_string(), code)
         })
         .collect()

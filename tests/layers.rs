@@ -8,3 +8,4 @@ mod large;
 mod quota;
 mod reads;
 mod store;
+mod verdict;

@@ -13,6 +13,7 @@ mod formats;
 mod fs;
 mod fuzz;
 mod grpc;
+mod incident;
 mod index;
 mod journal;
 mod keychain_cluster;

@@ -53,3 +53,23 @@ fn a_program_for_a_newer_glibc_is_refused() {
     let refused = check("2.3");
     assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("newer than 2.3"));
 }
+
+#[test]
+fn a_program_that_needs_a_loader_is_no_part_of_the_tar() {
+    let directory = tempfile::tempdir().unwrap();
+    let check = |path: &Path| {
+        let done = script("check-static.sh").arg(path).output().unwrap();
+        (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    let source = directory.path().join("nothing.c");
+    std::fs::write(&source, "int main(void) { return 0; }").unwrap();
+    for (flag, good, said) in [("-static", true, ""), ("-static-pie", true, ""), ("-pie", false, "interpreter")] {
+        let program = directory.path().join("nothing");
+        let made = Command::new("cc").arg(flag).arg("-o").arg(&program).arg(&source).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let (found, why) = check(&program);
+        assert!(found == good && why.contains(said), "{flag}: {why}");
+    }
+    let (good, said) = check(&source);
+    assert!(!good && said.contains("is no program"), "{said}");
+}

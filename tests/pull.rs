@@ -64,7 +64,7 @@ fn directories(node: &Node) -> usize {
 
 /// What is left of a node that has pulled and removed everything: nothing.
 fn nothing_is_left(node: &Node) {
-    eventually("snapshot directories are gone", || directories(node) == 0);
+    node.nothing_is_left();
     eventually("workers are gone", || {
         node.daemon.pids().iter().filter(|(name, _)| name.contains("custodian")).count() <= 2
     });

@@ -216,7 +216,7 @@ fn storm(way: Way) {
     };
     node.daemon.restart();
     let lasted = started.elapsed();
-    let (mut reads, mut rounds, mut worst) = (0, 0, 0f64);
+    let (mut reads, mut rounds, mut worst, mut p99, mut waited) = (0, 0, 0f64, 0f64, 0f64);
     for worker in &mut workers {
         let (lines, done) = worker.finish(&node);
         for line in lines {
@@ -224,29 +224,36 @@ fn storm(way: Way) {
         }
         reads += done["reads"].as_u64().unwrap();
         rounds += done["rounds"].as_u64().unwrap();
-        worst = worst.max(done["worst"].as_f64().unwrap());
+        let most = |so_far: f64, what: &str| so_far.max(done[what].as_f64().unwrap());
+        (worst, p99, waited) = (most(worst, "worst"), most(p99, "p99"), most(waited, "waited"));
     }
-    let resumed: u64 = node
-        .daemon
-        .log()
-        .lines()
-        .filter(|line| line.contains("took over the requests"))
-        .map(|line| serde_json::from_str::<Value>(line).unwrap()["requests"].as_str().unwrap().parse::<u64>().unwrap())
-        .sum();
+    let log = node.daemon.log();
+    let numbers = |words: &str, field: &str| -> Vec<u64> {
+        let lines = log.lines().filter(|line| line.contains(words));
+        let number = |line| serde_json::from_str::<Value>(line).unwrap()[field].as_str().unwrap().parse().unwrap();
+        lines.map(number).collect()
+    };
+    let resumed: u64 = numbers("took over the requests", "requests").iter().sum();
+    let mut starts = numbers("reads are answered", "milliseconds");
+    starts.sort();
     let Counts { crashes, restarts, upgrades } = counts;
     let how = if way == Way::Resend { "repeated by the kernel" } else { "written down by us" };
     // Past the test harness, which keeps what it captures to itself.
     let _ = writeln!(
         std::io::stderr(),
         "storm, requests {how}: {kills} kills in {:.0} s ({crashes} SIGKILL, {restarts} restarts, {upgrades} upgrades), {rounds} rounds, {reads} reads, \
-         0 errors, worst stall {worst:.2} s, {resumed} reads resumed (seed {seed})",
-        lasted.as_secs_f64()
+         0 errors, worst stall {worst:.2} s, p99 {:.1} ms, {resumed} reads resumed; a start answered after {} ms (median), {} ms (worst); the machine \
+         kept programs waiting for up to {waited:.2} s (seed {seed})",
+        lasted.as_secs_f64(),
+        p99 * 1000.0,
+        starts[starts.len() / 2],
+        starts[starts.len() - 1]
     );
     assert!(worst < STALL, "a read stalled for {worst} s, seed {seed}");
     assert!(resumed > 0 && rounds > MODES.len() as u64, "nothing was in the way of the kills");
     let images = node.containerd.ctr().args(["images", "ls", "-q"]).output().unwrap();
     text(&images.stdout).lines().for_each(|image| node.containerd.remove_image(image));
-    assert_eq!(node.containerd.snapshots("soci"), Vec::<String>::new());
+    node.nothing_is_left();
 }
 
 /// Kills the daemon, again and again.

@@ -209,7 +209,15 @@ fn text(explanation: &Explanation) -> String {
                 let _ = writeln!(out, "  on this node: {}, {}: {}{at}", here.mode.name(), here.reason, here.why);
                 if let Some(lazy) = &here.lazy {
                     let (fetched, size) = (output::bytes(lazy.fetched), output::bytes(lazy.size));
-                    let _ = writeln!(out, "                {fetched} of {size} here ({}%)", lazy.fetched_percent);
+                    let verified = if lazy.verified { ", verified as a whole" } else { "" };
+                    let _ =
+                        writeln!(out, "                {fetched} of {size} here ({}%){verified}", lazy.fetched_percent);
+                    if let Some(why) = &lazy.condemned {
+                        let _ = writeln!(
+                            out,
+                            "                INDEX IS WRONG: {why}\n                Its files cannot be read and no container can be started from it. Remove the image and pull it again:\n                the layer will be pulled as a whole. Find out who made the index."
+                        );
+                    }
                 }
             }
             (None, None) => out.push_str("  on this node: nothing is known of it; it was not pulled since the daemon started, or came with another image\n"),

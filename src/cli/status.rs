@@ -101,6 +101,9 @@ pub fn line(layer: &Layer) -> String {
     let mut text = format!("{digest:19}  {:10}", layer.mode.name());
     if let Some(lazy) = &layer.lazy {
         let _ = write!(text, "  {:3}% of {:>10}", lazy.fetched_percent, output::bytes(lazy.size));
+        if let Some(why) = &lazy.condemned {
+            let _ = write!(text, "  INDEX IS WRONG, its files cannot be read: {why}");
+        }
         if lazy.read_errors > 0 {
             let last = lazy.last_error.as_deref().unwrap_or("unknown");
             let _ = write!(text, "  {} READ ERRORS, the last: {last}", lazy.read_errors);

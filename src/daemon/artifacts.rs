@@ -55,6 +55,11 @@ impl Artifacts {
         Artifacts { content, store, copied: tokio::sync::Mutex::default() }
     }
 
+    /// Forgets what was copied: it may not be here any more.
+    pub async fn forget(&self) {
+        self.copied.lock().await.clear();
+    }
+
     /// Copies what containerd has in `namespace` of the SOCI index of an image: `explicit`, or the one its manifest names.
     pub async fn bring(&self, namespace: &str, manifest: Digest, explicit: Option<&str>) {
         let explicit = explicit.filter(|text| !text.is_empty()).map(str::parse);

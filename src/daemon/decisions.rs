@@ -93,6 +93,7 @@ mod tests {
             reference: "h/r:t".parse().unwrap(),
             manifest: digest,
             layer: digest,
+            chain: None,
             size: None,
             index: None,
             layers: vec![(digest, None)],

@@ -14,13 +14,14 @@ use super::{
     artifacts::Artifacts,
     implied::{self, Below, Shown},
     observe::Observers,
-    record::LazyRecord,
+    record::{self, LazyRecord},
+    served::{self, Served},
     takeover::Waiting,
 };
 use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
-    index::{ImageTarget, Indexes, NoIndex, SociIndex, Ways, ZtocDescriptor, prefetch::Prefetch},
+    index::{ImageTarget, InUse, Indexes, NoIndex, SociIndex, Ways, ZtocDescriptor, prefetch::Prefetch},
     layers::{Layer, LayerStore, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::{Digest, IdMaps},
@@ -41,7 +42,9 @@ use std::{
 /// A mounted layer, for status, usage and removal.
 struct Mounted {
     layer: Arc<Layer>,
+    served: Arc<Served>,
     ztoc: Digest,
+    index: Option<Digest>,
     shown: Arc<Shown>,
     /// Where it was prepared; containerd's content belongs to namespaces.
     namespace: String,
@@ -99,6 +102,11 @@ pub struct State {
     healing: tokio::sync::Mutex<()>,
     /// Indexes whose layers were opened ahead of their Prepares, lately.
     ahead: Mutex<HashSet<Digest>>,
+    /// Held by whoever looks for an index and makes a layer of it, from before the search until the layer is shown; alone by who removes what
+    /// no layer uses.
+    pub looking: tokio::sync::RwLock<()>,
+    /// A layer was let go.
+    pub let_go: tokio::sync::Notify,
     /// Manifests of images for which connections were opened lately.
     warmed: Mutex<HashSet<Digest>>,
 }
@@ -131,7 +139,7 @@ impl LazyMounts {
         let layers: Vec<(usize, Digest, ZtocDescriptor)> = index
             .layers_in_order()
             .enumerate()
-            .filter(|(_, (layer, _))| *layer != target.layer)
+            .filter(|(_, (layer, ztoc))| *layer != target.layer && self.store.condemned(layer, &ztoc.digest).is_none())
             .map(|(depth, (layer, ztoc))| (depth, layer, ztoc))
             .collect();
         let (me, target, index) = (self.clone(), target.clone(), index.digest);
@@ -271,6 +279,7 @@ impl LazyMounts {
         // What becomes an ordinary snapshot has no such record; where the directory goes, it goes with it.
         let _ = std::fs::remove_file(self.layout.snapshot_lazy_record(id));
         let store = self.store.clone();
+        self.state.let_go.notify_one();
         self.store.shared().runtime.spawn(async move {
             if let Err(error) = store.release(layer, id).await {
                 say!(NotRemoved, %layer, %error, "cannot remove the layer from disk; the next start of the daemon will");
@@ -296,9 +305,20 @@ impl LazyMounts {
         }
     }
 
-    /// The zTOCs of all layers that are shown.
-    pub fn ztocs(&self) -> HashSet<Digest> {
-        self.mounted().values().map(|mounted| mounted.ztoc).collect()
+    /// What the layers that are shown need of the content store.
+    pub fn in_use(&self) -> InUse {
+        let mounted = self.mounted();
+        InUse {
+            ztocs: mounted.values().map(|layer| layer.ztoc).collect(),
+            indexes: mounted.values().filter_map(|layer| layer.index).collect(),
+            of_some_index: mounted.values().filter(|layer| layer.index.is_none()).map(|layer| layer.ztoc).collect(),
+        }
+    }
+
+    /// Whether every layer that has a record is shown, so that what is in use is known.
+    pub fn all_shown(&self) -> bool {
+        let mounted = self.mounted();
+        self.state.waiting.is_empty() && record::all(&self.layout).iter().all(|id| mounted.contains_key(id))
     }
 
     fn local(&self, namespace: &str, blob: Digest) -> ContainerdBlob {
@@ -318,6 +338,7 @@ impl LazyMounts {
             ztoc_path: self.indexes.ztoc_path(&record.ztoc),
             depth: record.depth,
             source: registry,
+            chain: record.chain,
         };
         self.store.open(wanted, user).await.map_err(|e| crate::snapshot::chain(&e))
     }
@@ -330,19 +351,31 @@ impl LazyMounts {
         layer: Arc<Layer>,
     ) -> Result<(), fs::AddError> {
         let shown = Arc::new(Shown { toc: layer.toc().clone(), implied: implied.clone() });
+        let served = Served::new(layer.clone(), record.chain);
         let in_tree = LazyLayer {
             id,
             toc: layer.toc().clone(),
             implied,
-            data: layer.clone(),
+            data: served.clone(),
             headers: self.settings().headers,
-            xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
+            // Only an optimisation: an index that says so of a layer with attributes is not believed.
+            xattrs: if record.no_xattrs && !layer.toc().has_xattrs() { Xattrs::Hidden } else { Xattrs::Shown },
             maps: record.maps.clone(),
         };
         self.tree.add(in_tree)?;
-        self.observers.mounted(id, record, &layer, self.layout.snapshot_fs(id));
+        self.observers.mounted(id, record, &served, self.layout.snapshot_fs(id));
         self.store.shared().scheduler.add(&layer);
-        self.mounted().insert(id, Mounted { layer, ztoc: record.ztoc, shown, namespace: record.namespace.clone() });
+        self.mounted().insert(
+            id,
+            Mounted {
+                layer,
+                served,
+                ztoc: record.ztoc,
+                index: record.index,
+                shown,
+                namespace: record.namespace.clone(),
+            },
+        );
         Ok(())
     }
 
@@ -353,6 +386,7 @@ impl LazyMounts {
         parents: &[SnapshotId],
         ways: Ways,
     ) -> Result<(), NotLazyReason> {
+        let _looking = self.state.looking.read().await;
         let image = target.reference.to_string();
         let unresolved = |why: String| NotLazyReason::Unresolved { layer: target.layer, image: image.clone(), why };
         let wanted = ImageTarget {
@@ -375,8 +409,16 @@ impl LazyMounts {
             self.open_ahead(&index, target);
         }
         let ztoc = index.layers.get(&target.layer).ok_or(NotLazyReason::NoZtoc(target.layer))?;
-        let record = LazyRecord::new(target, ztoc, parents.len());
+        let wrong = |why: String| NotLazyReason::IndexWrong { layer: target.layer, why };
+        if let Some(why) = self.store.condemned(&target.layer, &ztoc.digest) {
+            return Err(wrong(why));
+        }
+        let record = LazyRecord::new(target, ztoc, parents.len()).found_in(index.digest);
         let layer = self.open(id, &record).await.map_err(unresolved)?;
+        // Another index of the layer may have come first, and be wrong; or the image is.
+        if let Some(why) = layer.verdict().and_then(|verdict| served::trouble(verdict, record.chain.as_ref())) {
+            return Err(wrong(why));
+        }
         if is_local {
             layer.add_source(Arc::new(local));
         }
@@ -508,6 +550,10 @@ impl LazyLayers for Arc<LazyMounts> {
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool> {
         let here = self.mounted().contains_key(&id);
         Box::pin(async move { here || self.heal(id).await })
+    }
+
+    fn condemned(&self, id: SnapshotId) -> Option<String> {
+        self.mounted().get(&id).and_then(|mounted| mounted.served.trouble().map(str::to_owned))
     }
 
     fn remove(&self, id: SnapshotId) {

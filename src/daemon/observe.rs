@@ -6,13 +6,14 @@
 use super::{
     decisions::{self, Decisions},
     record::LazyRecord,
+    served::Served,
     systemd::Progress,
 };
 use crate::{
     config::Config,
     fs::{self, FailedOp, Failure, Op},
     index,
-    layers::{self, Layer},
+    layers::{self, Layer, Verdict},
     layout::SnapshotId,
     oci::Digest,
     registry,
@@ -35,6 +36,7 @@ use std::{
     },
     time::{Duration, Instant, SystemTime},
 };
+use tokio::sync::mpsc;
 
 /// Whether each FUSE operation is logged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,12 +56,18 @@ impl OperationLog {
 
 /// What is counted for one mounted layer.
 struct Mounted {
-    layer: Weak<Layer>,
+    served: Weak<Served>,
     mountpoint: String,
     counters: Arc<LayerMetrics>,
     image: Arc<ImageOperations>,
     record: LazyRecord,
     errors: Mutex<Errors>,
+}
+
+impl Mounted {
+    fn layer(&self) -> Option<Arc<Layer>> {
+        self.served.upgrade().map(|served| served.layer.clone())
+    }
 }
 
 /// Reads of a layer that failed.
@@ -83,11 +91,18 @@ pub struct Observers {
     /// Read by every FUSE request, written when layers come and go.
     mounted: RwLock<HashMap<SnapshotId, Mounted>>,
     pub decisions: Decisions,
+    /// Snapshots whose content must not be read any more, also not out of the kernel's memory.
+    condemned: mpsc::UnboundedSender<SnapshotId>,
+    /// For whoever can tell the kernel.
+    condemnations: Mutex<Option<mpsc::UnboundedReceiver<SnapshotId>>>,
 }
 
 impl Observers {
     pub fn new(metrics: Metrics, operations: OperationLog, window: Duration) -> Arc<Observers> {
+        let (condemned, condemnations) = mpsc::unbounded_channel();
         let observers = Arc::new(Observers {
+            condemned,
+            condemnations: Mutex::new(Some(condemnations)),
             metrics,
             log_operations: AtomicBool::new(operations == OperationLog::On),
             window,
@@ -101,7 +116,7 @@ impl Observers {
 
     fn layers(&self) -> Vec<MountedLayer> {
         let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
-        let layers = mounted.values().filter_map(|m| Some((m.layer.upgrade()?, m.mountpoint.clone())));
+        let layers = mounted.values().filter_map(|m| Some((m.layer()?, m.mountpoint.clone())));
         layers
             .map(|(layer, mountpoint)| {
                 let (fetched, size) = layer.progress();
@@ -118,11 +133,8 @@ impl Observers {
     pub fn progress(&self, background: layers::Background) -> Progress {
         let mounted = self.mounted.read().unwrap_or_else(PoisonError::into_inner);
         let images: HashSet<_> = mounted.values().map(|m| Arc::as_ptr(&m.image)).collect();
-        let layers: HashMap<_, _> = mounted
-            .values()
-            .filter_map(|m| m.layer.upgrade())
-            .map(|layer| (layer.digest(), layer.progress()))
-            .collect();
+        let layers: HashMap<_, _> =
+            mounted.values().filter_map(|m| m.layer()).map(|layer| (layer.digest(), layer.progress())).collect();
         Progress {
             images: images.len(),
             layers: layers.len(),
@@ -134,7 +146,7 @@ impl Observers {
     }
 
     /// A layer was put into the tree.
-    pub fn mounted(&self, id: SnapshotId, record: &LazyRecord, layer: &Arc<Layer>, mountpoint: PathBuf) {
+    pub fn mounted(&self, id: SnapshotId, record: &LazyRecord, served: &Arc<Served>, mountpoint: PathBuf) {
         let image = record.manifest;
         let (operations, first) = self.metrics.image(image);
         if first == FirstUse::Yes {
@@ -142,22 +154,31 @@ impl Observers {
             tokio::spawn(async move { metrics.show_image_operations_after(image, window).await });
         }
         let mounted = Mounted {
-            layer: Arc::downgrade(layer),
+            served: Arc::downgrade(served),
             mountpoint: mountpoint.display().to_string(),
-            counters: self.metrics.layer(layer.digest()),
+            counters: self.metrics.layer(served.layer.digest()),
             image: operations,
             record: record.clone(),
             errors: Mutex::default(),
         };
         self.mounted.write().unwrap_or_else(PoisonError::into_inner).insert(id, mounted);
+        // The kernel may have kept what an earlier daemon was about to take from it.
+        if served.trouble().is_some() {
+            let _ = self.condemned.send(id);
+        }
+    }
+
+    /// Snapshots that turn out to show what their image does not have, as that is found out. For one taker.
+    pub fn condemnations(&self) -> Option<mpsc::UnboundedReceiver<SnapshotId>> {
+        self.condemnations.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// A layer was taken out of the tree.
     pub fn unmounted(&self, id: SnapshotId) {
         let mut mounted = self.mounted.write().unwrap_or_else(PoisonError::into_inner);
         let Some(gone) = mounted.remove(&id) else { return };
-        if let Some(layer) = gone.layer.upgrade()
-            && !mounted.values().any(|m| m.layer.ptr_eq(&gone.layer))
+        if let Some(layer) = gone.layer()
+            && !mounted.values().any(|m| m.layer().is_some_and(|other| Arc::ptr_eq(&other, &layer)))
         {
             self.metrics.forget_layer(&layer.digest());
         }
@@ -198,7 +219,8 @@ impl Observers {
             images.entry(key).or_default().insert(*id, layer);
         }
         for (id, mounted) in self.mounted.read().unwrap_or_else(PoisonError::into_inner).iter() {
-            let Some(layer) = mounted.layer.upgrade() else { continue };
+            let Some(served) = mounted.served.upgrade() else { continue };
+            let layer = &served.layer;
             let record = &mounted.record;
             let key = (record.image.to_string(), record.manifest.to_string(), record.namespace.clone());
             let entry = images.entry(key).or_default().entry(*id).or_insert_with(|| status::Layer {
@@ -219,6 +241,8 @@ impl Observers {
                 mountpoint: mounted.mountpoint.clone(),
                 read_errors: errors.count,
                 last_error: errors.last.clone(),
+                verified: layer.verdict().is_some() && served.trouble().is_none(),
+                condemned: served.trouble().map(str::to_owned),
             });
         }
         let image = |((image, manifest, namespace), layers): (Key, BTreeMap<_, _>)| status::Image {
@@ -228,6 +252,19 @@ impl Observers {
             layers: layers.into_values().collect(),
         };
         images.into_iter().map(image).collect()
+    }
+
+    /// The incident message.
+    fn contradicts(&self, layer: &Layer, image: Option<&str>, ztoc: Option<&Digest>, error: &str) {
+        self.metrics.layer(layer.digest()).count(Count::IndexContradiction);
+        say!(
+            LayerContradictsIndex,
+            layer = %layer.digest(),
+            image = image.unwrap_or("an image that is being prepared"),
+            ztoc = ztoc.map(tracing::field::display),
+            error,
+            "the layer is not what its SOCI index says: its files cannot be read from now on. Treat it as an incident; remove the image, and pull it again without that index"
+        );
     }
 
     fn with(&self, id: SnapshotId, act: impl FnOnce(&Mounted)) {
@@ -257,6 +294,23 @@ impl layers::Observer for Observers {
     }
     fn layer_complete(&self, layer: &Layer, took: Duration) {
         self.metrics.layer(layer.digest()).took(MillisecondOperation::BackgroundFetch, took);
+    }
+    fn layer_examined(&self, layer: &Layer) {
+        let mut wrong = Vec::new();
+        for (id, mounted) in self.mounted.read().unwrap_or_else(PoisonError::into_inner).iter() {
+            let served = mounted.served.upgrade().filter(|served| std::ptr::eq(&*served.layer, layer));
+            if let Some(reason) = served.and_then(|served| served.trouble().map(str::to_owned)) {
+                wrong.push((*id, mounted.record.image.to_string(), mounted.record.ztoc, reason));
+            }
+        }
+        // An index that no snapshot uses yet is no less wrong.
+        if let (true, Some(Verdict::Contradicts { reason })) = (wrong.is_empty(), layer.verdict()) {
+            self.contradicts(layer, None, None, reason);
+        }
+        for (id, image, ztoc, reason) in wrong {
+            self.contradicts(layer, Some(&image), Some(&ztoc), &reason);
+            let _ = self.condemned.send(id);
+        }
     }
     fn toc_built(&self, layer: &Digest, took: Duration) {
         self.metrics.layer(*layer).took(MillisecondOperation::InitMetadataStore, took);

@@ -4,7 +4,7 @@ use crate::{
     fs::ImpliedAttrs,
     index::ZtocDescriptor,
     layout::{Layout, SnapshotId},
-    oci::{Digest, IdMaps, Reference},
+    oci::{Chain, Digest, IdMaps, Reference},
     snapshot::Target,
 };
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,12 @@ pub struct LazyRecord {
     pub no_xattrs: bool,
     /// Number of layers below.
     pub depth: usize,
+    /// The SOCI index that named the zTOC. Unknown of layers that an earlier version mounted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<Digest>,
+    /// What the image says of the layer's diff ID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chain: Option<Chain>,
     /// Shown with the owners of a user namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maps: Option<IdMaps>,
@@ -59,8 +65,15 @@ impl LazyRecord {
             namespace: target.namespace.clone(),
             no_xattrs: ztoc.disable_xattrs,
             depth,
+            index: None,
+            chain: target.chain,
             maps: None,
         }
+    }
+
+    /// The same, known to come from that index.
+    pub fn found_in(self, index: Digest) -> LazyRecord {
+        LazyRecord { index: Some(index), ..self }
     }
 
     /// The record of the same layer, shown with the owners of a user namespace.

@@ -2,16 +2,17 @@
 
 use super::{
     artifacts::Artifacts,
+    collect,
     condition::{Cause, Condition, Identity, Reporter},
     eager, keeping,
     lazy::{self, LazyMounts, LazySettings},
     listen::{self, ListenError, Listening},
     observe::{Observers, OperationLog},
-    record, registries, reload,
+    record, recovery, registries, reload,
     root::{self, RootError},
     settings::{self, Chosen},
     systemd::{self, Note},
-    takeover,
+    takeover, watchdog,
 };
 use crate::{
     config::{
@@ -26,7 +27,7 @@ use crate::{
     layers::{
         Ahead, InflatedCache, LayerStore, Pace, Persistence, QuotaSettings, Scheduler, Scratch, Settings, Shared, Spill,
     },
-    layout::{Layout, SnapshotId},
+    layout::Layout,
     pull::{self, Pulls},
     registry::{self, Registry},
     snapshot::{self, Door, Snapshotter},
@@ -44,7 +45,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, RwLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -152,6 +153,7 @@ fn check(options: &Options, strictness: Strictness) -> ExitCode {
 }
 
 fn start(options: Options) -> ExitCode {
+    let began = Instant::now();
     if let Err(error) = logs::init(level(options.log_level), Output::Automatic) {
         eprintln!("{}: failed to prepare logger: {error}", config::args::PROGRAM);
         return ExitCode::FAILURE;
@@ -175,7 +177,7 @@ fn start(options: Options) -> ExitCode {
     for warning in &chosen.warnings {
         say!(ConfigDoubtful, "{warning}");
     }
-    match run(&options, layout, &chosen) {
+    match run(&options, layout, &chosen, began) {
         Ok(()) => {
             tracing::info!("Exiting");
             ExitCode::SUCCESS
@@ -197,7 +199,7 @@ fn failed_start(error: &(dyn std::error::Error + 'static)) -> ExitCode {
 }
 
 /// Everything that needs privilege or must happen before there are threads; then the rest of the daemon's life.
-fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartError> {
+fn run(options: &Options, layout: Layout, chosen: &Chosen, began: Instant) -> Result<(), StartError> {
     sys::process::tame_allocator();
     let config = &chosen.config;
     // What is wrong with the configuration is said before anything is started.
@@ -206,6 +208,9 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
     if config.skip_check_snapshotter_supported {
         // The operator asked for it; the text and level are the Go snapshotter's.
         tracing::warn!("skipped snapshotter is supported check");
+    } else if !record::all(&layout).is_empty() {
+        // Containers wait, and live on it.
+        tracing::debug!("whether overlay filesystems can live below the root directory was tried before");
     } else if root::check_overlay(&layout)? == root::Checked::MayNotMount {
         tracing::debug!(
             "whether overlay filesystems can live below the root directory cannot be tried without CAP_SYS_ADMIN"
@@ -227,7 +232,7 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
         .max_blocking_threads(32)
         .build()
         .map_err(StartError::Runtime)?;
-    let parts = Received { held, how, custodian, listening };
+    let parts = Received { began, held, how, custodian, listening };
     let result = runtime.block_on(serve(layout, chosen, options, pulling, parts));
     // Inflating that nobody waits for any more need not be waited for.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -236,6 +241,8 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen) -> Result<(), StartEr
 
 /// What the start collected while it had its powers.
 struct Received {
+    /// When the program was started.
+    began: Instant,
     held: Held,
     how: How,
     custodian: custodian::Connection,
@@ -268,7 +275,7 @@ async fn serve(
     chosen: &Chosen,
     options: &Options,
     pulling: pull::Settings,
-    Received { held, how, custodian, listening }: Received,
+    Received { began, held, how, custodian, listening }: Received,
 ) -> Result<(), StartError> {
     let config = &chosen.config;
     let hangup = signal(SignalKind::hangup()).map_err(StartError::Signals)?;
@@ -287,6 +294,36 @@ async fn serve(
     let parts = Parts { tree: tree.clone(), observers: observers.clone(), unpacker: unpacker.clone() };
     let lazy = Arc::new(lazy_side(&layout, config, pulling, parts, cri_logins.clone())?);
     unpacker.show(&lazy);
+    // Containers wait for this; nobody for what follows.
+    let shown = recovery::show(&lazy).await;
+    let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
+    let journal = keeping::journal(held.journal.as_ref(), &held.init);
+    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
+    let device = held.device.try_clone().map_err(StartError::Fuse)?;
+    let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
+        .map_err(StartError::Fuse)?;
+    if let Some(mut condemned) = observers.condemnations() {
+        let kernel = session.kernel();
+        tokio::spawn(async move {
+            while let Some(id) = condemned.recv().await {
+                let kernel = kernel.clone();
+                let _ = tokio::task::spawn_blocking(move || kernel.forget_content(id)).await;
+            }
+        });
+    }
+    tracing::info!(milliseconds = began.elapsed().as_millis().to_string(), "reads are answered");
+    let scheduler = lazy.store.shared().scheduler.clone();
+    tokio::spawn(scheduler.clone().run());
+    let progress = {
+        let (observers, scheduler) = (observers.clone(), scheduler.clone());
+        move || observers.progress(scheduler.background())
+    };
+    watchdog::start(tokio::runtime::Handle::current(), session.pulse(), {
+        let progress = progress.clone();
+        move || {
+            let _ = progress();
+        }
+    });
     let door = Door::closed();
     let condition = Condition::starting(door.clone());
     if let Some(trouble) = &chosen.trouble {
@@ -301,7 +338,7 @@ async fn serve(
         },
         condition: condition.clone(),
         observers: observers.clone(),
-        scheduler: lazy.store.shared().scheduler.clone(),
+        scheduler: scheduler.clone(),
     };
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
@@ -318,17 +355,19 @@ async fn serve(
             }
         }
     };
-    let records = record::all(&layout);
     match open().await {
         Ok(snapshotter) => {
-            let recorded = takeover::adopt(&snapshotter, &lazy)?;
+            tracing::debug!(milliseconds = began.elapsed().as_millis().to_string(), "the snapshot records are open");
+            let all_shown = shown.tell(Some(&takeover::adopt(&snapshotter, &lazy)?));
             // What waits may still find its layer in the store.
-            let unreferenced = if lazy.state.waiting.is_empty() { Unreferenced::Removed } else { Unreferenced::Kept };
-            recover(recorded, &lazy, unreferenced).await;
+            if all_shown && lazy.state.waiting.is_empty() {
+                recovery::sweep(&lazy).await;
+            }
             door.open(snapshotter);
         }
         // Containers read these, whatever else is wrong.
-        Err(error) if !records.is_empty() => {
+        Err(error) if shown.anything() => {
+            shown.tell(None);
             let lazy_later = lazy.clone();
             condition.open_later(&error, move || {
                 let (opening, lazy) = (open(), lazy_later.clone());
@@ -338,7 +377,6 @@ async fn serve(
                     Ok(snapshotter)
                 }
             });
-            recover(records.clone(), &lazy, Unreferenced::Kept).await;
         }
         Err(error) => return Err(error.into()),
     }
@@ -346,21 +384,14 @@ async fn serve(
         let lazy = lazy.clone();
         async move { lazy.find_local_copies().await }
     });
-    let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
-    let journal = keeping::journal(held.journal.as_ref(), &held.init);
-    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
-    let device = held.device.try_clone().map_err(StartError::Fuse)?;
-    let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
-        .map_err(StartError::Fuse)?;
-    let scheduler = lazy.store.shared().scheduler.clone();
-    tokio::spawn(scheduler.clone().run());
+    tokio::spawn(collect::run(lazy.clone()));
     if !config.background_fetch.disable {
         metrics.background_fetch_enabled();
     }
     tokio::spawn(report_queue(metrics.clone(), scheduler.clone(), config.background_fetch.emit_metric_period));
     match serve_telemetry(config, metrics.clone()).await {
         // An address that is taken is no reason to leave containers alone.
-        Err(error) if !records.is_empty() => condition.trouble(Cause::Config, snapshot::chain(&error)),
+        Err(error) if shown.anything() => condition.trouble(Cause::Config, snapshot::chain(&error)),
         served => served?,
     }
     tokio::spawn(keeping::keep_held(layout.clone(), held, how, condition.clone(), cri_logins.clone()));
@@ -374,17 +405,6 @@ async fn serve(
         settings::keep(&layout, config);
     }
     let note = Note::default();
-    let progress = {
-        let observers = observers.clone();
-        move || observers.progress(scheduler.background())
-    };
-    tokio::spawn(systemd::watchdog({
-        let (progress, pulse) = (progress.clone(), session.pulse());
-        move || {
-            let _ = progress();
-            pulse.stuck().map(|(thread, silent)| format!("thread {thread} was not seen for {} s", silent.as_secs()))
-        }
-    }));
     let line = {
         let condition = condition.clone();
         move || match condition.refusal() {
@@ -426,61 +446,6 @@ async fn serve(
         tracing::info!(unanswered = unanswered.to_string(), "reads that still wait are left to the next daemon");
     }
     Ok(())
-}
-
-/// What becomes of layers in the store that no snapshot refers to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Unreferenced {
-    Removed,
-    /// Which snapshots there are is not known for certain.
-    Kept,
-}
-
-/// Shows every lazy layer again, from local files. One that cannot be shown is named; the others are served.
-async fn recover(layers: Vec<SnapshotId>, lazy: &Arc<LazyMounts>, unreferenced: Unreferenced) {
-    let count = layers.len();
-    if count > 0 {
-        systemd::status(&format!("starting: restoring {count} lazy layers from local disk"));
-    }
-    let recovered = futures::stream::StreamExt::fold(
-        futures::stream::StreamExt::buffer_unordered(
-            futures::stream::iter(layers.into_iter().map(|id| {
-                let lazy = lazy.clone();
-                async move {
-                    let result = lazy.recover(id).await;
-                    if let Err(error) = &result {
-                        say!(
-                            LayerNotRestored,
-                            snapshot = id.to_string(), error,
-                            "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
-                             started from it; if that does not help, remove the image and pull it again"
-                        );
-                    }
-                    usize::from(result.is_ok())
-                }
-            })),
-            8,
-        ),
-        0,
-        |sum, one| async move { sum + one },
-    )
-    .await;
-    if count > 0 {
-        tracing::info!(layers = count.to_string(), restored = recovered.to_string(), "lazy layers restored");
-    }
-    // Not while something could not be read.
-    if recovered == count && unreferenced == Unreferenced::Removed {
-        let lazy = lazy.clone();
-        let swept = tokio::task::spawn_blocking(move || {
-            let _ = lazy.store.sweep();
-            lazy.indexes.collect(&lazy.ztocs())
-        });
-        match swept.await {
-            Ok(Ok(0)) | Err(_) => {}
-            Ok(Ok(removed)) => tracing::info!(removed, "indexes and zTOCs of images that are gone were removed"),
-            Ok(Err(error)) => tracing::info!(%error, "indexes and zTOCs of images that are gone could not be removed"),
-        }
-    }
 }
 
 /// What the lazy and the eager side stand on.

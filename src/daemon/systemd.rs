@@ -1,18 +1,25 @@
 //! What systemd is told while the daemon runs: when it is ready, that it lives, and in one line what it does.
 //!
-//! Without systemd (`NOTIFY_SOCKET` unset) everything here does nothing. Nothing waits for systemd: a message it does not take is lost,
-//! and the next one says the same.
+//! Without systemd (`NOTIFY_SOCKET` unset) everything here does nothing. Nothing waits for systemd: its socket holds a few messages, and when it is
+//! full, because the manager is busy or stands still, a message is lost. What may not be lost is said again: [`ready`] until it is taken, the
+//! others with the next period.
 
-use crate::{layers::Background, telemetry::catalog::say};
+use crate::{
+    layers::Background,
+    sys::{process, seqpacket},
+};
 use sd_notify::NotifyState;
 use std::{
-    fmt,
+    fmt::{self, Write},
+    os::fd::{AsFd, BorrowedFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 /// How often the status line is brought up to date. People look at it, and each change costs systemd a message.
 const STATUS_PERIOD: Duration = Duration::from_secs(2);
+/// Between two attempts to tell what has to be told.
+const AGAIN: Duration = Duration::from_millis(100);
 /// How long a start that failed is left to be read before systemd tries again. Crashes of a daemon that ran are followed at once
 /// (`RestartSec=` in its unit); a configuration that cannot be read does not get better ten times a second.
 pub const FAILED_START_PAUSE: Duration = Duration::from_secs(2);
@@ -22,21 +29,60 @@ pub fn listens() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-fn tell(states: &[NotifyState<'_>]) {
-    // Whoever does not listen is not told.
-    let _ = sd_notify::notify(states);
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Taken; or there is nobody to take it.
+    Taken,
+    /// There was no room for it.
+    Lost,
 }
 
+fn tell(states: &[NotifyState<'_>]) -> Told {
+    match process::notify_socket() {
+        Ok(Some(socket)) => tell_on(socket.as_fd(), states),
+        // Whoever does not listen is not told.
+        Ok(None) | Err(_) => Told::Taken,
+    }
+}
+
+fn tell_on(socket: BorrowedFd<'_>, states: &[NotifyState<'_>]) -> Told {
+    let text = states.iter().fold(String::new(), |mut text, state| {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{state}");
+        text
+    });
+    match seqpacket::send(socket, text.as_bytes(), seqpacket::Send::OrFail) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Told::Lost,
+        Ok(()) | Err(_) => Told::Taken,
+    }
+}
+
+/// Says it until it is taken: a start that systemd does not hear of is a failed one.
 pub fn ready() {
-    tell(&[NotifyState::Ready]);
+    if tell(&[NotifyState::Ready]) == Told::Taken {
+        return;
+    }
+    let again = || {
+        while tell(&[NotifyState::Ready]) == Told::Lost {
+            std::thread::sleep(AGAIN);
+        }
+    };
+    // Without a thread, what systemd does about it ends well, too: the next daemon resumes.
+    let _ = std::thread::Builder::new().name("ready".into()).spawn(again);
 }
 
 pub fn stopping() {
     tell(&[NotifyState::Stopping, NotifyState::Status("stopping: reads under way are being answered")]);
 }
 
-pub fn status(text: &str) {
-    tell(&[NotifyState::Status(text)]);
+pub fn status(text: &str) -> Told {
+    tell(&[NotifyState::Status(text)])
+}
+
+/// We live.
+pub fn alive() -> Told {
+    tell(&[NotifyState::Watchdog])
 }
 
 /// Begins a reload. `systemctl reload` of a unit with `Type=notify-reload` waits for the [`ready`] that ends it; others show it.
@@ -44,27 +90,7 @@ pub fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]),
         Err(_) => tell(&[NotifyState::Reloading]),
-    }
-}
-
-/// Tells systemd that we live, twice as often as it asks for (`WatchdogSec=`), as long as `stuck` returns, and names nothing.
-///
-/// It takes the locks that everything else goes through. If one of them is never given back, or the runtime stands still, or a thread was not seen
-/// for a while, systemd ends this process and the next one resumes.
-pub async fn watchdog(stuck: impl Fn() -> Option<String>) {
-    let Some(limit) = sd_notify::watchdog_enabled() else { return };
-    let mut said = false;
-    loop {
-        match stuck() {
-            None => tell(&[NotifyState::Watchdog]),
-            Some(what) if !said => {
-                said = true;
-                say!(Stuck, error = what, "something stands still: systemd is to restart this daemon");
-            }
-            Some(_) => {}
-        }
-        tokio::time::sleep(limit / 2).await;
-    }
+    };
 }
 
 /// What the node's images are doing.
@@ -157,8 +183,9 @@ pub async fn show_status(progress: impl Fn() -> String, note: Note) {
         }
         if line != shown {
             // One line: systemd would take what follows a newline for another assignment.
-            status(&line.replace(['\n', '\r'], " "));
-            shown = line;
+            if status(&line.replace(['\n', '\r'], " ")) == Told::Taken {
+                shown = line;
+            }
         }
         tokio::time::sleep(STATUS_PERIOD).await;
     }
@@ -183,6 +210,25 @@ mod tests {
         let full = Progress { background: Background::NoRoom, ..off };
         assert!(full.to_string().contains("DISK FULL"), "{full}");
         assert_eq!(Progress::default().to_string(), "ready; no image is loaded lazily");
+    }
+
+    #[test]
+    fn a_manager_that_reads_nothing_is_not_waited_for_and_is_told_when_it_reads_again() {
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let filled =
+                (0..100_000).take_while(|_| tell_on(ours.as_fd(), &[NotifyState::Watchdog]) == Told::Taken).count();
+            done.send((filled, ours)).unwrap();
+        });
+        let (filled, ours) = ended.recv_timeout(Duration::from_secs(60)).expect("it never waits");
+        assert!((1..100_000).contains(&filled), "{filled} messages fit");
+        let mut buffer = [0; 64];
+        while let Ok(length) = theirs.recv(&mut buffer) {
+            assert_eq!(&buffer[..length], b"WATCHDOG=1\n");
+        }
+        assert_eq!(tell_on(ours.as_fd(), &[NotifyState::Ready]), Told::Taken);
     }
 
     #[test]

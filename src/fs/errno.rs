@@ -51,7 +51,7 @@ impl From<&ReadError> for Errno {
             // Bytes that were had and are wrong: never hand them out.
             ReadError::Digest { .. } | ReadError::Inflate { .. } | ReadError::Header(_) => Errno::IO,
             // The index contradicts the layer.
-            ReadError::OutOfRange { .. } | ReadError::Length { .. } => Errno::IO,
+            ReadError::OutOfRange { .. } | ReadError::Length { .. } | ReadError::Condemned { .. } => Errno::IO,
             ReadError::Panicked => Errno::IO,
             // The reader's process is dying; nobody sees this.
             ReadError::Interrupted => Errno::INTR,

@@ -38,7 +38,7 @@ pub use header::HeaderMismatch;
 pub use journal::{Journal, JournalError};
 pub use observer::{FailedOp, Failure, Nobody, Observer, Op};
 pub use read::{LayerData, ReadError};
-pub use session::{Connection, Drained, Pulse, Session, SessionOptions};
+pub use session::{Connection, Drained, Kernel, Pulse, Session, SessionOptions};
 pub use tree::{
     AddError, HeaderCheck, ImpliedAttrs, Layer, LazyLayer, NODE_SCHEME, OpaqueMark, ROOT_NODE, Tree, Xattrs,
 };

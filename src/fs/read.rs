@@ -57,6 +57,8 @@ pub enum ReadError {
     Storage { reason: String },
     #[error("failed to read the file")]
     Header(#[source] HeaderMismatch),
+    #[error("failed to read the file: the SOCI index of its layer is wrong: {reason}")]
+    Condemned { reason: String },
     #[error("failed to read the file: the read ended unexpectedly")]
     Panicked,
     #[error("the read was interrupted")]
@@ -75,6 +77,7 @@ impl ReadError {
             ReadError::OutOfRange { .. } | ReadError::Length { .. } => "range",
             ReadError::Storage { .. } => "storage",
             ReadError::Header(_) => "header",
+            ReadError::Condemned { .. } => "index-wrong",
             ReadError::Panicked | ReadError::Interrupted | ReadError::Removed => "ended",
         }
     }

@@ -27,7 +27,8 @@ use super::observer::{FailedOp, Failure};
 use super::read::{self, ReadError};
 use super::tree::{Layer, Tree};
 use super::wire::{self, InitParams, Request};
-use crate::layers::toc::Node;
+use crate::layers::toc::{Kind, Node};
+use crate::layout::SnapshotId;
 use crate::telemetry::catalog::say;
 use bytes::Bytes;
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -36,8 +37,8 @@ use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -49,8 +50,6 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
 /// How often a thread that has nothing to do shows that it lives.
 const BEAT: Duration = Duration::from_secs(2);
-/// A thread that was not seen for so long is stuck: none of them waits for a disk or a network.
-const STUCK: Duration = Duration::from_secs(10);
 /// Between two looks whether the journal has room again.
 const ROOM_INTERVAL: Duration = Duration::from_millis(5);
 /// How long an interrupt for a request nobody knows may be early, where nothing is known of what a dead process read.
@@ -88,35 +87,31 @@ pub struct Drained {
     pub unanswered: usize,
 }
 
-/// When each thread was last seen.
+/// How often each thread was seen. One that has nothing to do shows itself every [`BEAT`]; none of them waits for a network.
 #[derive(Debug, Clone)]
 pub struct Pulse(Arc<[Beat]>);
 
 #[derive(Debug)]
 struct Beat {
     thread: String,
-    seen: Mutex<Instant>,
+    seen: AtomicU64,
 }
 
 impl Beat {
     fn now(&self) {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    fn silent(&self) -> Duration {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+        self.seen.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 impl Pulse {
     fn new(threads: usize) -> Pulse {
-        let beat = |number| Beat { thread: format!("fuse-{number}"), seen: Mutex::new(Instant::now()) };
+        let beat = |number| Beat { thread: format!("fuse-{number}"), seen: AtomicU64::new(0) };
         Pulse((0..threads).map(beat).collect())
     }
 
-    /// A thread that is stuck, and for how long.
-    pub fn stuck(&self) -> Option<(&str, Duration)> {
-        self.0.iter().map(|beat| (&*beat.thread, beat.silent())).find(|(_, silent)| *silent > STUCK)
+    /// Each thread's name, and a number that changes as long as it lives.
+    pub fn beats(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.0.iter().map(|beat| (&*beat.thread, beat.seen.load(Ordering::Relaxed)))
     }
 }
 
@@ -124,6 +119,24 @@ impl Pulse {
 pub struct Session {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// What the kernel keeps, seen from here.
+#[derive(Clone)]
+pub struct Kernel(Weak<Shared>);
+
+impl Kernel {
+    /// Has it drop the content of all files of a layer, also where it is mapped: the next access is a read. Blocks while files are being read.
+    pub fn forget_content(&self, id: SnapshotId) {
+        let Some(shared) = self.0.upgrade() else { return };
+        let Some(layer) = shared.tree.get(id) else { return };
+        for node in 0..layer.toc.len() {
+            if layer.toc.node(node).is_some_and(|node| node.kind == Kind::Regular) {
+                // Of most it has nothing, and says so.
+                let _ = rustix::io::write(&shared.device, &wire::node_changed_notification(layer.node_id(node)));
+            }
+        }
+    }
 }
 
 struct Shared {
@@ -198,6 +211,11 @@ impl Session {
     pub fn root_changed(&self) {
         // Not cached, or not mounted: nothing to drop.
         let _ = rustix::io::write(&self.shared.device, &wire::root_changed_notification());
+    }
+
+    /// A way to have the kernel forget.
+    pub fn kernel(&self) -> Kernel {
+        Kernel(Arc::downgrade(&self.shared))
     }
 
     /// Shows whether the threads live.

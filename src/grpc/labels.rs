@@ -1,6 +1,6 @@
 //! The labels of a Prepare, read once.
 
-use crate::oci::{Digest, Reference};
+use crate::oci::{Chain, Digest, Reference};
 use crate::snapshot::{Extraction, Labels, NotLazyReason, SnapshotError, Target, label};
 use std::str::FromStr;
 use tonic::metadata::MetadataMap;
@@ -29,12 +29,17 @@ fn valid(name: &str) -> Option<&str> {
     ((1..=MAX_NAMESPACE).contains(&name.len()) && name.chars().all(allowed)).then_some(name)
 }
 
-/// What a Prepare with these labels asks for; `None` where it is not about unpacking a layer.
-pub fn extraction(labels: &Labels, namespace: Option<&str>) -> Result<Option<Extraction>, SnapshotError> {
+/// What a Prepare with these labels on top of the snapshot `parent` asks for; `None` where it is not about unpacking a layer.
+pub fn extraction(
+    labels: &Labels,
+    parent: Option<&str>,
+    namespace: Option<&str>,
+) -> Result<Option<Extraction>, SnapshotError> {
     let Some(chain_id) = labels.get(label::TARGET) else { return Ok(None) };
     let namespace = namespace.ok_or(SnapshotError::NoNamespace)?.to_owned();
     let size = labels.get(label::SIZE).and_then(|size| size.parse().ok());
-    let target = target(labels, &namespace, size);
+    let chain = Chain::of_names(parent, chain_id);
+    let target = target(labels, &namespace, size).map(|target| Target { chain, ..target });
     Ok(Some(Extraction { chain_id: chain_id.clone(), namespace, size, target }))
 }
 
@@ -51,7 +56,7 @@ fn target(labels: &Labels, namespace: &str, size: Option<u64>) -> Result<Target,
     let layer: Digest = required(labels, label::LAYER_DIGEST)?;
     let index = labels.get(label::INDEX_DIGEST).filter(|index| !index.is_empty()).cloned();
     let layers = layers(labels, layer, size)?;
-    Ok(Target { namespace: namespace.to_owned(), reference, manifest, layer, size, index, layers })
+    Ok(Target { namespace: namespace.to_owned(), reference, manifest, layer, chain: None, size, index, layers })
 }
 
 fn invalid(label: &'static str, why: impl ToString) -> NotLazyReason {
@@ -112,13 +117,13 @@ mod tests {
     }
 
     fn read(labels: &Labels) -> Result<Target, NotLazyReason> {
-        extraction(labels, Some("ns")).unwrap().unwrap().target
+        extraction(labels, None, Some("ns")).unwrap().unwrap().target
     }
 
     #[test]
     fn without_a_target_it_is_not_about_a_layer_and_with_one_it_needs_a_namespace() {
-        assert!(extraction(&Labels::new(), None).unwrap().is_none());
-        assert!(matches!(extraction(&labels(&[]), None), Err(SnapshotError::NoNamespace)));
+        assert!(extraction(&Labels::new(), None, None).unwrap().is_none());
+        assert!(matches!(extraction(&labels(&[]), None, None), Err(SnapshotError::NoNamespace)));
     }
 
     #[test]

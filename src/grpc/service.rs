@@ -92,8 +92,9 @@ impl Snapshots for Service {
         let wire::PrepareSnapshotRequest { snapshotter: _, key, parent: name, labels } = message;
         tracing::debug!(key, parent = name, "prepare");
         let namespace = labels::namespace(&metadata).or_else(|| labels::namespace_of_key(&key));
-        let extraction = labels::extraction(&labels, namespace).map_err(|error| status(&error))?;
-        let prepared = self.admit()?.prepare(key, parent(name), labels, extraction).await;
+        let parent = parent(name);
+        let extraction = labels::extraction(&labels, parent.as_deref(), namespace).map_err(|error| status(&error))?;
+        let prepared = self.admit()?.prepare(key, parent, labels, extraction).await;
         answer(prepared, |m| wire::PrepareSnapshotResponse { mounts: vec![mount(m)] })
     }
 

@@ -13,9 +13,10 @@ pub fn status(error: &SnapshotError) -> Status {
         | SnapshotError::InvalidName { .. }
         | SnapshotError::ImmutableField { .. }
         | SnapshotError::IdMapping { .. } => Code::InvalidArgument,
-        SnapshotError::NotActive(_) | SnapshotError::NotMountable(_) | SnapshotError::HasChildren(_) => {
-            Code::FailedPrecondition
-        }
+        SnapshotError::NotActive(_)
+        | SnapshotError::NotMountable(_)
+        | SnapshotError::HasChildren(_)
+        | SnapshotError::Condemned { .. } => Code::FailedPrecondition,
         SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,
         // As the Go daemon reports them: containerd has no error of its own for these.
         SnapshotError::NoNamespace

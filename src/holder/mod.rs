@@ -177,9 +177,7 @@ fn hold(layout: &Layout, new_session: bool, resend: Resend) -> io::Result<()> {
     sys::process::shield_from_oom_killer();
     std::env::set_current_dir("/")?;
     sys::drop_all_capabilities()?;
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        complain(format_args!("telling systemd that we are ready: {error}"));
-    }
+    store.ready();
     if new_session {
         let_go_of_stderr()?;
     }

@@ -10,14 +10,22 @@
 use super::{InitParams, Kept, complain};
 use crate::{
     layout::Layout,
-    sys::{fuse, process, seqpacket, shared},
+    sys::{
+        fuse, process,
+        seqpacket::{self, Patience},
+        shared,
+    },
 };
 use serde::{Deserialize, Serialize};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::Duration,
 };
 
+const READY: &[u8] = b"READY=1";
+/// How long systemd may take to make room for [`READY`]. A start that it does not hear of it repeats, and the daemon keeps the connection meanwhile.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
 /// Puts a descriptor there. The names are for people (`systemd-analyze fdstore`); systemd 219 ignores them.
 const PUT_DEVICE: &[u8] = b"FDSTORE=1\nFDNAME=fuse";
 const PUT_JOURNAL: &[u8] = b"FDSTORE=1\nFDNAME=requests";
@@ -57,6 +65,16 @@ impl Store {
         let Some(notify) = &self.notify else { return };
         if let Err(error) = seqpacket::send_with_fds(notify.as_fd(), message, fds, seqpacket::Send::OrFail) {
             complain(format_args!("leaving a copy of a descriptor with systemd: {error}"));
+        }
+    }
+
+    /// Tells systemd that we are. Waits for it, but not for ever.
+    pub(super) fn ready(&self) {
+        let Some(notify) = &self.notify else { return };
+        let told = seqpacket::set_patience(notify.as_fd(), Patience::AtMost(READY_PATIENCE))
+            .and_then(|()| seqpacket::send(notify.as_fd(), READY, seqpacket::Send::Wait));
+        if let Err(error) = told {
+            complain(format_args!("telling systemd that we are ready: {error}"));
         }
     }
 

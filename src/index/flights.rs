@@ -87,6 +87,18 @@ where
         }
     }
 
+    /// Does `work` while nothing runs and forgets all results with it. None, and nothing is done, if something runs.
+    pub fn forget_during<R>(&self, work: impl FnOnce() -> R) -> Option<R> {
+        // Held: whoever wants to begin a search waits.
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = |state: &State<T, E>| matches!(state, State::Running { result, .. } if result.has_changed().is_ok());
+        if states.values().any(runs) {
+            return None;
+        }
+        states.clear();
+        Some(work())
+    }
+
     fn join(&self, key: &K) -> Joined<T, E> {
         let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
         let last_wait = match states.get(key) {

@@ -17,7 +17,7 @@ mod flights;
 pub mod prefetch;
 mod store;
 
-pub use store::{ContentStore, StoreError};
+pub use store::{ContentStore, InUse, StoreError};
 
 use crate::telemetry::{catalog::say, logs::ROUTINE_TARGET};
 use crate::{
@@ -241,9 +241,11 @@ impl Indexes {
         *self.inner.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
-    /// Removes what belongs to none of `ztocs` from the content store; see [`ContentStore::collect`]. Before the first search.
-    pub fn collect(&self, ztocs: &std::collections::HashSet<Digest>) -> Result<usize, StoreError> {
-        self.inner.store.collect(ztocs)
+    /// Removes what is not in use from the content store; see [`ContentStore::collect`]. None if that had to be left
+    /// for later, because something is being looked for. Blocks; searches that begin meanwhile wait. What earlier searches have found and is
+    /// not in use yet must be held back by the caller.
+    pub fn collect(&self, in_use: &InUse) -> Option<Result<usize, StoreError>> {
+        self.inner.flights.forget_during(|| self.inner.store.collect(in_use))
     }
 
     /// Where the zTOC of an index that [`Indexes::get`] gave is.

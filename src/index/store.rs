@@ -27,6 +27,17 @@ const STALE: Duration = Duration::from_secs(24 * 3600);
 /// Largest list of a store's manifests that is read: some ten thousand of them.
 const LISTING_MAX: u64 = 4 << 20;
 
+/// What must stay in the content store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Of layers that are shown.
+    pub ztocs: HashSet<Digest>,
+    /// Those by which layers became lazy that are shown, with all that they name.
+    pub indexes: HashSet<Digest>,
+    /// zTOCs of layers of which that is not known: every index that names one of them stays.
+    pub of_some_index: HashSet<Digest>,
+}
+
 /// `index.json`, as far as we care.
 #[derive(Default, serde::Deserialize)]
 struct Listing {
@@ -65,6 +76,8 @@ impl Listed {
     }
 }
 
+/// Largest database of the soci tool that is looked through: a row takes some hundred bytes.
+const MAX_RECORDS: u64 = 256 << 20;
 /// Largest manifest or index that is looked into: what registries accept.
 const MAX_MANIFEST: u64 = 4 << 20;
 
@@ -158,21 +171,24 @@ impl ContentStore {
         ingest.commit().await
     }
 
-    /// Removes what belongs to none of `ztocs`: indexes and zTOCs of images that are gone. What names one of `ztocs` (an index) stays, with
-    /// everything it names. Returns how many blobs went. Blocks; only while nobody looks for an index, who might find half of one.
-    pub fn collect(&self, ztocs: &HashSet<Digest>) -> Result<usize, StoreError> {
+    /// Removes what is not in use: indexes and zTOCs of images that are gone. An index that is in use stays, with
+    /// everything it names, and so does what the soci tool has made here and has in its records. Returns how many blobs went. Blocks; only while
+    /// nobody looks for an index, who might find half of one.
+    pub fn collect(&self, in_use: &InUse) -> Result<usize, StoreError> {
         let ContentStore::Soci(layout) = self;
         let directory = layout.layout.content().join("blobs/sha256");
         let error = |e: io::Error| StoreError::io(&directory, &e);
         let mut blobs = Vec::new();
-        let mut kept = ztocs.clone();
+        let made_here = recorded(&layout.layout.artifacts_db())?;
+        let mut kept: HashSet<Digest> = in_use.ztocs.union(&made_here).copied().collect();
         for entry in fs::read_dir(&directory).map_err(error)? {
             let entry = entry.map_err(error)?;
             let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::from_hex(name).ok()) else {
                 continue;
             };
             let named = named_in(&entry.path()).unwrap_or_default();
-            if named.iter().any(|digest| ztocs.contains(digest)) {
+            let is_used = in_use.indexes.contains(&digest) || named.iter().any(|d| in_use.of_some_index.contains(d));
+            if is_used || made_here.contains(&digest) {
                 kept.insert(digest);
                 kept.extend(named);
             }
@@ -333,6 +349,25 @@ fn settle(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
+/// Every digest that is written anywhere in the soci tool's records. The tool may be changing them at this moment, and what it has deleted may
+/// still be in a page that is not used again yet: more than there is does no harm.
+fn recorded(database: &Path) -> Result<HashSet<Digest>, StoreError> {
+    let error = |e: io::Error| StoreError::io(database, &e);
+    let mut bytes = Vec::new();
+    match File::open(database) {
+        Ok(file) => file.take(MAX_RECORDS + 1).read_to_end(&mut bytes).map_err(error)?,
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(HashSet::new()),
+        Err(other) => return Err(error(other)),
+    };
+    if bytes.len() as u64 > MAX_RECORDS {
+        return Err(error(io::Error::other("too large to be looked through")));
+    }
+    let prefix = b"sha256:";
+    let starts = bytes.windows(prefix.len()).enumerate().filter(|(_, window)| *window == prefix);
+    let texts = starts.filter_map(|(at, _)| bytes.get(at + prefix.len()..at + prefix.len() + 64));
+    Ok(texts.filter_map(|hex| Digest::from_hex(std::str::from_utf8(hex).ok()?).ok()).collect())
+}
+
 /// Writes a whole file or none; after a power cut, too.
 fn write_new(ingest: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let error = |e: io::Error| StoreError::io(path, &e);
@@ -426,12 +461,22 @@ mod tests {
         let (used, sibling, gone) = (put("used".into()).await, put("sibling".into()).await, put("gone".into()).await);
         let (in_use, unused) = (put(index(&[used, sibling])).await, put(index(&[gone])).await);
         put("{not json".into()).await;
-        assert_eq!(store.collect(&HashSet::from([used])).unwrap(), 3);
+        let by_index = InUse { indexes: HashSet::from([in_use]), ..InUse::default() };
+        let by_ztoc = InUse { of_some_index: HashSet::from([used]), ..InUse::default() };
+        assert_eq!(store.collect(&by_index).unwrap(), 3);
+        assert_eq!(store.collect(&by_ztoc).unwrap(), 0);
         for digest in [used, sibling, in_use] {
             assert!(store.path(&digest).exists());
         }
         assert!(!store.path(&gone).exists() && !store.path(&unused).exists());
-        assert_eq!(store.collect(&HashSet::new()).unwrap(), 3);
+        // Made with the soci tool, and not in use on this node.
+        fs::write(layout.artifacts_db(), format!("\0\u{1}{in_use}{{}}sha256:short")).unwrap();
+        assert_eq!(store.collect(&InUse::default()).unwrap(), 0);
+        fs::remove_file(layout.artifacts_db()).unwrap();
+        // A shared layer does not keep the index of another image.
+        let shared = InUse { ztocs: HashSet::from([used]), ..InUse::default() };
+        assert_eq!(store.collect(&shared).unwrap(), 2);
+        assert_eq!(store.collect(&InUse::default()).unwrap(), 1);
         assert_eq!(blobs(&layout), 0);
     }
 

@@ -1,7 +1,8 @@
 //! Readers, the background and fetches that come to nothing, in every order of their steps that chance finds: the span map and the scheduler with the
-//! real locks' places, under shuttle. What is left out is what moves the bytes: a fetch here is a thread that has them, or has not.
+//! real locks' places, under shuttle, with readers and evictions as they really are. What is left out is what moves the bytes: a fetch here is a
+//! thread that has them, or has not; and the loop around `Scheduler::next`, which waits with a runtime's clock.
 //!
-//! Checked: no span is fetched by two at a time, nobody who waits is forgotten, what is on its way is counted down to nothing, and the scheduler never
+//! Checked: no span is fetched by two at a time, none is evicted while it is held, nobody who waits is forgotten, what is on its way is counted down to nothing, and the scheduler never
 //! sleeps while there is something to fetch (it would sleep for ever, which shuttle reports as a deadlock).
 
 use super::{Next, OnTheirWay, Pace, Persistence, QuotaSettings, Scheduler, Settings};
@@ -9,12 +10,14 @@ use crate::{
     fs::ReadError,
     layers::{
         InflatedCache, Shared, Source, SourceError, Unobserved,
+        fetch::Taken,
         files::{self, LayerFiles},
-        layer::{Arrival, Layer, Parts},
+        layer::{Arrival, Layer, Parts, Ranking},
         prior::Ranked,
         source::Body,
         spans::Span,
         toc::{self, Toc},
+        verdict::Condemned,
     },
     oci::Digest,
     registry::{HostId, Throttle},
@@ -32,7 +35,6 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::sync::oneshot;
 
 /// So large that four of them are a window: the scheduler has to wait for what is on its way.
 const SPAN: u64 = 1 << 20;
@@ -60,6 +62,7 @@ struct Shelf {
     table: SpanTable,
     toc: Arc<Toc>,
     runtime: tokio::runtime::Handle,
+    condemned: Arc<Condemned>,
 }
 
 impl Shelf {
@@ -90,7 +93,15 @@ impl Shelf {
         std::fs::write(&source, &built.bytes).unwrap();
         let ztoc = Digest::of(&built.bytes);
         files::create(directory, &source, &ztoc, table.compressed_size, table.spans.len()).unwrap();
-        Shelf { directory: directory.to_owned(), digest, table, toc: Arc::new(toc), runtime: runtime.handle().clone() }
+        let condemned = Arc::new(Condemned::open(directory.join("condemned")));
+        Shelf {
+            directory: directory.to_owned(),
+            digest,
+            table,
+            toc: Arc::new(toc),
+            runtime: runtime.handle().clone(),
+            condemned,
+        }
     }
 
     fn open(&self, pace: Pace) -> (Scheduler, Arc<Layer>) {
@@ -115,9 +126,13 @@ impl Shelf {
             table: self.table.clone(),
             toc: self.toc.clone(),
             files: LayerFiles::open(&self.directory).unwrap(),
-            ranked: (0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect(),
+            ranking: Ranking::Known((0..spans).map(|span| Ranked { span, value: (spans - span) as f32 }).collect()),
             present: Vec::new(),
             source: Arc::new(Nothing),
+            verdict: None,
+            chain: None,
+            condemned: self.condemned.clone(),
+            limits: Limits::default(),
         };
         (scheduler, Layer::new(parts, Arc::new(shared)))
     }
@@ -140,7 +155,9 @@ impl Run {
         let (scheduler, layer) = shelf.open(Pace::LineRate);
         let fetching = Arc::new((0..layer.table.spans.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>());
         let failures = Arc::new(AtomicUsize::new(FAILURES));
-        Run { scheduler, layer, fetching, failures, quiet: Arc::default() }
+        let run = Run { scheduler, layer, fetching, failures, quiet: Arc::default() };
+        run.fetch_demands();
+        run
     }
 
     fn fails(&self) -> bool {
@@ -149,14 +166,14 @@ impl Run {
     }
 
     /// As `fetch::background` and `fetch::demand` do with what was taken, however it goes.
-    fn fetch(&self, run: Range<usize>, mut ticket: OnTheirWay, anybody_waits: bool) {
+    fn fetch(&self, taken: Taken, mut ticket: OnTheirWay, anybody_waits: bool) {
+        let run = taken.left().expect("what is fetched was taken");
         for span in run.clone() {
             assert_eq!(self.fetching[span].fetch_add(1, Ordering::SeqCst), 0, "span {span} is fetched twice at a time");
         }
-        let Span::Fetching(ours) = self.layer.map().get(run.start) else { panic!("what is fetched was not taken") };
         ticket.begun();
         let mut left = run.clone();
-        for span in run.clone() {
+        for span in run {
             shuttle::thread::yield_now();
             if self.fails() {
                 break;
@@ -167,51 +184,50 @@ impl Run {
             self.layer.arrived(span, Arrival::OnDisk);
         }
         drop(ticket);
-        for span in left.clone() {
+        for span in left {
             self.fetching[span].fetch_sub(1, Ordering::SeqCst);
         }
-        if anybody_waits {
-            for span in left {
-                if self.layer.map().get(span) == Span::Fetching(ours) {
-                    self.layer.lost(span, &ReadError::Removed);
-                }
-            }
-        } else {
-            for wanted in self.layer.give_back(left, ours) {
-                self.demand(wanted);
-            }
+        match anybody_waits {
+            true => taken.lose(&ReadError::Removed),
+            false => taken.give_back(&[]).into_iter().for_each(|wanted| self.scheduler.demand(wanted)),
         }
         self.scheduler.wake();
     }
 
-    fn demand(&self, run: Range<usize>) {
-        self.scheduler.lock().demanded = Some(Instant::now());
-        let range = self.layer.blob_range(&run);
-        let ticket = self.scheduler.asked(&self.layer, range.end - range.start);
-        let me = self.clone();
-        shuttle::thread::spawn(move || me.fetch(run, ticket, true));
+    /// What the scheduler does about a demand here. It must not keep alive what keeps it.
+    fn fetch_demands(&self) {
+        let (fetching, failures, quiet) = (self.fetching.clone(), self.failures.clone(), self.quiet.clone());
+        let instead = move |taken: Taken| {
+            let layer = taken.layer().clone();
+            let scheduler = layer.shared().scheduler.clone();
+            let range = layer.blob_range(&taken.left().expect("what is demanded was taken"));
+            let ticket = scheduler.asked(&layer, range.end - range.start);
+            let me =
+                Run { scheduler, layer, fetching: fetching.clone(), failures: failures.clone(), quiet: quiet.clone() };
+            shuttle::thread::spawn(move || me.fetch(taken, ticket, true));
+        };
+        assert!(self.scheduler.inner.instead.set(Box::new(instead)).is_ok());
     }
 
-    /// As `Layer::here`, until it is.
+    /// Until it is here.
     fn read(&self, span: usize) {
         loop {
-            let (receiver, runs) = {
-                let mut map = self.layer.map();
-                if map.get(span) == Span::Present {
-                    return;
-                }
-                let runs = map.take_wanted(span..=span);
-                let (sender, receiver) = oneshot::channel();
-                map.wait(span, sender);
-                (receiver, runs)
-            };
-            runs.into_iter().for_each(|run| self.demand(run));
             self.scheduler.near(&self.layer, span + 1..(span + 3).min(self.fetching.len()));
-            match shuttle::future::block_on(receiver) {
-                Ok(Ok(_)) => return,
-                Ok(Err(_)) => {}
-                Err(_) => panic!("who waited for span {span} was forgotten"),
+            match shuttle::future::block_on(self.layer.here(span)) {
+                Ok(_) => break,
+                Err(ReadError::Removed) => {}
+                Err(error) => panic!("who waited for span {span} was forgotten: {error}"),
             }
+        }
+    }
+
+    /// Until it is here; then it stays while it is held, if nothing is found damaged.
+    fn read_held(&self, span: usize) {
+        self.read(span);
+        // It may have been evicted already.
+        if let Some(_held) = self.layer.hold(span) {
+            shuttle::thread::yield_now();
+            assert_eq!(self.layer.map().get(span), Span::Present, "span {span} was taken from under a reader");
         }
     }
 
@@ -222,8 +238,8 @@ impl Run {
                 Next::Fetch(layer, run) => {
                     let range = layer.blob_range(&run);
                     let ticket = OnTheirWay::new(&self.scheduler, &layer, range.end - range.start);
-                    let me = self.clone();
-                    shuttle::thread::spawn(move || me.fetch(run, ticket, false));
+                    let (me, taken) = (self.clone(), Taken::new(layer, run));
+                    shuttle::thread::spawn(move || me.fetch(taken, ticket, false));
                 }
                 // Time passes.
                 Next::WaitUntil(_) => shuttle::thread::yield_now(),
@@ -283,6 +299,25 @@ fn shuttle_what_is_found_damaged_comes_again_also_while_it_is_read() {
                 for span in [4, 1] {
                     damage.read(span);
                     damage.layer.discard(span);
+                }
+            }),
+        ]
+    });
+}
+
+#[test]
+fn shuttle_what_is_evicted_comes_again_and_never_from_under_a_reader() {
+    // Everything that can go, at once.
+    const NOTHING: QuotaSettings = QuotaSettings { max: 0, high: 0, low: 0 };
+    explored(2000, |run| {
+        let (reader, other, eviction) = (run.clone(), run.clone(), run.clone());
+        vec![
+            shuttle::thread::spawn(move || [1, 4, 1].into_iter().for_each(|span| reader.read_held(span))),
+            shuttle::thread::spawn(move || [4, 1].into_iter().for_each(|span| other.read_held(span))),
+            shuttle::thread::spawn(move || {
+                for _ in 0..2 {
+                    eviction.scheduler.quota().evict(&NOTHING);
+                    shuttle::thread::yield_now();
                 }
             }),
         ]

@@ -6,6 +6,8 @@
 //! * wrong bytes are asked for again from another host, or from another source;
 //! * a source that does not have the blob is asked last from then on;
 //! * sources that have trouble, all of them, are asked again from the first until the reader's time is up, ever more rarely;
+//! * a body that falls silent while a reader waits is given up and asked for anew, over another connection or from another host, a few times,
+//!   ever more patiently;
 //! * a background request that is silent while a reader waits for it is made again as that reader's;
 //! * what does not fit on the disk is given to who waits, and forgotten.
 
@@ -37,6 +39,9 @@ const MAX_ROUND: Duration = Duration::from_secs(5);
 /// See [`MAX_ROUND`].
 const MIN_ROUND: Duration = Duration::from_millis(100);
 
+/// How often in one fetch a silent body is given up early. After that the silence may be the link's way, and the connection's own limit decides.
+const MAX_SWITCHES: u32 = 3;
+
 /// Why an attempt ended early.
 enum Failure {
     Source(SourceError),
@@ -48,6 +53,8 @@ enum Failure {
     Storage(io::Error),
     /// A reader waits, and the other side has sent nothing for too long; why, if that is known.
     Silent(Option<String>),
+    /// A reader waits, and a body that had begun has stopped; another connection may do better.
+    Stalled(Duration),
     /// Nobody needs it any more.
     Removed,
 }
@@ -61,6 +68,9 @@ impl Failure {
             Failure::Silent(why) => ReadError::Fetch {
                 reason: why.clone().unwrap_or_else(|| "the other side has stopped sending".to_owned()),
             },
+            Failure::Stalled(after) => {
+                ReadError::Fetch { reason: format!("the other side has stopped sending for {after:.1?}") }
+            }
             Failure::Removed => ReadError::Removed,
         }
     }
@@ -99,7 +109,7 @@ impl Taken {
     }
 
     /// The first spans of the run that are not here yet. What is here already is not touched again: it may be on its way out.
-    fn left(&self) -> Option<Range<usize>> {
+    pub fn left(&self) -> Option<Range<usize>> {
         let map = self.layer.map();
         let is_ours = |span: &usize| map.get(*span) == Span::Fetching(self.ticket);
         let first = self.run.clone().find(is_ours)?;
@@ -107,7 +117,7 @@ impl Taken {
         Some(first..end)
     }
 
-    fn lose(&self, error: &ReadError) {
+    pub fn lose(&self, error: &ReadError) {
         for span in self.run.clone() {
             if self.layer.map().get(span) == Span::Fetching(self.ticket) {
                 self.layer.lost(span, error);
@@ -116,7 +126,7 @@ impl Taken {
     }
 
     /// Gives back what nobody waits for; what somebody does is taken still, by whoever gets the result.
-    fn give_back(mut self, avoid: &[HostId]) -> Vec<Taken> {
+    pub fn give_back(mut self, avoid: &[HostId]) -> Vec<Taken> {
         let run = std::mem::replace(&mut self.run, 0..0);
         let wanted = self.layer.give_back(run, self.ticket);
         let taken = |run| Taken { layer: self.layer.clone(), run, ticket: self.ticket, avoid: avoid.to_vec() };
@@ -178,6 +188,15 @@ pub(super) async fn background(scheduler: &Scheduler, taken: Taken, ticket: OnTh
     }
 }
 
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// An answer. Whoever asks for it has time limits and goes on to other hosts by itself.
+    Opening,
+    /// More of it.
+    Body,
+}
+
 /// Attempts at one run, and what they have learnt.
 struct Attempts<'a> {
     scheduler: &'a Scheduler,
@@ -188,6 +207,10 @@ struct Attempts<'a> {
     /// Who answers the current request, if it is known.
     host: Option<HostId>,
     avoid: Vec<HostId>,
+    /// Who has fallen silent just now: not to be asked by the very next request, if there is anybody else.
+    silent: Option<HostId>,
+    /// How often that has happened.
+    switches: u32,
     /// Failures of this source in a row without anything of use.
     failures: u32,
     mismatches: u32,
@@ -209,6 +232,8 @@ impl<'a> Attempts<'a> {
             source: 0,
             host: None,
             avoid,
+            silent: None,
+            switches: 0,
             failures: 0,
             mismatches: 0,
             rounds: 0,
@@ -304,6 +329,11 @@ impl<'a> Attempts<'a> {
                     _ => (self.mismatches <= settings.verification_retries.max(1)).then_some(wait),
                 }
             }
+            Failure::Stalled(_) => {
+                self.switches += 1;
+                self.silent = self.host.take();
+                Some(Duration::ZERO)
+            }
             Failure::Storage(_) | Failure::Silent(_) | Failure::Removed => None,
         };
         match self.urgency {
@@ -355,12 +385,12 @@ impl<'a> Attempts<'a> {
         let source = self.sources.get(self.source).cloned().ok_or_else(none)?;
         let started = Instant::now();
         self.host = None;
-        let avoid = self.avoid.clone();
+        let avoid: Vec<HostId> = self.avoid.iter().cloned().chain(self.silent.take()).collect();
         let opening: BoxFuture<'_, _> = match self.urgency {
             Urgency::Reader { .. } => Box::pin(split::open(&source, range, &avoid)),
             Urgency::Nobody => source.open(range, &avoid),
         };
-        let opened = self.patiently(opening, run, &mut ticket).await;
+        let opened = self.patiently(opening, run, &mut ticket, Phase::Opening).await;
         if source.is_remote() {
             self.layer.shared().observer.range_request(&self.layer.digest(), started.elapsed());
         }
@@ -368,7 +398,7 @@ impl<'a> Attempts<'a> {
         ticket.begun();
         self.host = body.host();
         while !incoming.is_over() {
-            let Some(chunk) = self.patiently(body.chunk(), run, &mut ticket).await? else { break };
+            let Some(chunk) = self.patiently(body.chunk(), run, &mut ticket, Phase::Body).await? else { break };
             if self.layer.is_removed() {
                 return Err(Failure::Removed);
             }
@@ -384,7 +414,9 @@ impl<'a> Attempts<'a> {
         mut step: BoxFuture<'_, Result<T, SourceError>>,
         run: &Range<usize>,
         ticket: &mut OnTheirWay,
+        phase: Phase,
     ) -> Result<T, Failure> {
+        let begun = Instant::now();
         loop {
             let patience = match self.urgency {
                 Urgency::Reader { since } => {
@@ -407,6 +439,13 @@ impl<'a> Attempts<'a> {
                     run.clone().any(|span| map.is_wanted(span))
                 }
             };
+            if let (Urgency::Reader { .. }, Phase::Body) = (self.urgency, phase)
+                && !give_up
+                && self.switches < MAX_SWITCHES
+                && begun.elapsed() >= self.scheduler.patience() * (1 << self.switches)
+            {
+                return Err(Failure::Stalled(begun.elapsed()));
+            }
             if give_up {
                 return Err(Failure::Silent(self.sources.get(self.source).and_then(|source| source.trouble())));
             }

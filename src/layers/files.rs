@@ -6,6 +6,7 @@
 //! | `toc`   | the flat table of contents | checksummed; rebuilt from `ztoc` when damaged |
 //! | `blob`  | the compressed layer at its own offsets, sparse | bytes of a present span matched the span's digest when written |
 //! | `spans` | header, then one byte per span: 1 = present, 2 = pinned, 3 = both | written after the span's bytes; a crash of the machine may lose or keep either |
+//! | `verdict` | that the layer is what its zTOC says (`verdict`) | a hint; without it the layer is examined again |
 //! | `data`  | large spans inflated, at their uncompressed offsets, sparse | none: it belongs to one process, the next one removes it |
 //!
 //! The promise of `spans` is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
@@ -52,6 +53,7 @@ pub struct LayerFiles {
     blob: File,
     presence: File,
     ztoc: Mapping,
+    ztoc_digest: Digest,
     /// Spans that are never evicted. Held while a mark is written, so that it has both bits right.
     pins: Mutex<HashSet<usize>>,
     /// Made when the first large span is inflated. Locked for moments only.
@@ -144,9 +146,19 @@ impl LayerFiles {
             blob: options("blob")?,
             presence: options("spans")?,
             ztoc: map(&ztoc_path(directory))?,
+            ztoc_digest: ztoc_of(directory)?.ok_or(io::ErrorKind::InvalidData)?,
             pins: Mutex::default(),
             data: Mutex::default(),
         })
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The digest of the zTOC that the directory was made for; whoever opens a layer compares it.
+    pub fn ztoc_digest(&self) -> Digest {
+        self.ztoc_digest
     }
 
     /// Lets the zTOC's pages go; the windows of spans that are read come back one by one.
@@ -236,11 +248,6 @@ impl LayerFiles {
     /// Whether the bytes of `span` in the blob are those that its digest covers.
     pub fn is_intact(&self, span: &Span) -> io::Result<bool> {
         Ok(self.hash(span.compressed.start, span.compressed.end)? == Some(span.digest))
-    }
-
-    /// The sha256 of the whole blob of so many bytes; none if it is shorter.
-    pub fn blob_digest(&self, bytes: u64) -> io::Result<Option<Digest>> {
-        self.hash(0, bytes)
     }
 
     fn hash(&self, start: u64, end: u64) -> io::Result<Option<Digest>> {

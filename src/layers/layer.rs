@@ -9,27 +9,27 @@ use super::{
     cache::InflatedCache,
     files::LayerFiles,
     large::Placings,
-    prior::Ranked,
+    prior::{self, Ranked},
     receive::Partial,
     scheduler::Scheduler,
     scratch::Scratch,
     source::Source,
     spans::{self, SpanMap},
     toc::Toc,
+    verdict::{Condemned, Verdict},
 };
-use crate::telemetry::catalog::say;
 use crate::{
     fs::ReadError,
-    oci::Digest,
+    oci::{Chain, Digest},
     sync::{Mutex, MutexGuard},
-    ztoc::{Compression, Span, SpanTable},
+    ztoc::{Compression, Limits, Span, SpanTable},
 };
 use bytes::Bytes;
 use std::{
     collections::HashMap,
     ops::{Range, RangeInclusive},
     sync::{
-        Arc, PoisonError, RwLock, Weak,
+        Arc, OnceLock, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -74,7 +74,7 @@ pub struct Shared {
     /// Kibibytes of [`MAX_INFLATING`].
     inflating: Arc<Semaphore>,
     /// Completed layers are read back one at a time: nobody waits for that.
-    completing: Semaphore,
+    pub(super) completing: Semaphore,
     /// Where inflated spans go that memory has no room for.
     spill: Option<Spill>,
 }
@@ -141,23 +141,65 @@ pub struct Layer {
     pub(super) demands: Arc<Semaphore>,
     pub(super) last_span: AtomicU64,
     pub(super) streak: AtomicU64,
-    opened: Instant,
+    pub(super) opened: Instant,
     removed: AtomicBool,
-    /// The whole blob was compared with the layer's digest.
-    judged: AtomicBool,
+    /// What became of comparing the whole layer with its index.
+    pub(super) verdict: OnceLock<Verdict>,
     /// It is being compared, so all of it has to stay. Changed under the map's lock.
-    judging: AtomicBool,
+    pub(super) judging: AtomicBool,
+    /// How often its beginning was fetched again, because of what came of that.
+    pub(super) doubts: AtomicU32,
+    /// What images say of its diff ID. Leaf lock.
+    pub(super) claims: std::sync::Mutex<Vec<Chain>>,
+    pub(super) condemned: Arc<Condemned>,
+    pub(super) limits: Limits,
     shared: Arc<Shared>,
     me: Weak<Layer>,
 }
 
 /// The streaming order and how far it was followed.
 struct Order {
+    ranking: Ranking,
     ranked: Vec<Ranked>,
     /// Everything before is present or taken; moved back when a span is lost.
     cursor: usize,
     /// Value of each span, by span.
     values: Vec<f32>,
+}
+
+/// What the streaming order is made of.
+#[derive(Debug)]
+pub enum Ranking {
+    Known(Vec<Ranked>),
+    /// The paths of all files, by [`prior::rank`], which takes longer than the rest of opening a layer: reads do not need it, so it is done when
+    /// the background asks first.
+    Later {
+        interest: f32,
+    },
+    /// That is under way.
+    Begun {
+        interest: f32,
+    },
+}
+
+impl Order {
+    fn new(ranking: Ranking, spans: usize) -> Order {
+        let mut order = Order { ranking, ranked: Vec::new(), cursor: 0, values: vec![0.0; spans] };
+        if let Ranking::Known(ranked) = &mut order.ranking {
+            let ranked = std::mem::take(ranked);
+            order.fill(ranked);
+        }
+        order
+    }
+
+    fn fill(&mut self, ranked: Vec<Ranked>) {
+        for rank in &ranked {
+            if let Some(value) = self.values.get_mut(rank.span) {
+                *value = rank.value;
+            }
+        }
+        (self.ranking, self.ranked, self.cursor) = (Ranking::Known(Vec::new()), ranked, 0);
+    }
 }
 
 /// The parts of a [`Layer`].
@@ -167,22 +209,21 @@ pub struct Parts {
     pub table: SpanTable,
     pub toc: Arc<Toc>,
     pub files: LayerFiles,
-    pub ranked: Vec<Ranked>,
+    pub ranking: Ranking,
     pub present: Vec<usize>,
     pub source: Arc<dyn Source>,
+    /// What was found out before.
+    pub verdict: Option<Verdict>,
+    pub chain: Option<Chain>,
+    pub condemned: Arc<Condemned>,
+    /// Of its zTOC.
+    pub limits: Limits,
 }
 
 impl Layer {
     /// A layer from its parts.
     pub fn new(parts: Parts, shared: Arc<Shared>) -> Arc<Layer> {
         let count = parts.table.spans.len();
-        let mut values = vec![0.0; count];
-        let ranked = parts.ranked;
-        for rank in &ranked {
-            if let Some(value) = values.get_mut(rank.span) {
-                *value = rank.value;
-            }
-        }
         let fetched = parts.present.iter().map(|&span| share(&parts.table, span)).sum::<u64>();
         let layer = Arc::new_cyclic(|me| Layer {
             number: parts.number,
@@ -193,7 +234,7 @@ impl Layer {
             checked: (0..count).map(|_| AtomicBool::new(false)).collect(),
             checking: Arc::default(),
             sources: RwLock::new(vec![parts.source]),
-            order: Mutex::new(Order { ranked, cursor: 0, values }),
+            order: Mutex::new(Order::new(parts.ranking, count)),
             fetched: AtomicU64::new(fetched),
             read_at: (0..count).map(|_| AtomicU32::new(0)).collect(),
             held: Mutex::default(),
@@ -206,8 +247,12 @@ impl Layer {
             table: parts.table,
             opened: Instant::now(),
             removed: AtomicBool::new(false),
-            judged: AtomicBool::new(false),
+            verdict: parts.verdict.map_or_else(OnceLock::new, OnceLock::from),
             judging: AtomicBool::new(false),
+            doubts: AtomicU32::new(0),
+            claims: std::sync::Mutex::new(parts.chain.into_iter().collect()),
+            condemned: parts.condemned,
+            limits: parts.limits,
             shared,
             me: me.clone(),
         });
@@ -224,9 +269,33 @@ impl Layer {
         }
     }
 
-    /// The value of each span.
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The value of each span. May take a while.
     pub(super) fn values(&self) -> Vec<f32> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).values.clone()
+        self.rank();
+        self.order().values.clone()
+    }
+
+    /// Works the streaming order out, if that has not been done.
+    fn rank(&self) {
+        let interest = match self.order().ranking {
+            Ranking::Later { interest } | Ranking::Begun { interest } => interest,
+            Ranking::Known(_) => return,
+        };
+        let ranked = prior::rank(&self.table, &self.toc, interest);
+        self.order().fill(ranked);
+    }
+
+    /// Has it worked out by somebody else.
+    fn rank_soon(&self) {
+        let Some(layer) = self.arc() else { return };
+        self.shared.runtime.spawn_blocking(move || {
+            layer.rank();
+            layer.shared.scheduler.wake();
+        });
     }
 
     pub(super) fn is_being_judged(&self) -> bool {
@@ -305,7 +374,17 @@ impl Layer {
         if self.is_removed() {
             return None;
         }
-        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut order = self.order();
+        match order.ranking {
+            Ranking::Later { interest } => {
+                order.ranking = Ranking::Begun { interest };
+                drop(order);
+                self.rank_soon();
+                return None;
+            }
+            Ranking::Begun { .. } => return None,
+            Ranking::Known(_) => {}
+        }
         let map = self.map();
         while let Some(&Ranked { span, value }) = order.ranked.get(order.cursor) {
             if map.get(span) == spans::Span::Absent {
@@ -321,7 +400,7 @@ impl Layer {
         if self.is_removed() {
             return None;
         }
-        let order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = self.order();
         let least = order.values.get(first).copied().unwrap_or(0.0) / 2.0;
         let values = &order.values;
         let mut bytes = self.span_bytes(first);
@@ -424,7 +503,7 @@ impl Layer {
     }
 
     pub(super) fn rewind(&self) {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner).cursor = 0;
+        self.order().cursor = 0;
     }
 
     /// `span` on disk is not what it should be.
@@ -484,68 +563,12 @@ impl Layer {
         self.removed.load(Ordering::SeqCst)
     }
 
-    /// All spans are here: compares the whole blob with the layer's digest, once, after everything else.
-    fn completed(&self) {
-        let Some(layer) = self.arc() else { return };
-        let shared = self.shared.clone();
-        self.shared.runtime.spawn(async move {
-            let _one = shared.completing.acquire().await;
-            let _ = shared.runtime.spawn_blocking(move || layer.judge()).await;
-        });
-    }
-
-    fn judge(&self) {
-        let is_whole = {
-            let map = self.map();
-            self.judging.store(map.missing() == 0, Ordering::SeqCst);
-            map.missing() == 0
-        };
-        if is_whole && !self.is_removed() && !self.judged.load(Ordering::Relaxed) {
-            self.compare();
+    /// What was inflated of it is not needed again.
+    pub(super) fn forget_inflated(&self) {
+        self.shared.cache.forget(self.number);
+        if let Some(scratch) = self.shared.scratch() {
+            scratch.forget(self.number);
         }
-        self.judging.store(false, Ordering::SeqCst);
-    }
-
-    fn compare(&self) {
-        match self.files.blob_digest(self.table.compressed_size) {
-            Ok(Some(digest)) if digest == self.digest => {
-                tracing::debug!(layer = %self.digest, "layer complete, its digest matches");
-            }
-            Err(error) => {
-                say!(LayerUnreadable, layer = %self.digest, error = %error, "cannot read the completed layer back");
-            }
-            // Completed again when what is discarded here has come again.
-            Ok(_) if self.discard_damaged() > 0 => return,
-            Ok(found) => {
-                let found = found.map_or("a short file".to_owned(), |digest| digest.to_string());
-                say!(
-                    LayerContradictsIndex, layer = %self.digest, found,
-                    "every span of the layer matches its zTOC, but the layer does not match its digest: the SOCI index is wrong; rebuild and push it"
-                );
-                self.shared.observer.layer_contradicts_index(&self.digest);
-            }
-        }
-        self.judged.store(true, Ordering::Relaxed);
-        self.shared.observer.layer_complete(self, self.opened.elapsed());
-    }
-
-    /// Checks the spans that an earlier process has written and nobody has read since; returns how many were damaged.
-    fn discard_damaged(&self) -> usize {
-        let mut damaged = 0;
-        for (span, entry) in self.table.spans.iter().enumerate() {
-            if self.is_checked(span) {
-                continue;
-            }
-            match self.files.is_intact(entry) {
-                Ok(true) => self.set_checked(span, true),
-                Ok(false) | Err(_) => {
-                    say!(SpanDamaged, layer = %self.digest, span, "span on disk is damaged, fetching it again");
-                    self.discard(span);
-                    damaged += 1;
-                }
-            }
-        }
-        damaged
     }
 }
 
@@ -560,9 +583,6 @@ fn share(table: &SpanTable, span: usize) -> u64 {
 impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.scheduler.quota().shrank(self.fetched.load(Ordering::Relaxed));
-        self.shared.cache.forget(self.number);
-        if let Some(scratch) = self.shared.scratch() {
-            scratch.forget(self.number);
-        }
+        self.forget_inflated();
     }
 }

@@ -12,8 +12,10 @@
 
 mod ahead;
 mod cache;
+mod examine;
 mod fetch;
 mod files;
+mod judge;
 mod large;
 mod layer;
 mod passing;
@@ -28,6 +30,7 @@ mod spans;
 mod split;
 mod store;
 pub mod toc;
+mod verdict;
 mod window;
 
 pub use ahead::Ahead;
@@ -38,8 +41,12 @@ pub use scheduler::{Background, Pace, Persistence, Scheduler, Settings};
 pub use scratch::Scratch;
 pub use source::{Body, RegistrySource, Remedy, Source, SourceError};
 pub use store::LayerStore;
+pub use verdict::Verdict;
 
-use crate::{layout::SnapshotId, oci::Digest};
+use crate::{
+    layout::SnapshotId,
+    oci::{Chain, Digest},
+};
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 /// What happens to layers, for metrics.
@@ -54,8 +61,8 @@ pub trait Observer: Send + Sync {
     fn evicted(&self, _layer: &Digest, _bytes: u64) {}
     /// Every span is here, `_took` after the layer was opened.
     fn layer_complete(&self, _layer: &Layer, _took: Duration) {}
-    /// The layer is here, every span of it matches its zTOC, and yet it is not the layer: the index is wrong.
-    fn layer_contradicts_index(&self, _layer: &Digest) {}
+    /// All of the layer was compared with its index: it has a [`Layer::verdict`] now. On a thread of no runtime.
+    fn layer_examined(&self, _layer: &Layer) {}
     /// The flat table of contents was built.
     fn toc_built(&self, _layer: &Digest, _took: Duration) {}
 }
@@ -95,6 +102,8 @@ pub struct Wanted {
     /// Number of layers below this one.
     pub depth: usize,
     pub source: Arc<dyn Source>,
+    /// What the image says of its diff ID.
+    pub chain: Option<Chain>,
 }
 
 /// Who needs a layer to stay.

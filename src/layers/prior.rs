@@ -5,6 +5,9 @@
 //!
 //! Absent on purpose: state. What was read on this node is the scheduler's business.
 
+use super::toc::Toc;
+use crate::ztoc::SpanTable;
+
 /// How likely a file is to be read while a container starts, most likely first. The order is the order of streaming.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Likelihood {
@@ -286,6 +289,28 @@ impl<'a> Values<'a> {
 pub struct Ranked {
     pub span: usize,
     pub value: f32,
+}
+
+/// The order in which to stream the spans of a layer, by the paths of its files; see [`Values::order`].
+pub fn rank(table: &SpanTable, toc: &Toc, interest: f32) -> Vec<Ranked> {
+    let ends: Vec<u64> = table.spans.iter().map(|s| s.uncompressed.end).collect();
+    let mut value = Values::new(&ends);
+    // Files of a directory are neighbours in the table, so its path is put together once.
+    let (mut directory, mut path) = (None, Vec::new());
+    for file in toc.files() {
+        if directory != Some(file.parent) {
+            directory = Some(file.parent);
+            path = toc.path(file.parent);
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+        }
+        let length = path.len();
+        path.extend_from_slice(file.name);
+        value.add(File { path: &path, mode: file.mode & 0o7777, offset: file.offset, size: file.size });
+        path.truncate(length);
+    }
+    value.order(interest)
 }
 
 #[cfg(test)]

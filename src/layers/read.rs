@@ -342,7 +342,7 @@ fn part(entry: &Span, range: &Range<u64>) -> Range<u64> {
 
 impl LayerData for Layer {
     fn try_read(&self, range: Range<u64>) -> Option<Bytes> {
-        if range.start >= range.end || range.end > self.table.uncompressed_size {
+        if range.start >= range.end || range.end > self.table.uncompressed_size || self.refusal().is_some() {
             return None;
         }
         let spans = self.table.spans_of(range.clone());
@@ -361,6 +361,9 @@ impl LayerData for Layer {
 
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ReadError>> {
         Box::pin(async move {
+            if let Some(refusal) = self.refusal() {
+                return Err(refusal);
+            }
             if range.start >= range.end {
                 return Ok(Bytes::new());
             }

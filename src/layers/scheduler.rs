@@ -166,6 +166,9 @@ struct Inner {
     quota: Quota,
     /// Shared with pulls.
     throttle: Throttle,
+    /// What is done with a demand where the orders of threads are explored: there is no runtime.
+    #[cfg(test)]
+    instead: std::sync::OnceLock<Box<dyn Fn(Taken) + Send + Sync>>,
 }
 
 /// The scheduler; cheap to clone.
@@ -184,7 +187,15 @@ impl Scheduler {
     /// `throttle`: of all requests for layers of this node.
     pub fn new(settings: Settings, throttle: Throttle) -> Scheduler {
         let settings = RwLock::new(Arc::new(settings));
-        let inner = Inner { state: Mutex::default(), wake: Notify::new(), settings, quota: Quota::new(), throttle };
+        let inner = Inner {
+            state: Mutex::default(),
+            wake: Notify::new(),
+            settings,
+            quota: Quota::new(),
+            throttle,
+            #[cfg(test)]
+            instead: std::sync::OnceLock::new(),
+        };
         Scheduler { inner: Arc::new(inner) }
     }
 
@@ -255,6 +266,10 @@ impl Scheduler {
     pub(super) fn demand(&self, taken: Taken) {
         let (scheduler, since) = (self.clone(), Instant::now());
         self.lock().demanded = Some(since);
+        #[cfg(test)]
+        if let Some(instead) = self.inner.instead.get() {
+            return instead(taken);
+        }
         let reading = self.inner.throttle.reading();
         taken.layer().shared().runtime.clone().spawn(async move {
             let _reading = reading;
@@ -310,6 +325,12 @@ impl Scheduler {
     pub(super) fn asked(&self, layer: &Arc<Layer>, bytes: u64) -> OnTheirWay {
         self.lock().on_their_way += bytes;
         OnTheirWay::new(self, layer, bytes)
+    }
+
+    /// Whether nothing is on its way and nobody has waited for a while.
+    pub(super) fn is_quiet(&self) -> bool {
+        let state = self.lock();
+        state.on_their_way == 0 && state.demanded.is_none_or(|at| at.elapsed() >= CAUTION)
     }
 
     /// How long a request may be silent before that means something: all that is on its way may come first, and a registry that always

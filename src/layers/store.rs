@@ -5,13 +5,14 @@
 use super::{
     Layer, OpenError, Shared, User, Wanted,
     files::{self, LayerFiles},
-    layer, prior, toc,
+    layer, toc,
+    verdict::{self, Condemned, Verdict},
 };
 use crate::telemetry::catalog::say;
 use crate::{
     layout::Layout,
     oci::Digest,
-    ztoc::{Limits, SpanTable, Ztoc},
+    ztoc::{Limits, Ztoc},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -36,12 +37,15 @@ pub struct LayerStore {
     /// Written only by who holds the layer's slot.
     users: Mutex<HashMap<Digest, HashSet<User>>>,
     numbers: AtomicU64,
+    condemned: Arc<Condemned>,
 }
 
 impl LayerStore {
     /// The store below `layout`.
     pub fn new(layout: Layout, shared: Arc<Shared>, limits: Limits) -> LayerStore {
+        let condemned = Arc::new(Condemned::open(layout.condemned()));
         LayerStore {
+            condemned,
             layout,
             shared,
             limits,
@@ -53,6 +57,11 @@ impl LayerStore {
 
     pub fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// Why `layer` must not be read by way of `ztoc`, if that was found out before.
+    pub fn condemned(&self, layer: &Digest, ztoc: &Digest) -> Option<String> {
+        self.condemned.why(layer, ztoc)
     }
 
     /// A user that is no snapshot yet. It must be released like any other.
@@ -102,6 +111,7 @@ impl LayerStore {
         let mut slot = self.slot(&digest).lock_owned().await;
         if let Some(layer) = slot.upgrade() {
             layer.add_source(wanted.source);
+            layer.claim(wanted.chain);
             self.users().entry(digest).or_default().insert(user);
             return Ok(layer);
         }
@@ -138,19 +148,33 @@ impl LayerStore {
         drop(ztoc);
         files.settle();
         let present = files.present(table.spans.len()).map_err(failed(&directory))?;
+        let ztoc = files.ztoc_digest();
+        let verdict = match self.condemned.why(&wanted.layer, &ztoc) {
+            Some(reason) => Some(Verdict::Contradicts { reason }),
+            None => verdict::proven(&directory, &ztoc).map(|diff_id| Verdict::Genuine { diff_id }),
+        };
         // Upper layers hold what the image is for.
-        let ranked = rank(&table, &toc, if wanted.depth == 0 { 1.0 } else { 3.0 });
+        let ranking = layer::Ranking::Later { interest: if wanted.depth == 0 { 1.0 } else { 3.0 } };
         let parts = layer::Parts {
             number: self.numbers.fetch_add(1, Ordering::Relaxed),
             digest: wanted.layer,
             table,
             toc: Arc::new(toc),
             files,
-            ranked,
+            ranking,
             present,
             source: wanted.source.clone(),
+            verdict,
+            chain: wanted.chain,
+            condemned: self.condemned.clone(),
+            limits: self.limits,
         };
-        Ok(Layer::new(parts, self.shared.clone()))
+        let layer = Layer::new(parts, self.shared.clone());
+        if layer.is_complete() {
+            // An earlier process did not get that far.
+            layer.completed();
+        }
+        Ok(layer)
     }
 
     fn create(&self, wanted: &Wanted, directory: &Path) -> Result<LayerFiles, OpenError> {
@@ -299,25 +323,4 @@ fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
-}
-
-fn rank(table: &SpanTable, toc: &toc::Toc, interest: f32) -> Vec<prior::Ranked> {
-    let ends: Vec<u64> = table.spans.iter().map(|s| s.uncompressed.end).collect();
-    let mut value = prior::Values::new(&ends);
-    // Files of a directory are neighbours in the table, so its path is put together once.
-    let (mut directory, mut path) = (None, Vec::new());
-    for file in toc.files() {
-        if directory != Some(file.parent) {
-            directory = Some(file.parent);
-            path = toc.path(file.parent);
-            if !path.is_empty() {
-                path.push(b'/');
-            }
-        }
-        let length = path.len();
-        path.extend_from_slice(file.name);
-        value.add(prior::File { path: &path, mode: file.mode & 0o7777, offset: file.offset, size: file.size });
-        path.truncate(length);
-    }
-    value.order(interest)
 }

@@ -7,6 +7,7 @@
 //! Absent on purpose: I/O.
 #![forbid(unsafe_code)]
 
+mod chain;
 mod digest;
 mod idmap;
 mod json;
@@ -15,6 +16,7 @@ pub mod media_type;
 mod platform;
 mod reference;
 
+pub use chain::Chain;
 pub use digest::{Digest, Hasher, InvalidDigest};
 pub use idmap::{IdMaps, InvalidIdMap};
 pub use json::to_canonical_json;

@@ -21,7 +21,7 @@ use super::{
     redirect::{BlobKey, RedirectCache},
     retry::{self, RetrySettings},
     settings::HttpSettings,
-    transport::{Kind, Reply, To, Transport},
+    transport::{Connection, Kind, Reply, Terms, To, Transport},
     url::same_origin,
 };
 use crate::oci::{Digest, Reference};
@@ -61,13 +61,14 @@ pub(super) struct Ask<'a> {
     pub range: Option<std::ops::Range<u64>>,
     /// The blob whose place may be remembered.
     pub blob: Option<Digest>,
+    pub places: Places,
 }
 
-/// Whether the remembered place of a blob may be used.
+/// Whether what was used before may be used again: the remembered place of a blob, and connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Places {
     Remembered,
-    /// Every host was to be avoided: what is remembered may be what served the bad bytes.
+    /// Wrong bytes have come: the place, or something on the way of that connection, may have made them.
     Anew,
 }
 
@@ -137,6 +138,9 @@ impl Site {
                 }
             }
             corrupt += u32::from(pass.last_was_corrupt);
+            if pass.was_corrupt {
+                places = Places::Anew;
+            }
             let (error, asked) = match pass.result() {
                 Verdict::Final(error) => return Err(error),
                 Verdict::Trouble(error, _) if number > retry.max_retries || corrupt > 1 => {
@@ -180,12 +184,12 @@ impl Site {
     }
 
     /// One attempt at one host: an answer whose body is still to be read.
-    pub async fn open(&self, endpoint: &Endpoint, places: Places, ask: &Ask<'_>) -> Result<Body, Failure> {
+    pub async fn open(&self, endpoint: &Endpoint, ask: &Ask<'_>) -> Result<Body, Failure> {
         let url = self.url(endpoint, ask.path)?;
         let request = Request::new("GET", &url);
         let key = ask.blob.map(|digest| BlobKey { host: endpoint.id.clone(), repository: self.name.clone(), digest });
         if let Some(key) = &key {
-            if places == Places::Anew {
+            if ask.places == Places::Anew {
                 self.client.redirects.forget_any(key);
             }
             if let Some(place) = self.client.redirects.get(key)
@@ -305,8 +309,12 @@ impl Site {
         request: &Request,
         http: reqwest::Request,
     ) -> Result<Reply, Failure> {
-        let limit = self.time_limit(endpoint, ask.kind);
-        self.client.transport.send(endpoint, to, ask.kind, request, http, limit).await
+        let connection = match ask.places {
+            Places::Remembered => Connection::Any,
+            Places::Anew => Connection::New,
+        };
+        let terms = Terms { limit: self.time_limit(endpoint, ask.kind), connection };
+        self.client.transport.send(endpoint, to, ask.kind, request, http, terms).await
     }
 
     fn http(&self, ask: &Ask<'_>, url: &Url, came_from: Option<&Url>, proof: Option<&HeaderValue>) -> reqwest::Request {
@@ -422,6 +430,7 @@ struct Pass {
     trouble: Option<(RegistryError, Option<Duration>)>,
     last_had_trouble: bool,
     last_was_corrupt: bool,
+    was_corrupt: bool,
 }
 
 enum Verdict {
@@ -460,6 +469,7 @@ impl Pass {
             Advice::Corrupt => {
                 host.lied();
                 self.last_was_corrupt |= is_last;
+                self.was_corrupt = true;
                 self.trouble = Some((error, Some(Duration::ZERO)));
             }
         }

@@ -168,8 +168,8 @@ impl Repository {
         let settings = &site.client.settings;
         let need = if expected.is_some() { Need::Pull } else { Need::Resolve };
         site.ask(need, &settings.retry, &[], |endpoint, places| async move {
-            let ask = Ask { kind: Kind::Manifest, path, accept: Some(MANIFEST_TYPES), range: None, blob: None };
-            let body = site.open(&endpoint, places, &ask).await?;
+            let ask = Ask { kind: Kind::Manifest, path, accept: Some(MANIFEST_TYPES), range: None, blob: None, places };
+            let body = site.open(&endpoint, &ask).await?;
             let headers = body.response().headers();
             let media_type = text(headers, header::CONTENT_TYPE).unwrap_or_default();
             let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
@@ -215,8 +215,8 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         site.ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
-            let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
-            let body = site.open(&endpoint, places, &ask).await?;
+            let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest), places };
+            let body = site.open(&endpoint, &ask).await?;
             refuse_encoding(&body)?;
             let request = body.request().clone();
             let bytes = body.read(max).await?;
@@ -236,8 +236,8 @@ impl Repository {
         let path = path.as_str();
         let sized = site
             .ask(Need::Pull, &site.client.settings.blob_retry, &[], |endpoint, places| async move {
-                let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(0..1), blob: Some(digest) };
-                let body = site.open(&endpoint, places, &ask).await?;
+                let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(0..1), blob: Some(digest), places };
+                let body = site.open(&endpoint, &ask).await?;
                 let response = body.response();
                 let size = match response.status() {
                     StatusCode::PARTIAL_CONTENT => text(response.headers(), header::CONTENT_RANGE)
@@ -276,8 +276,9 @@ impl Repository {
             if range.is_empty() {
                 return Ok(RangeBody::new(None, 0, Excess::CutOff, endpoint, None));
             }
-            let ask = Ask { kind: Kind::Range, path, accept: None, range: Some(range.clone()), blob: Some(digest) };
-            let body = site.open(&endpoint, places, &ask).await?;
+            let ask =
+                Ask { kind: Kind::Range, path, accept: None, range: Some(range.clone()), blob: Some(digest), places };
+            let body = site.open(&endpoint, &ask).await?;
             refuse_encoding(&body)?;
             range_body(endpoint, body, range)
         })
@@ -291,8 +292,8 @@ impl Repository {
         let path = format!("blobs/{digest}");
         let path = path.as_str();
         site.ask(Need::Pull, &site.client.settings.blob_retry, avoid, |endpoint, places| async move {
-            let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest) };
-            let body = site.open(&endpoint, places, &ask).await?;
+            let ask = Ask { kind: Kind::Blob, path, accept: None, range: None, blob: Some(digest), places };
+            let body = site.open(&endpoint, &ask).await?;
             refuse_encoding(&body)?;
             range_body(endpoint, body.unhurried(), &(0..size))
         })

@@ -54,9 +54,15 @@ async fn api(
     let prefix = site.url(endpoint, "")?;
     let mut out = Vec::new();
     for _ in 0..MAX_PAGES {
-        let ask =
-            Ask { kind: Kind::Referrers, path: &path, accept: Some(media_type::OCI_INDEX), range: None, blob: None };
-        let body = match site.open(endpoint, places, &ask).await {
+        let ask = Ask {
+            kind: Kind::Referrers,
+            path: &path,
+            accept: Some(media_type::OCI_INDEX),
+            range: None,
+            blob: None,
+            places,
+        };
+        let body = match site.open(endpoint, &ask).await {
             Ok(body) => body,
             // A name that is not known has no fallback tag either; everything else here is how registries say "what API?".
             Err(failure) => {
@@ -107,8 +113,15 @@ async fn fallback(
     manifest: Digest,
 ) -> Result<Vec<Descriptor>, Failure> {
     let path = format!("manifests/{}", fallback_tag(manifest));
-    let ask = Ask { kind: Kind::Referrers, path: &path, accept: Some(media_type::OCI_INDEX), range: None, blob: None };
-    let body = site.open(endpoint, places, &ask).await?;
+    let ask = Ask {
+        kind: Kind::Referrers,
+        path: &path,
+        accept: Some(media_type::OCI_INDEX),
+        range: None,
+        blob: None,
+        places,
+    };
+    let body = site.open(endpoint, &ask).await?;
     let request = body.request().clone();
     let bytes = body.read(site.client.settings.manifest_max).await?;
     descriptors(&bytes).ok_or_else(|| Failure::malformed(&request, "the fallback tag is not an index"))

@@ -24,7 +24,7 @@ use reqwest::Response;
 use std::{
     error::Error,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -81,11 +81,21 @@ pub(super) struct Dialing {
     pub timeout: Option<Duration>,
 }
 
+/// Whether a proxy may be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Configured,
+    Direct,
+}
+
 /// HTTP clients for hosts that are dialled in the same way.
 pub(super) struct Clients {
     talk: reqwest::Client,
     bulk: reqwest::Client,
     local: reqwest::Client,
+    /// For bulk and local requests over new connections; made when first needed.
+    anew: [OnceLock<reqwest::Client>; 2],
+    dialing: Dialing,
     answer_timeout: Option<Duration>,
     /// For other hosts that one of these redirects to, if they are to be dialled differently.
     elsewhere: Option<Arc<Clients>>,
@@ -119,6 +129,28 @@ pub(super) enum To {
     Host,
     /// Whom it redirects to.
     Stranger,
+}
+
+/// Which connection a request for a blob goes over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Connection {
+    #[default]
+    Any,
+    /// One that nothing went over before: what came over the others was wrong.
+    New,
+}
+
+/// How a request is sent.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Terms {
+    pub limit: Option<Duration>,
+    pub connection: Connection,
+}
+
+impl From<Option<Duration>> for Terms {
+    fn from(limit: Option<Duration>) -> Terms {
+        Terms { limit, ..Terms::default() }
+    }
 }
 
 /// What came back.
@@ -177,29 +209,68 @@ impl Transport {
     }
 
     fn make(&self, dialing: &Dialing, elsewhere: Option<Arc<Clients>>) -> Result<Clients, HostsError> {
-        let settings = &self.settings;
-        let dial_timeout = dialing.timeout.unwrap_or(settings.dial_timeout);
-        let builder = |protocols| -> Result<reqwest::ClientBuilder, HostsError> {
-            Ok(reqwest::Client::builder()
-                .use_preconfigured_tls(tls::client(&dialing.trust, &self.roots, protocols)?)
-                .redirect(reqwest::redirect::Policy::none())
-                .user_agent(concat!("soci-snapshotter/", env!("CARGO_PKG_VERSION")))
-                .connect_timeout(dial_timeout)
-                .tcp_nodelay(true)
-                .tcp_keepalive(TCP_KEEPALIVE)
-                .pool_idle_timeout(POOL_IDLE)
-                .pool_max_idle_per_host(settings.idle_connections))
-        };
-        let proxies = self.proxies.clone();
-        let proxy = reqwest::Proxy::custom(move |url| proxies.of(url));
-        let build = |builder: reqwest::ClientBuilder| builder.build().map_err(|e| HostsError::Client(chain(&e)));
+        let idle = self.settings.idle_connections;
+        let header_timeout = self.settings.header_timeout.duration();
         Ok(Clients {
-            talk: build(builder(Protocols::Http2Or1)?.proxy(proxy.clone()))?,
-            bulk: build(builder(Protocols::Http1)?.http1_only().proxy(proxy))?,
-            local: build(builder(Protocols::Http1)?.http1_only().no_proxy())?,
-            answer_timeout: settings.header_timeout.duration().map(|header| header + dial_timeout),
+            talk: self.client(dialing, Protocols::Http2Or1, Way::Configured, idle)?,
+            bulk: self.client(dialing, Protocols::Http1, Way::Configured, idle)?,
+            local: self.client(dialing, Protocols::Http1, Way::Direct, idle)?,
+            anew: [OnceLock::new(), OnceLock::new()],
+            dialing: dialing.clone(),
+            answer_timeout: header_timeout.map(|header| header + self.dial_timeout(dialing)),
             elsewhere,
         })
+    }
+
+    fn dial_timeout(&self, dialing: &Dialing) -> Duration {
+        dialing.timeout.unwrap_or(self.settings.dial_timeout)
+    }
+
+    /// A client that keeps at most `idle` connections to a host for the next request.
+    fn client(
+        &self,
+        dialing: &Dialing,
+        protocols: Protocols,
+        way: Way,
+        idle: usize,
+    ) -> Result<reqwest::Client, HostsError> {
+        let builder = reqwest::Client::builder()
+            .use_preconfigured_tls(tls::client(&dialing.trust, &self.roots, protocols)?)
+            .redirect(reqwest::redirect::Policy::none())
+            .user_agent(concat!("soci-snapshotter/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(self.dial_timeout(dialing))
+            .tcp_nodelay(true)
+            .tcp_keepalive(TCP_KEEPALIVE)
+            .pool_idle_timeout(POOL_IDLE)
+            .pool_max_idle_per_host(idle);
+        let builder = match protocols {
+            Protocols::Http1 => builder.http1_only(),
+            Protocols::Http2Or1 => builder,
+        };
+        let builder = match way {
+            Way::Direct => builder.no_proxy(),
+            Way::Configured => {
+                let proxies = self.proxies.clone();
+                builder.proxy(reqwest::Proxy::custom(move |url| proxies.of(url)))
+            }
+        };
+        builder.build().map_err(|e| HostsError::Client(chain(&e)))
+    }
+
+    /// What sends blobs over connections of their own, that way.
+    fn anew<'a>(&self, clients: &'a Clients, way: Way) -> &'a reqwest::Client {
+        let (known, usual) = match way {
+            Way::Configured => (&clients.anew[0], &clients.bulk),
+            Way::Direct => (&clients.anew[1], &clients.local),
+        };
+        match known.get() {
+            Some(client) => client,
+            // The same could be made before; if not now, the usual one is better than none.
+            None => match self.client(&clients.dialing, Protocols::Http1, way, 0) {
+                Ok(client) => known.get_or_init(|| client),
+                Err(_) => usual,
+            },
+        }
     }
 
     /// Sends `http` and reads up to the headers of the answer, or through its body if it is an error.
@@ -210,15 +281,18 @@ impl Transport {
         kind: Kind,
         request: &Request,
         http: reqwest::Request,
-        limit: Option<Duration>,
+        terms: impl Into<Terms>,
     ) -> Result<Reply, Failure> {
+        let Terms { limit, connection } = terms.into();
         let url = http.url().clone();
         let clients = match (to, &endpoint.clients.elsewhere) {
             (To::Stranger, Some(elsewhere)) => elsewhere,
             _ => &endpoint.clients,
         };
+        let way = if is_loopback(&url) { Way::Direct } else { Way::Configured };
         let client = match kind {
-            _ if is_loopback(&url) => &clients.local,
+            Kind::Blob | Kind::Range if connection == Connection::New => self.anew(clients, way),
+            _ if way == Way::Direct => &clients.local,
             Kind::Blob | Kind::Range => &clients.bulk,
             Kind::Manifest | Kind::Referrers | Kind::Login | Kind::Probe => &clients.talk,
         };

@@ -31,6 +31,11 @@ pub enum SnapshotError {
     HasChildren(String),
     #[error("layer \"{0}\" unavailable: unavailable")]
     Unavailable(SnapshotId),
+    /// What the layer shows is not what the image has.
+    #[error(
+        "layer \"{id}\" cannot be used, its SOCI index is wrong: {why}. Remove the image and pull it again: failed precondition"
+    )]
+    Condemned { id: SnapshotId, why: String },
     /// The daemon could not start properly, see [`super::Door`].
     #[error("soci-snapshotter takes nothing new: {0}")]
     Refused(String),

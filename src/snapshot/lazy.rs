@@ -2,7 +2,7 @@
 
 use super::model::Usage;
 use crate::layout::SnapshotId;
-use crate::oci::{Digest, IdMaps, Reference};
+use crate::oci::{Chain, Digest, IdMaps, Reference};
 use futures::future::BoxFuture;
 
 /// A Prepare that containerd makes for a layer it is about to unpack.
@@ -24,6 +24,8 @@ pub struct Target {
     pub reference: Reference,
     pub manifest: Digest,
     pub layer: Digest,
+    /// Which diff ID the image says it has, where snapshots are named as containerd names them.
+    pub chain: Option<Chain>,
     /// Compressed size, where the client said it.
     pub size: Option<u64>,
     /// The SOCI index that the user asked for: not parsed, since an invalid one means "no index".
@@ -58,6 +60,9 @@ pub enum NotLazyReason {
     /// A snapshot that is not this layer is already committed under its chain id.
     #[error("snapshot {0:?} exists and is not this layer")]
     NameTaken(String),
+    /// Its index was found to be wrong.
+    #[error("the SOCI index of layer {layer} is wrong, so it is not loaded lazily: {why}")]
+    IndexWrong { layer: Digest, why: String },
     /// The lazy filesystem cannot show it.
     #[error("cannot serve layer {layer}: {why}")]
     Unserved { layer: Digest, why: String },
@@ -76,6 +81,7 @@ impl NotLazyReason {
             NotLazyReason::Unresolved { .. } => "unresolved",
             NotLazyReason::Timeout(_) => "timeout",
             NotLazyReason::NameTaken(_) => "name-taken",
+            NotLazyReason::IndexWrong { .. } => "index-wrong",
             NotLazyReason::Unserved { .. } => "unserved",
         }
     }
@@ -92,6 +98,7 @@ impl NotLazyReason {
             | NotLazyReason::Unresolved { .. }
             | NotLazyReason::Timeout(_)
             | NotLazyReason::NameTaken(_)
+            | NotLazyReason::IndexWrong { .. }
             | NotLazyReason::Unserved { .. } => true,
         }
     }
@@ -107,6 +114,7 @@ impl NotLazyReason {
             | NotLazyReason::Unresolved { .. }
             | NotLazyReason::Timeout(_)
             | NotLazyReason::NameTaken(_)
+            | NotLazyReason::IndexWrong { .. }
             | NotLazyReason::Unserved { .. } => true,
         }
     }
@@ -141,6 +149,12 @@ pub trait LazyLayers: Send + Sync {
 
     /// Whether reads of this layer can be answered. Never waits long for the network.
     fn available(&self, id: SnapshotId) -> BoxFuture<'_, bool>;
+
+    /// Why the layer must not be used any more, although its reads are answered: its index was found to be wrong.
+    fn condemned(&self, id: SnapshotId) -> Option<String> {
+        let _ = id;
+        None
+    }
 
     /// The snapshot will not be lazy after all, or its directory is about to be removed. Called for every snapshot, lazy or
     /// not, once or more.

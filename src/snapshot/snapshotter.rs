@@ -449,7 +449,10 @@ impl Inner {
     pub(super) async fn check_available(&self, links: &[Link]) -> Result<(), SnapshotError> {
         let checks = links.iter().filter(|link| link.lazy).map(|link| async move {
             match self.lazy.available(link.id).await {
-                true => Ok(()),
+                true => match self.lazy.condemned(link.id) {
+                    Some(why) => Err(SnapshotError::Condemned { id: link.id, why }),
+                    None => Ok(()),
+                },
                 false => Err(SnapshotError::Unavailable(link.id)),
             }
         });

@@ -70,6 +70,7 @@ pub fn eager(reason: &NotLazyReason, pull: &Pull) -> Option<Extent> {
         | NotLazyReason::TooSmall { .. }
         | NotLazyReason::Unresolved { .. }
         | NotLazyReason::Timeout(_)
+        | NotLazyReason::IndexWrong { .. }
         | NotLazyReason::Unserved { .. } => Some(Extent::Layer),
         NotLazyReason::LabelMissing(_) | NotLazyReason::LabelInvalid { .. } | NotLazyReason::NameTaken(_) => None,
     }
@@ -176,6 +177,7 @@ mod tests {
             reference: "h/r:t".parse().unwrap(),
             manifest: digest,
             layer: digest,
+            chain: None,
             size: Some(10),
             index: None,
             layers: vec![(digest, Some(10))],
@@ -210,6 +212,7 @@ mod tests {
             NotLazyReason::Timeout(digest),
             NotLazyReason::Unresolved { layer: digest, image: why(), why: why() },
             NotLazyReason::Unserved { layer: digest, why: why() },
+            NotLazyReason::IndexWrong { layer: digest, why: why() },
         ] {
             assert_eq!(eager(&reason, &off), Some(Extent::Layer), "{reason}");
         }

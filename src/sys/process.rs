@@ -173,14 +173,13 @@ pub fn shield_from_oom_killer() {
 }
 
 /// Keeps the allocator from holding on to what it was given back: spans come and go by the megabyte, and glibc's growing thresholds and
-/// per-thread arenas would keep the largest they ever were.
+/// per-thread arenas would keep the largest they ever were. Other allocators are left as they are.
 pub fn tame_allocator() {
-    use nix::libc;
     // SAFETY: mallopt only stores numbers; called before there are other threads, it races with nobody.
     #[cfg(target_env = "gnu")]
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
-        libc::mallopt(libc::M_ARENA_MAX, 2);
+        nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, 256 << 10);
+        nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2);
     }
 }
 

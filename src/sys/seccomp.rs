@@ -136,7 +136,8 @@ fn copier_rules() -> io::Result<Rules> {
 /// What copying takes besides.
 fn copying() -> io::Result<Rules> {
     let mut rules = calls(COPIER);
-    let share = condition(1, SeccompCmpOp::Eq, libc::FICLONE)?;
+    const FICLONE: u64 = 0x4004_9409; // _IOW(0x94, 9, int) of linux/fs.h; in the crate libc its type depends on the libc
+    let share = condition(1, SeccompCmpOp::Eq, FICLONE)?;
     rules.insert(libc::SYS_ioctl, vec![rule(vec![share])?]);
     Ok(rules)
 }
@@ -224,6 +225,9 @@ const HOLDER: &[i64] = &[
     libc::SYS_exit_group,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
+    // musl's raise and abort.
+    #[cfg(target_env = "musl")]
+    libc::SYS_tkill,
 ];
 
 /// Threads and trees, on top of [`HOLDER`]. Every call that takes a path takes a directory descriptor with it.
@@ -323,6 +327,9 @@ const SPAWNER: &[i64] = &[
     libc::SYS_getppid,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
+    // musl's fork, where the architecture has the call; it takes no flags.
+    #[cfg(all(target_env = "musl", target_arch = "x86_64"))]
+    libc::SYS_fork,
 ];
 
 /// Privileged, tracing and kernel-configuring calls. Without capabilities most of them fail anyway; here their code is not even reached.

@@ -136,11 +136,14 @@ messages! {
         act "See whether the registry is reachable and lets this node in:\n\n    soci doctor @SOCI_IMAGE@\n\nAn image that was deleted from its registry \
              before all of it was here cannot be completed: push it again or run another one.";
     LayerContradictsIndex = "60ab0bda3a004a908f47f38c57e5e1d3" ERROR Always "A SOCI index is wrong: the layer is not what its index says"
-        happened "All of layer @SOCI_LAYER@ is here and matches its zTOC, but it does not match the digest of the layer: @SOCI_FOUND@."
-        means "The index was made from other data than the image, by mistake or on purpose. Containers of this image may have read content that is \
-               not the image's."
-        act "Treat it as an incident: find out who made and pushed the index, stop containers of the image, rebuild the index from the image (soci \
-             convert), push it, remove the image here and pull it again.";
+        happened "All of layer @SOCI_LAYER@ of @SOCI_IMAGE@ is here. It was compared with its digest, its diff ID and its table of contents, and is not \
+                  what was shown: @SOCI_ERROR@."
+        means "The index (or the image's configuration) was made from other data than the layer, by mistake or on purpose. Containers of this image \
+               may have read content that is not the image's. From now on their reads of this layer end with EIO and no container can be started \
+               from it; also after a restart. When the image is pulled again, the layer is pulled as a whole."
+        act "Treat it as an incident: find out who made and pushed the index, stop containers of the image, remove the image here and pull it again. \
+             Rebuild the index from the image (soci convert) and push it. What is remembered of the wrong one is a file below layers/condemned in the \
+             snapshotter's root directory.";
     BadBytes = "439d3ba22d044362897c528876f7ab11" WARN Always "A registry or mirror sent wrong bytes"
         happened "Span @SOCI_SPAN@ of layer @SOCI_LAYER@, as fetched from @SOCI_HOST@, does not match its digest."
         means "Nothing, if another host or another attempt has the right bytes: wrong ones are never shown to a container."

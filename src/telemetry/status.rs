@@ -118,6 +118,12 @@ pub struct Lazy {
     pub read_errors: u64,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last_error: Option<String>,
+    /// All of it is here and was compared with digest, diff ID and table of contents.
+    #[serde(default)]
+    pub verified: bool,
+    /// Its index was found to be wrong, in this way: reads of it end with an I/O error.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub condemned: Option<String>,
 }
 
 impl Lazy {

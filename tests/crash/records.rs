@@ -61,6 +61,7 @@ fn extraction(chain: &str) -> Extraction {
         reference: "registry.example/image:1".parse().unwrap(),
         manifest: Digest::of(b"manifest"),
         layer,
+        chain: None,
         size: None,
         index: None,
         layers: vec![(layer, None)],

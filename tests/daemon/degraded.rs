@@ -178,6 +178,41 @@ fn privileged_with_a_full_disk_what_is_mounted_is_served_and_the_rest_again_when
 }
 
 #[test]
+fn privileged_a_disk_that_fills_up_is_said_once_costs_no_read_anything_and_is_used_again_when_there_is_room() {
+    let slot = Slot::take();
+    let lazy = Lazy::new(&slot, |site| {
+        std::fs::create_dir_all(site.state()).unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=48m", "tmpfs"]).arg(site.state()));
+    });
+    let layers = lazy.site.layout().layers();
+    let kept = || -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let blobs = std::fs::read_dir(&layers).unwrap().map(|layer| layer.unwrap().path().join("blob"));
+        blobs.map(|blob| std::fs::metadata(blob).unwrap().blocks() * 512).sum()
+    };
+    let filler = lazy.site.state().join("filler");
+    let _ = std::fs::write(&filler, vec![0; 64 << 20]); // as much as there is room for
+    let kept_then = kept();
+    assert!(kept_then < FILE as u64 / 2, "most of it has still to come: {kept_then}");
+    for _ in 0..3 {
+        lazy.reads();
+        let _ = std::fs::write("/proc/sys/vm/drop_caches", "1");
+    }
+    assert!(kept() <= kept_then, "there was no room for it");
+    assert_eq!(lazy.log().matches(Message::DiskFull.id()).count(), 1, "{}", lazy.log());
+    std::fs::remove_file(&filler).unwrap();
+    let start = Instant::now();
+    while kept() < FILE as u64 {
+        assert!(start.elapsed() < Duration::from_secs(60), "{} of {FILE} bytes are kept: {}", kept(), lazy.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // And it is of use: nobody else is asked.
+    lazy.proxy.down();
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "1");
+    lazy.reads();
+}
+
+#[test]
 fn privileged_a_metrics_address_that_is_taken_does_not_leave_containers_alone() {
     let slot = Slot::take();
     let mut lazy = Lazy::new(&slot, |_| {});

@@ -7,10 +7,10 @@ use crate::support::containerd::{Containerd, Options, Version};
 use crate::support::daemon::convert;
 use crate::support::grpc::{Client, Empty, snapshots};
 use crate::support::image::{Form, Image, Layer, noise};
-use crate::support::proxy::{Fault, Proxy, Rule};
-use crate::support::registry::{Kind, Registry, image_manifest};
+use crate::support::proxy::{Fault, Proxy, Rule, Seen};
+use crate::support::registry::{Kind, Registry, blob_path, image_manifest, read_json, soci_index};
 use soci::layout::SnapshotId;
-use soci::oci::Digest;
+use soci::oci::{Digest, Manifest};
 use soci::snapshot::label;
 use std::collections::HashMap;
 use std::path::Path;
@@ -221,7 +221,10 @@ fn privileged_a_layer_that_takes_too_long_to_load_lazily_is_pulled_instead_and_t
     assert!(image.prepare(&client, "extract", 0), "{}", running.log());
     assert!(running.log().contains("timeout waiting for layer"), "{}", running.log());
     let layout = site.layout();
-    eventually("the zTOC arrives all the same", || names(&layout.content().join("blobs/sha256")).len() >= 3);
+    let index: Manifest = read_json(&blob_path(&image.layout, &soci_index(&image.layout)));
+    let ztoc = index.layers[0].digest.to_string();
+    let arrived = |seen: &Seen| seen.path.contains(&ztoc) && seen.bytes > 0;
+    eventually("the zTOC arrives all the same", || proxy.take_seen().iter().any(arrived));
     eventually("its layer is let go", || names(&layout.layers()).is_empty() && names(&layout.lazy()).is_empty());
     for snapshot in names(&layout.snapshots()) {
         assert!(std::fs::symlink_metadata(layout.snapshots().join(snapshot).join("fs")).unwrap().is_dir());

@@ -257,6 +257,43 @@ async fn a_source_that_panics_fails_the_read_and_nothing_waits_for_ever() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_falls_silent_is_given_up_soon_and_who_sent_it_is_passed_over_once() {
+    let image = Image::gzip(22, 50_000);
+    let host = |name: &str| -> Option<HostId> { Some(HostId::new(name)) };
+    let (silent, other) = (host("http://silent"), host("http://other"));
+    let (one, two) = (silent.clone(), other.clone());
+    let source = Script::new(&image, move |request| match request.number {
+        0 => Act { host: one.clone(), stall: Some(10_000), ..Act::default() },
+        _ => Act { host: two.clone(), ..Act::default() },
+    });
+    with(quiet(), &image, source.clone(), async |_, layer| {
+        let begun = Instant::now();
+        let range = image.of_span(2);
+        assert!(layer.read(range.clone()).await.unwrap() == image.bytes(range));
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        // What it did once is no reason to leave it alone for good.
+        let range = image.of_span(3);
+        assert!(layer.read(range.clone()).await.unwrap() == image.bytes(range));
+    })
+    .await;
+    let avoided: Vec<_> = source.requests().into_iter().map(|request| request.avoid).collect();
+    assert_eq!(avoided, [vec![], silent.into_iter().collect(), vec![]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_always_slow_is_not_asked_over_and_over() {
+    let image = Image::gzip(23, 50_000);
+    let slow = Act { chunk: 10_000, delay: Duration::from_millis(1500), ..Act::default() };
+    let source = Script::new(&image, move |_| slow.clone());
+    with(quiet(), &image, source.clone(), async |_, layer| {
+        let range = image.of_span(2);
+        assert!(layer.read(range.clone()).await.unwrap() == image.bytes(range));
+    })
+    .await;
+    assert!(source.requests().len() <= 3, "{} requests", source.requests().len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn readers_of_a_removed_layer_end_with_an_error() {
     let image = Image::gzip(20, 50_000);
     for settings in [quiet(), streaming()] {

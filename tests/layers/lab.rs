@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use soci::{
     layers::{
         Ahead, Body, InflatedCache, Layer, LayerStore, Observer, OpenError, Pace, Persistence, QuotaSettings, Remedy,
-        Scheduler, Scratch, Settings, Shared, Source, SourceError, Spill, Wanted,
+        Scheduler, Scratch, Settings, Shared, Source, SourceError, Spill, Verdict, Wanted,
     },
     layout::{Layout, SnapshotId},
     oci::Digest,
@@ -317,8 +317,10 @@ impl Observer for Seen {
     fn layer_complete(&self, _: &Layer, _: Duration) {
         self.complete.fetch_add(1, Ordering::SeqCst);
     }
-    fn layer_contradicts_index(&self, _: &Digest) {
-        self.contradictions.fetch_add(1, Ordering::SeqCst);
+    fn layer_examined(&self, layer: &Layer) {
+        if let Some(Verdict::Contradicts { .. }) = layer.verdict() {
+            self.contradictions.fetch_add(1, Ordering::SeqCst);
+        }
     }
 }
 
@@ -364,11 +366,12 @@ impl Lab {
         // As the content store does it: whole, or not under its name; what a crash has torn is fetched again.
         if fs::read(&ztoc_path).ok().map(|bytes| Digest::of(&bytes)) != Some(ztoc) {
             fs::create_dir_all(ztoc_path.parent().unwrap()).unwrap();
-            let new = ztoc_path.with_extension("new");
+            static NEXT: AtomicUsize = AtomicUsize::new(0);
+            let new = ztoc_path.with_extension(format!("new{}", NEXT.fetch_add(1, Ordering::Relaxed)));
             fs::write(&new, &image.ztoc).unwrap();
             fs::rename(new, &ztoc_path).unwrap();
         }
-        Wanted { layer: image.layer, ztoc, ztoc_path, depth: 0, source }
+        Wanted { layer: image.layer, ztoc, ztoc_path, depth: 0, source, chain: None }
     }
 
     pub async fn try_open(&self, image: &Image, source: Arc<dyn Source>, user: u32) -> Result<Arc<Layer>, OpenError> {

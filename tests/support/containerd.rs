@@ -136,6 +136,17 @@ impl Containerd {
         output(self.ctr().args(["images", "rm", "--sync", reference]));
     }
 
+    /// Leases that somebody has not given back.
+    pub fn leases(&self) -> Vec<String> {
+        let of = |namespace: &str| {
+            let leases = attempt(self.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
+            let lines: Vec<String> =
+                text(&leases.stdout).lines().map(|id| format!("lease {id} of {namespace}")).collect();
+            lines
+        };
+        NAMESPACES.into_iter().flat_map(of).collect()
+    }
+
     /// `ctr snapshots ls`: keys.
     pub fn snapshots(&self, snapshotter: &str) -> Vec<String> {
         let list = output(self.ctr().args(["snapshots", "--snapshotter", snapshotter, "ls"]));
@@ -220,20 +231,20 @@ pub struct ImageMount {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        for namespace in ["default", "k8s.io"] {
+        for namespace in NAMESPACES {
             let tasks = attempt(self.ctr().args(["-n", namespace, "tasks", "ls", "-q"]));
             for task in text(&tasks.stdout).lines() {
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "kill", "-s", "SIGKILL", task]));
                 let _ = attempt(self.ctr().args(["-n", namespace, "tasks", "rm", "-f", task]));
             }
-            // What a client leases while it pulls or starts something must be given back when that has failed, too.
-            let leases = attempt(self.ctr().args(["-n", namespace, "leases", "ls", "-q"]));
-            for lease in text(&leases.stdout).lines() {
-                super::leaks::report(&self.dir, format!("lease {lease} of namespace {namespace}"));
-            }
         }
+        // What a client leases while it pulls or starts something must be given back when that has failed, too.
+        self.leases().into_iter().for_each(|lease| super::leaks::report(&self.dir, lease));
     }
 }
+
+/// Those that tests use.
+const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
 
 /// A container name that nobody else on this machine uses: runc's state and the cgroups are shared by all containerds.
 pub fn container_name() -> String {

@@ -34,6 +34,8 @@ pub struct Daemon {
     settings: Settings,
     log: PathBuf,
     process: Option<Process>,
+    /// What it had open when it was started first, and there were no images.
+    open_at_first: leaks::Descriptors,
     /// The mount and its holder outlive the daemon: that is their purpose. Dropped last.
     _undo: Undo,
 }
@@ -56,9 +58,11 @@ impl Daemon {
             settings: settings.clone(),
             log,
             process: None,
+            open_at_first: leaks::Descriptors::new(),
             _undo: undo,
         };
         daemon.launch();
+        daemon.open_at_first = leaks::descriptors(daemon.pid());
         daemon
     }
 
@@ -97,6 +101,11 @@ impl Daemon {
         process.wait_until("it has started", || self.starts() > seen);
         self.process = Some(process);
         leaks::watch_connection(&self.lazy());
+    }
+
+    /// What it has open that it had not at first. For when all images are gone.
+    pub fn left_open(&self) -> Vec<String> {
+        leaks::more_open(&self.open_at_first, &leaks::descriptors(self.pid()), KEPT_CONNECTIONS)
     }
 
     /// How often it has said that it is ready.
@@ -180,6 +189,9 @@ impl Daemon {
         soci::layout::Layout::new(&self.root).lazy()
     }
 }
+
+/// Connections that it may keep to registries: what one image uses at a time.
+const KEPT_CONNECTIONS: usize = 16;
 
 /// The word every client waits for.
 const STARTED: &str = "successfully started";

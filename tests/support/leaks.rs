@@ -1,6 +1,8 @@
 //! What a test leaves behind on the machine: mounts, FUSE connections, processes, descriptors of this process. The directories of a lab tell whose
 //! it is, because tests run at the same time.
 //!
+//! What a daemon has open ([`descriptors`]) is compared by tests that have removed all images (`Node::nothing_is_left`).
+//!
 //! Guards end what they started by force if need be, so some look first whether the product's own way was enough and [`report`] if not.
 
 use super::process::{is_alive, pids_naming, pids_rooted_in};
@@ -99,6 +101,48 @@ pub fn remaining(dir: &Path) -> Vec<String> {
         );
     }
     left
+}
+
+/// How many of each kind of descriptor a process has; numbers in names are left out.
+pub type Descriptors = BTreeMap<String, usize>;
+
+/// Connections to registries that are kept for a while.
+const KEPT: &str = "kept connection";
+/// Local connections that come with containerd, at any time after a start: its own to us, and ours to it.
+const CONTAINERDS: (&str, usize) = ("socket:[]", 4);
+
+/// What a process has open.
+pub fn descriptors(pid: u32) -> Descriptors {
+    let tables =
+        ["tcp", "tcp6"].map(|table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default());
+    // Of proc_pid_net(5)'s lines, word 3 is the state (1: established), word 9 the inode.
+    let established = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        (words.get(3) == Some(&"01")).then(|| format!("socket:[{}]", words.get(9).unwrap_or(&"")))
+    };
+    let connections: BTreeSet<String> = tables.iter().flat_map(|table| table.lines().filter_map(established)).collect();
+    let mut found = Descriptors::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+        let Ok(link) = fs::read_link(entry.path()) else { continue };
+        let name = link.display().to_string();
+        let kind = match connections.contains(&name) {
+            true => KEPT.to_owned(),
+            false => name.replace(|c: char| c.is_ascii_digit(), ""),
+        };
+        *found.entry(kind).or_default() += 1;
+    }
+    found
+}
+
+/// What there is more of now than there was before, beyond `connections` that are kept for a while.
+pub fn more_open(before: &Descriptors, now: &Descriptors, connections: usize) -> Vec<String> {
+    let allowed = |kind: &str| match kind {
+        KEPT => connections,
+        _ if kind == CONTAINERDS.0 => CONTAINERDS.1 + before.get(kind).copied().unwrap_or(0),
+        _ => before.get(kind).copied().unwrap_or(0),
+    };
+    let more = now.iter().filter(|(kind, count)| **count > allowed(kind));
+    more.map(|(kind, count)| format!("{count} of {kind}, where there were {}", allowed(kind))).collect()
 }
 
 /// The device numbers of mounts whose mount point is wanted.

@@ -6,7 +6,12 @@ use super::image::{Image, pause};
 use super::proxy::Proxy;
 use super::registry::{Kind, Registry};
 use super::slot::{Root, Slot};
+use soci::layout::Layout;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Directories go with containerd's cleanup or with our own sweep, which comes some seconds later.
+const GONE_WITHIN: Duration = Duration::from_secs(20);
 
 /// A registry (behind a proxy that may misbehave), our daemon, and a containerd that uses it.
 ///
@@ -66,6 +71,29 @@ impl Node {
         image.write(&layout);
         self.registry.push(&layout, name, "v1");
         (layout, self.proxy.reference(name, "v1"))
+    }
+
+    /// To be called when all images and containers were removed. Panics unless nothing of them is left, soon: snapshots, leases, directories of
+    /// snapshots and layers, descriptors of the daemon.
+    pub fn nothing_is_left(&self) {
+        let layout = Layout::new(&self.daemon.root);
+        let names = |directory: PathBuf| -> Vec<String> {
+            let entries = std::fs::read_dir(&directory).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path().display().to_string()).collect()
+        };
+        let left = || {
+            let mut left = names(layout.layers());
+            left.extend(names(layout.snapshots()));
+            left.extend(self.containerd.snapshots("soci").into_iter().map(|key| format!("snapshot {key}")));
+            left.extend(self.containerd.leases());
+            left.extend(self.daemon.left_open());
+            left
+        };
+        let start = Instant::now();
+        while !left().is_empty() && start.elapsed() < GONE_WITHIN {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(left(), Vec::<String>::new(), "of images that were removed");
     }
 
     /// `md5sum` of every file below /bulk, run in a container.

@@ -97,6 +97,8 @@ pub struct Seen {
     pub bytes: u64,
     /// Body bytes that came from the client.
     pub received: u64,
+    /// Which of the client's connections it came over.
+    pub connection: u64,
 }
 
 /// Faults at random. The same seed gives the same faults for the same requests in the same order.
@@ -512,7 +514,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         shared.connections.lock().unwrap().insert(key, connection.try_clone().unwrap());
         let shared = shared.clone();
         std::thread::spawn(move || {
-            let _ = serve(&connection, &shared);
+            let _ = serve(key, &connection, &shared);
             let _ = connection.shutdown(Shutdown::Both);
             shared.connections.lock().unwrap().remove(&key);
         });
@@ -573,7 +575,7 @@ fn range_of(head: &Head) -> Option<Range<u64>> {
     Some(from.parse().ok()?..to.parse::<u64>().map_or(u64::MAX, |to| to + 1))
 }
 
-fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
+fn serve(key: u64, connection: &TcpStream, shared: &Shared) -> io::Result<()> {
     connection.set_nodelay(true)?;
     let mut reader = BufReader::new(connection.try_clone()?);
     let mut writer = connection.try_clone()?;
@@ -588,6 +590,7 @@ fn serve(connection: &TcpStream, shared: &Shared) -> io::Result<()> {
             status: 0,
             bytes: 0,
             received: body.len() as u64,
+            connection: key,
             method,
             path,
         };

@@ -14,7 +14,10 @@ mod tests;
 
 pub use abi::{Attr, EntryOut, InHeader, OutHeader, StatfsOut};
 pub use init::{InitParams, Resend, answer_init};
-pub use reply::{DirBuffer, Reply, Ttl, error_reply, ok_reply, resend_notification, root_changed_notification};
+pub use reply::{
+    DirBuffer, Notification, Reply, Ttl, error_reply, node_changed_notification, ok_reply, resend_notification,
+    root_changed_notification,
+};
 
 use abi::{InterruptIn, ReadIn, XattrSize, opcode};
 use zerocopy::FromBytes;

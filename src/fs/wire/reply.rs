@@ -163,10 +163,18 @@ pub fn resend_notification() -> [u8; HEADER_LEN] {
 }
 
 /// Tells the kernel that its cached listing of the mount's root is old.
-pub fn root_changed_notification() -> [u8; HEADER_LEN + size_of::<InvalInodeOut>()] {
+pub fn root_changed_notification() -> Notification {
+    node_changed_notification(crate::fs::ROOT_NODE)
+}
+
+/// What [`node_changed_notification`] makes.
+pub type Notification = [u8; HEADER_LEN + size_of::<InvalInodeOut>()];
+
+/// Tells the kernel that what it keeps of a node, attributes and content, is old. It waits for reads of the node that are under way.
+pub fn node_changed_notification(node: u64) -> Notification {
     let mut out = [0; HEADER_LEN + size_of::<InvalInodeOut>()];
     let (head, body) = out.split_at_mut(HEADER_LEN);
     head.copy_from_slice(&header(0, NOTIFY_INVAL_INODE, HEADER_LEN + size_of::<InvalInodeOut>()));
-    body.copy_from_slice(InvalInodeOut { ino: 1, off: 0, len: 0 }.as_bytes());
+    body.copy_from_slice(InvalInodeOut { ino: node, off: 0, len: 0 }.as_bytes());
     out
 }

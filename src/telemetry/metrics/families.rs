@@ -127,12 +127,14 @@ pub enum Count {
     PreresolveQueueDrop,
     /// A span that was taken off the disk because the layer store's quota was reached.
     SpanEvicted,
+    /// A snapshot whose layer turned out not to be what its index or image says.
+    IndexContradiction,
     /// Any internal failure lately (general). Counted by [`super::LayerMetrics::failed`].
     FuseFailureState,
     Fuse(FuseFailure),
 }
 
-const PLAIN_COUNTS: [&str; 12] = [
+const PLAIN_COUNTS: [&str; 13] = [
     "synchronous_read_count",
     "synchronous_read_remote_registry_fetch_count",
     "fuse_mount_failure_count",
@@ -145,6 +147,7 @@ const PLAIN_COUNTS: [&str; 12] = [
     "preresolve_queue_drop",
     "fuse_failure_state",
     "layer_store_evicted_spans",
+    "index_contradiction_count",
 ];
 pub(super) const COUNTS: usize = PLAIN_COUNTS.len() + FuseFailure::NUMBER;
 
@@ -168,6 +171,7 @@ impl Count {
             Count::PreresolveQueueDrop => 9,
             Count::FuseFailureState => 10,
             Count::SpanEvicted => 11,
+            Count::IndexContradiction => 12,
             Count::Fuse(failure) => PLAIN_COUNTS.len() + failure.index(),
         }
     }

@@ -5,6 +5,7 @@
 
 mod confined;
 mod cuts;
+mod life;
 pub mod probe;
 pub mod readme;
 mod storm;

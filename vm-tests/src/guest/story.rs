@@ -3,7 +3,7 @@
 use super::{
     Next, Step,
     confined::{self, Watch},
-    probe, readme,
+    life, probe, readme,
     tools::{
         CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, all_complete, attempt, edit, is_active,
         journal, main_pid, processes, property, replaced, run, shell, status, text, within,
@@ -25,6 +25,8 @@ pub const STEPS: &[Step] = &[
     Step { name: "confinement", run: confined::confinement },
     Step { name: "refusals", run: refusals },
     Step { name: "restart", run: restart },
+    Step { name: "keepers", run: life::keepers },
+    Step { name: "watchdog", run: life::watchdog },
     Step { name: "upgrade", run: upgrade },
     Step { name: "disk-full", run: disk_full },
     Step { name: "reboot", run: reboot },
