@@ -1,7 +1,7 @@
 # make setup   what a fresh Debian 12 machine lacks (root)
 # make demo    a real image, eagerly and lazily, side by side
 # make test    everything that must hold
-# make storm   thousands of faults and kills under load: an hour; ARGS="kills" for one part, SCALE=5 for five percent
+# make storm   thousands of faults and kills under load, power cuts: two hours; ARGS="kills" for one part, SCALE=5 for five percent
 # make bench   ours beside containerd and Docker; ARGS="images=redis,numpy engines=ctd2,ours n=1" for a part of it
 # make lint    formatting, clippy, licences
 # make build   the four programs, optimised
@@ -9,7 +9,7 @@
 # make srpm    their sources, complete (target/rpm/SRPMS)
 # make rebuild the sources built again, for this machine and without a network
 # make dist    static programs in tars, with checksums (target/dist)
-# make vm-test the packages in booted systems: install, use, upgrade, reboot, remove; ARGS="nspawn" or "qemu" for one kind
+# make vm-test the packages in booted systems: install, use, upgrade, reboot, remove; ARGS="nspawn" or "qemu" for one kind; ARGS="power-cuts n=20"
 
 # A test that fails fails the recipe, whatever reads what it says.
 SHELL := /bin/bash

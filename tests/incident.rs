@@ -47,7 +47,7 @@ fn indexed(node: &Node, name: &str) -> PathBuf {
 }
 
 /// Changes the zTOC of the second layer, in place, and everything in the layout that has its digest.
-fn forge(layout: &Path, change: impl FnOnce(&mut Vec<u8>)) -> Digest {
+fn forge(layout: &Path, change: impl FnOnce(&mut [u8])) -> Digest {
     let (_, manifest) = image_manifest(layout);
     let layer = manifest.layers[1].digest;
     let index: Manifest = read_json(&blob_path(layout, &soci_index(layout)));
@@ -84,14 +84,14 @@ fn forge(layout: &Path, change: impl FnOnce(&mut Vec<u8>)) -> Digest {
 }
 
 /// Every file of the zTOC gets the bits of set-user-ID.
-fn other_modes(ztoc: &mut Vec<u8>) {
+fn other_modes(ztoc: &mut [u8]) {
     let (from, to) = (0o644u64.to_le_bytes(), 0o4755u64.to_le_bytes());
     let places: Vec<usize> = (0..ztoc.len() - 8).filter(|at| ztoc[*at..*at + 8] == from).collect();
     assert_eq!(places.len() as u64, FILES);
     places.into_iter().for_each(|at| ztoc[at..at + 8].copy_from_slice(&to));
 }
 
-fn other_windows(ztoc: &mut Vec<u8>) {
+fn other_windows(ztoc: &mut [u8]) {
     let spans = Ztoc::parse(ztoc, &Limits::default()).unwrap().into_spans().spans;
     assert!(spans.len() > 3, "{} spans", spans.len());
     for span in &spans {
@@ -130,7 +130,7 @@ fn is_refused(file: &File) -> bool {
 #[test]
 fn privileged_an_index_that_lies_ends_the_reads_and_the_image_comes_back_without_it() {
     let slot = Slot::take();
-    type Lie = fn(&mut Vec<u8>);
+    type Lie = fn(&mut [u8]);
     let lies: [(&str, Lie, &str); 2] =
         [("modes", other_modes, "the mode 4755, the layer 0644"), ("windows", other_windows, "")];
     for (name, lie, expected) in lies {

@@ -358,7 +358,8 @@ impl LazyMounts {
             implied,
             data: served.clone(),
             headers: self.settings().headers,
-            xattrs: if record.no_xattrs { Xattrs::Hidden } else { Xattrs::Shown },
+            // Only an optimisation: an index that says so of a layer with attributes is not believed.
+            xattrs: if record.no_xattrs && !layer.toc().has_xattrs() { Xattrs::Hidden } else { Xattrs::Shown },
             maps: record.maps.clone(),
         };
         self.tree.add(in_tree)?;

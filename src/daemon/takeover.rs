@@ -18,6 +18,7 @@ use super::lazy::LazyMounts;
 use crate::{
     grpc::labels,
     layout::SnapshotId,
+    oci::Chain,
     snapshot::{Info, Snapshotter, StoreError, Target, chain},
     telemetry::catalog::say,
 };
@@ -123,7 +124,7 @@ pub fn adopt(snapshotter: &Snapshotter, lazy: &Arc<LazyMounts>) -> Result<Vec<Sn
         let target = labels::committed(&info.labels).map_err(|reason| chain(&reason));
         match links.and_then(|links| Ok((links, target?))) {
             Ok((links, target)) => adoptees.push(Adoptee {
-                target,
+                target: Target { chain: Chain::of_names(info.parent.as_deref(), &info.name), ..target },
                 parents: links.iter().map(|link| link.id).collect(),
                 lazy_parents: links.iter().filter(|link| link.lazy).map(|link| link.id).collect(),
                 info,

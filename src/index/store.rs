@@ -232,7 +232,8 @@ impl Ingest {
         blocking(move || file.as_file().write_all_at(&bytes, at).map_err(|e| StoreError::io(file.path(), &e))).await
     }
 
-    /// Puts the blob under its name if its bytes are what the name says. Writers that are still about must be gone.
+    /// Puts the blob under its name if its bytes are what the name says, and on disk: a snapshot that is committed next counts on its zTOC after a
+    /// power cut, when there may be nobody to fetch it from again. Writers that are still about must be gone.
     pub async fn commit(self) -> Result<(), StoreError> {
         blocking(move || {
             let path = self.file.path().to_owned();
@@ -244,7 +245,9 @@ impl Ingest {
             self.file
                 .as_file()
                 .set_permissions(Permissions::from_mode(0o444))
+                .and_then(|()| self.file.as_file().sync_data())
                 .and_then(|()| fs::rename(&path, &self.target))
+                .and_then(|()| settle(&self.target))
                 .map_err(|e| StoreError::io(&self.target, &e))
         })
         .await
@@ -341,6 +344,11 @@ fn named_in(path: &Path) -> Option<Vec<Digest>> {
     Some(all.map(|named| named.digest).collect())
 }
 
+/// The name of a file that is on disk is, too.
+fn settle(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
+
 /// Every digest that is written anywhere in the soci tool's records. The tool may be changing them at this moment, and what it has deleted may
 /// still be in a page that is not used again yet: more than there is does no harm.
 fn recorded(database: &Path) -> Result<HashSet<Digest>, StoreError> {
@@ -360,14 +368,15 @@ fn recorded(database: &Path) -> Result<HashSet<Digest>, StoreError> {
     Ok(texts.filter_map(|hex| Digest::from_hex(std::str::from_utf8(hex).ok()?).ok()).collect())
 }
 
-/// Writes a whole file or none.
+/// Writes a whole file or none; after a power cut, too.
 fn write_new(ingest: &Path, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let error = |e: io::Error| StoreError::io(path, &e);
     let mut file = tempfile::NamedTempFile::new_in(ingest).map_err(error)?;
     file.write_all(bytes).map_err(error)?;
     file.as_file().set_permissions(Permissions::from_mode(0o644)).map_err(error)?;
+    file.as_file().sync_data().map_err(error)?;
     file.persist(path).map_err(|e| error(e.error))?;
-    Ok(())
+    settle(path).map_err(error)
 }
 
 fn open(path: &Path) -> Result<Option<File>, StoreError> {

@@ -44,7 +44,8 @@ pub(super) struct Subject<'a> {
     pub ztoc: &'a Ztoc<'a>,
     pub table: &'a SpanTable,
     pub claims: &'a [Chain],
-    pub is_over: &'a dyn Fn() -> bool,
+    /// Asked before each piece, and may take its time: whether to go on.
+    pub goes_on: &'a dyn Fn() -> bool,
 }
 
 impl Subject<'_> {
@@ -105,7 +106,7 @@ impl Subject<'_> {
             let mut reading = Reading::new(self.table.compression, span, self.files.ztoc(), number == last);
             let mut at = span.compressed.start;
             while at < span.compressed.end {
-                if (self.is_over)() {
+                if !(self.goes_on)() {
                     return Ok(None);
                 }
                 let n = buffer.len().min((span.compressed.end - at) as usize);
@@ -126,7 +127,7 @@ impl Subject<'_> {
         let mut decoder = LayerDecoder::new();
         let mut at = 0;
         while at < self.table.compressed_size {
-            if (self.is_over)() {
+            if !(self.goes_on)() {
                 return Ok(None);
             }
             let n = buffer.len().min((self.table.compressed_size - at) as usize);

@@ -1,7 +1,7 @@
 //! When all of a layer is here: is it what its index says? Looked into once, after everything that somebody waits for.
 //!
 //! ```text
-//! complete ─▶ one layer at a time ─▶ the link is quiet ─▶ `examine`, at the lowest priority
+//! complete ─▶ one layer at a time ─▶ the link is quiet ─▶ `examine`, at the lowest priority, half of the time
 //!    ┌──────────────────────────────────────────────────────┤
 //!    ├─ bytes that are not the layer's: damaged on disk? ──▶ fetched again, and then once more from the top
 //!    ├─ genuine ──▶ remembered beside the layer
@@ -20,6 +20,7 @@ use crate::{
     ztoc::Ztoc,
 };
 use std::{
+    cell::Cell,
     io,
     sync::{PoisonError, atomic::Ordering},
     time::{Duration, Instant},
@@ -30,6 +31,11 @@ use tokio::sync::oneshot;
 const LOOK: Duration = Duration::from_millis(250);
 /// It is not waited for longer: on a node that is never quiet a wrong index is to be found, too. The processor's scheduler takes care of readers.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// It works half of the time. A priority counts only among the daemon's own threads: containers have cgroups of their own, and a small node has
+/// one core for all of them. A piece takes some milliseconds, so longer than this was spent waiting for the disk.
+const MOST_AT_ONCE: Duration = Duration::from_millis(50);
+/// And between two pieces it stays away for so long while readers wait or something is on its way.
+const AWAY: Duration = Duration::from_millis(20);
 /// Before an index is accused of bytes on disk that are not the layer's.
 const DOUBTS: u32 = 2;
 /// Images that may claim a diff ID of one layer; the newest are enough.
@@ -116,14 +122,22 @@ impl Layer {
         let limits = &self.limits;
         let ztoc = Ztoc::parse(self.files.ztoc(), limits).map_err(io::Error::other)?;
         let claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let is_over = || self.is_removed();
+        let since = Cell::new(Instant::now());
+        let goes_on = || {
+            std::thread::sleep(since.get().elapsed().min(MOST_AT_ONCE));
+            if !self.shared().scheduler.is_quiet() {
+                std::thread::sleep(AWAY);
+            }
+            since.set(Instant::now());
+            !self.is_removed()
+        };
         let subject = Subject {
             layer: self.digest(),
             files: &self.files,
             ztoc: &ztoc,
             table: &self.table,
             claims: &claims,
-            is_over: &is_over,
+            goes_on: &goes_on,
         };
         let examined = subject.examine();
         drop(ztoc);

@@ -40,8 +40,14 @@ fn path(directory: &Path) -> PathBuf {
     directory.join("verdict")
 }
 
+fn temporary(target: &Path) -> PathBuf {
+    target.with_extension("new")
+}
+
 /// The diff ID of the layer in `directory`, if it was found to be what the zTOC `ztoc` says.
 pub fn proven(directory: &Path, ztoc: &Digest) -> Option<Digest> {
+    // Left by a crash in the middle.
+    let _ = fs::remove_file(temporary(&path(directory)));
     let proof: Proof = serde_json::from_slice(&fs::read(path(directory)).ok()?).ok()?;
     (proof.version == VERSION && proof.ztoc == *ztoc).then_some(proof.diff_id)
 }
@@ -49,7 +55,7 @@ pub fn proven(directory: &Path, ztoc: &Digest) -> Option<Digest> {
 /// Remembers that. A power cut may lose it.
 pub fn prove(directory: &Path, ztoc: Digest, diff_id: Digest) -> io::Result<()> {
     let target = path(directory);
-    let temporary = target.with_extension("new");
+    let temporary = temporary(&target);
     fs::write(&temporary, serde_json::to_vec(&Proof { version: VERSION, ztoc, diff_id })?)?;
     fs::rename(temporary, target)
 }
@@ -74,6 +80,11 @@ impl Condemned {
     pub fn open(directory: PathBuf) -> Condemned {
         let mut known = HashMap::new();
         for entry in fs::read_dir(&directory).into_iter().flatten().flatten().take(2 * MOST) {
+            if entry.path().extension().is_some() {
+                // Left by a crash in the middle.
+                let _ = fs::remove_file(entry.path());
+                continue;
+            }
             let read = fs::read(entry.path()).ok().and_then(|bytes| serde_json::from_slice::<Sentence>(&bytes).ok());
             if let Some(sentence) = read.filter(|sentence| sentence.version == VERSION) {
                 known.insert((sentence.layer, sentence.ztoc), sentence.reason);
@@ -104,7 +115,7 @@ impl Condemned {
             self.forget_oldest()?;
         }
         let target = self.directory.join(format!("{}-{}", layer.hex(), ztoc.hex()));
-        let temporary = target.with_extension("new");
+        let temporary = temporary(&target);
         let mut file = fs::File::create(&temporary)?;
         file.write_all(&serde_json::to_vec(&Sentence { version: VERSION, layer, ztoc, reason })?)?;
         file.sync_data()?;
@@ -137,7 +148,8 @@ mod tests {
         assert_eq!(condemned.why(&layer, &ztoc), None);
         condemned.add(layer, ztoc, "it lies").unwrap();
         fs::write(directory.join("torn.new"), b"{").unwrap();
-        let again = Condemned::open(directory);
+        let again = Condemned::open(directory.clone());
+        assert!(!directory.join("torn.new").exists());
         assert_eq!(again.why(&layer, &ztoc).as_deref(), Some("it lies"));
         assert_eq!(again.why(&ztoc, &ztoc), None);
     }

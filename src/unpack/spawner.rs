@@ -135,8 +135,8 @@ impl Spawner {
 
 fn serve(socket: OwnedFd, alone: &SingleThread) -> io::Result<()> {
     rustix::thread::set_name(c"soci-spawner")?;
-    // In a custodian that the daemon started, standard input is the daemon's socket.
-    nix::unistd::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    // In a custodian that the daemon started, standard input is the daemon's socket. Not /dev/null instead: a unit may hide /dev.
+    nix::unistd::dup2_stdin(io::pipe()?.0)?;
     sys::process::close_all_but(socket.as_fd(), alone)?;
     rustix::process::umask(rustix::fs::Mode::empty());
     sys::process::forget_children()?;

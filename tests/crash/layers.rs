@@ -96,6 +96,8 @@ pub fn check(root: &Path) {
                 .unwrap()
                 .map(|entry| entry.unwrap().file_name().into_string().unwrap())
                 .collect();
+            // A layer that was complete for long enough has been examined.
+            files.retain(|name| name != "verdict");
             files.sort();
             assert_eq!(files, ["blob", "spans", "toc", "ztoc"], "no temporary files");
             lab.store.release(image.layer, SnapshotId(1)).await.unwrap();

@@ -83,7 +83,8 @@ fn privileged_a_name_that_cannot_be_resolved_for_a_while_is_waited_for() {
     std::fs::write(&resolver, "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n").unwrap();
     let daemon = site.command(&config);
     let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c"]);
+    // Slave: what others unmount meanwhile goes here, too.
+    command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
     command.arg(
         "mount --bind \"$1\" /etc/hosts && if [ -e /etc/resolv.conf ]; then mount --bind \"$2\" /etc/resolv.conf; fi; shift 2; exec \"$@\"",
     );

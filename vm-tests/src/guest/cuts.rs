@@ -6,8 +6,8 @@
 use super::{
     end, storm,
     tools::{
-        CUSTODIAN, DAEMON, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell, text,
-        within,
+        CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, is_active, journal, property, run, shell,
+        text, within,
     },
 };
 use crate::{Outcome, ensure};
@@ -22,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+const GUEST: Guest = Guest;
 const CTR: &str = "/vm/bin/ctr";
 const SOCKET: &str = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock";
 const ACTS: &str = "/vm/acts";
@@ -32,7 +33,7 @@ const PULLED: &str = "pulled";
 const STEADY: &str = "last";
 const IMAGES: [&str; 4] = [LAZY[0], LAZY[1], PULLED, STEADY];
 /// Where the host looks for the moment from which it may cut.
-pub const WORKING: &str = "vm-test: working";
+pub const WORKING: &str = "working until the power is cut";
 /// On the kernel's command line: the last boot, after which nothing is cut.
 pub const LAST: &str = "vm.last";
 
@@ -107,6 +108,7 @@ pub fn main() -> ExitCode {
 fn boot(last: bool) -> Outcome<String> {
     let mut counts = Counts::read();
     let acts = Acts::open()?;
+    GUEST.say(if last { "the last boot" } else { "a boot" });
     if Acts::promised().contains("installed") {
         look(&acts, &mut counts)?;
     } else {
@@ -148,6 +150,7 @@ fn install() -> Outcome {
     registry()?;
     answers()?;
     for image in IMAGES {
+        GUEST.say(&format!("what {image} contains"));
         pull("overlayfs", image)?;
         fs::write(expectation(image), list("overlayfs", image)?).map_err(|error| error.to_string())?;
         run(CTR, &["images", "rm", "--sync", &reference(image)])?;
@@ -231,6 +234,7 @@ fn look(acts: &Acts, counts: &mut Counts) -> Outcome {
         ensure!(property(unit, "NRestarts") == "0", "{unit} had to be restarted: {}", journal(unit, &["-n", "30"])?);
     }
     answers()?;
+    GUEST.say("looking around");
     let promised = Acts::promised();
     // What was pulled whole is read without a registry.
     if promised.contains(PULLED) {
@@ -271,17 +275,19 @@ fn both_know_the_same(acts: &Acts, counts: &mut Counts) -> Outcome {
     shell(&format!("{CTR} leases ls -q | xargs -r {CTR} leases rm"))?;
     acts.say(&format!("loses {}", LAZY[0]))?;
     run(CTR, &["images", "rm", "--sync", &reference(LAZY[0])])?;
-    // containerd's keys are the last part of ours.
+    // What containerd prepares has its key as the last part of the name.
     let theirs = run(CTR, &["snapshots", "--snapshotter", "soci", "ls"])?;
     let theirs: BTreeSet<&str> = theirs.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
     let last = std::cell::RefCell::new(String::new());
     let agree = within(PATIENCE, "containerd and the daemon know the same snapshots", || {
-        let ours = run(CTR, &["--address", SOCKET, "snapshots", "--snapshotter", "soci", "ls"]).ok()?;
-        let ours: BTreeSet<String> = ours
-            .lines()
-            .skip(1)
-            .filter_map(|line| line.split_whitespace().next()?.splitn(3, '/').nth(2).map(str::to_owned))
-            .collect();
+        let ours = run(CTR, &["--address", SOCKET, "snapshots", "--snapshotter", "soci", "ls"]);
+        let ours = ours.map_err(|error| *last.borrow_mut() = error).ok()?;
+        let key = |line: &str| {
+            let name = line.split_whitespace().next()?;
+            // Layers that we bring are named by their chain alone.
+            Some(name.splitn(3, '/').nth(2).unwrap_or(name).to_owned())
+        };
+        let ours: BTreeSet<String> = ours.lines().skip(1).filter_map(key).collect();
         let differs: Vec<String> = ours
             .iter()
             .filter(|key| !theirs.contains(key.as_str()))
@@ -345,7 +351,7 @@ fn work(acts: &Acts) -> Outcome<String> {
     }
     pull("soci", STEADY)?;
     acts.say(&format!("has {STEADY}"))?;
-    let _ = fs::write("/dev/console", format!("{WORKING}\r\n"));
+    GUEST.say(WORKING);
     let failed = Mutex::new(None);
     let fail = |error: String| {
         failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
@@ -413,7 +419,7 @@ fn containers(acts: &Acts, round: usize) -> Outcome {
     let name = format!("c{}-{round}", &boot[..8.min(boot.len())]);
     run(CTR, &["containers", "create", "--snapshotter", "soci", &reference(STEADY), &name, "/bin/cat", "/hello"])?;
     acts.say(&format!("has container {name}"))?;
-    if round % 3 > 0 {
+    if !round.is_multiple_of(3) {
         acts.say(&format!("loses container {name}"))?;
         run(CTR, &["containers", "rm", &name])?;
     }

@@ -3,7 +3,11 @@
 //! The programs confine themselves further; that their processes are confined is looked up in `/proc` (story, `confinement`).
 
 use super::tools::{ROOT, attempt, text};
-use std::{fs, path::Path, process::ExitCode};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -107,9 +111,11 @@ pub fn main(role: &str) -> ExitCode {
     let mut wrong = 0;
     for act in ACTS {
         let expected = (act.may)(role, units);
-        let (works, said) = match attempt(act.command[0], &act.command[1..]) {
+        // Its own standard input: a unit may hide /dev, and with it what would be given instead.
+        let done = Command::new(act.command[0]).args(&act.command[1..]).stdin(Stdio::inherit()).output();
+        let (works, said) = match done {
             Ok(done) => (done.status.success(), text(&done.stderr)),
-            Err(error) => (false, error),
+            Err(error) => (false, error.to_string()),
         };
         let verdict = if works == expected { "as promised" } else { "WRONG" };
         wrong += u32::from(works != expected);

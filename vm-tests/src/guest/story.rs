@@ -5,8 +5,8 @@ use super::{
     confined::{self, Watch},
     life, probe, readme,
     tools::{
-        CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, attempt, edit, is_active, journal,
-        main_pid, processes, property, replaced, run, shell, status, text, within,
+        CONFIG, CUSTODIAN, DAEMON, Guest, HOLDER, PATIENCE, REGISTRY, ROOT, all_complete, attempt, edit, is_active,
+        journal, main_pid, processes, property, replaced, run, shell, status, text, within,
     },
 };
 use crate::{Outcome, ensure};
@@ -141,9 +141,7 @@ fn lazy_container(_: &Guest) -> Outcome<Next> {
         Some(property(DAEMON, "StatusText")).filter(|line| line.starts_with("1 image, 2 lazy layers, "))
     })?;
     ensure!(line.contains("MiB fetched; "), "status: {line}");
-    within(PATIENCE, "the background completes it", || {
-        property(DAEMON, "StatusText").ends_with("; all complete").then_some(())
-    })?;
+    all_complete("the image, in the background")?;
     // A healthy pull is a handful of lines.
     let lines = journal(DAEMON, &["-o", "cat"])?.lines().count();
     ensure!(lines < 40, "{lines} lines in the journal");
@@ -442,9 +440,7 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
     );
     within(PATIENCE, "the status line says that the disk is full", is_full).map_err(why)?;
     fs::remove_file(&ballast).map_err(|error| error.to_string())?;
-    within(PATIENCE * 2, "the rest is fetched when there is room again", || {
-        property(DAEMON, "StatusText").contains("; all complete").then_some(())
-    })?;
+    all_complete("the rest, now that there is room again")?;
     let said = journal(DAEMON, &["-x"])?;
     ensure!(said.contains("Subject: There is no room for fetched data"), "the full disk is not in the journal");
     Ok(Next::Step)
@@ -469,6 +465,7 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
         return Ok(Next::Reboot);
     }
     ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
+    ensure!(is_active(DAEMON), "nobody has started the daemon before containerd: {}", status(DAEMON));
     let found = guest.container("soci", "app", &["/bin/cat", "/hello"]);
     let found = found.map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
     ensure!(found == "hello\n", "the container wrote {found:?}");

@@ -54,6 +54,22 @@ pub fn within<T>(limit: Duration, what: &str, mut poll: impl FnMut() -> Option<T
     }
 }
 
+/// Waits until everything is fetched, for as long as the status line shows that more and more is.
+pub fn all_complete(what: &str) -> Outcome {
+    let mut last = (String::new(), Instant::now());
+    loop {
+        let line = property(DAEMON, "StatusText");
+        if line.contains("; all complete") {
+            return Ok(());
+        }
+        if line != last.0 {
+            last = (line, Instant::now());
+        }
+        ensure!(last.1.elapsed() < PATIENCE, "nothing was fetched for {PATIENCE:?}: {what}: {}", last.0);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 /// Emulated machines are slow.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 

@@ -20,6 +20,8 @@ use std::{
 
 /// An emulated machine needs half a minute for a boot and a minute to read everything; a busy host some times that.
 const LIMIT: Duration = Duration::from_secs(15 * 60);
+/// A cut at which everything is flushed loses nothing; it waits so long for one that does.
+const MOMENT: Duration = Duration::from_secs(10);
 /// One cut in so many is not waited for: it comes while the machine starts or looks around.
 const EARLY: u64 = 5;
 
@@ -90,10 +92,12 @@ fn series(count: u64, seed: u64) -> Outcome<(String, String)> {
             if !last && from.is_none() && said.contains(WORKING) {
                 from = Some(Instant::now());
             }
-            if from.is_some_and(|from| from.elapsed() >= until) {
+            if from.is_some_and(|from| from.elapsed() >= until + MOMENT)
+                || (from.is_some_and(|from| from.elapsed() >= until) && root.unflushed() + data.unflushed() > 0)
+            {
                 break None;
             }
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(if from.is_some() { 2 } else { 100 }));
         };
         if let Some(ended) = over {
             let _ = child.kill();
@@ -108,6 +112,10 @@ fn series(count: u64, seed: u64) -> Outcome<(String, String)> {
         }
         cuts += 1;
         early += u64::from(impatient);
+        let (when, flushed) = (boot.elapsed().as_secs(), lost.unflushed / 2);
+        eprintln!(
+            "cut {cuts} of {count}, {when} s after the machine was switched on; not flushed so far: {flushed} KiB"
+        );
     };
     root.settle()?;
     data.settle()?;

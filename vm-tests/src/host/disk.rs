@@ -153,7 +153,11 @@ impl Disk {
                 match serve(&connection, &served) {
                     Ok(Ended::Closed) => {}
                     Ok(Ended::Told) => return,
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                    Err(error)
+                        if matches!(
+                            error.kind(),
+                            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                        ) => {}
                     Err(error) => eprintln!("the disk's connection: {error}"),
                 }
             }
@@ -164,6 +168,11 @@ impl Disk {
     /// What QEMU calls it.
     pub fn drive(&self) -> String {
         format!("file=nbd+unix:///?socket={},if=virtio,format=raw,cache=writeback", self.socket.display())
+    }
+
+    /// Sectors that a cut at this moment could lose.
+    pub fn unflushed(&self) -> usize {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).cache.len()
     }
 
     /// After the machine was killed.
