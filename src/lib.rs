@@ -110,7 +110,8 @@
 //! 20. **A complete layer is read back once and compared with everything that is claimed of it** (`layers::examine`): digest, diff ID (the chain
 //!     ids of the Prepare say which it is), table of contents. Spans are inflated from their own checkpoints for that, as readers do, so one pass
 //!     proves what was shown. At the lowest priority, half of the time, when the link is quiet, one layer at a time: about as much processor time
-//!     as indexing the layer takes (14 s for a compressed gigabyte). The Go daemon compares none of it. A wrong index is closed for good; where only an image's configuration is wrong, that
+//!     as indexing the layer takes (some 14 s of one core for a compressed gigabyte, going by `soci convert`). The Go daemon compares none of it.
+//!     A wrong index is closed for good; where only an image's configuration is wrong, that
 //!     image's snapshot alone (`daemon::served`).
 //!
 //! # Who may name whom
