@@ -8,12 +8,12 @@
 //! goes on from there to the next cut, as it would after a reboot.
 
 use super::{Job, Random, Worker, layers, records, seeds};
-use crate::support::command::{output, run};
+use crate::support::command::{attempt, output, run, text};
 use crate::support::slot::{Root, Slot};
 use crate::support::undo::Undo;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SHELF: &str = "1G";
 const DISK: &str = "192M";
@@ -32,9 +32,23 @@ impl Shelf {
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&path));
         let undo = Undo::with({
             let path = path.clone();
-            move || run(Command::new("umount").arg(&path))
+            move || unmount(&path)
         });
         Shelf { path, _undo: undo }
+    }
+}
+
+/// A layer that was checked here may still be examined, and a loop device goes a moment after its file system.
+fn unmount(at: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let done = attempt(Command::new("umount").arg(at));
+        if done.status.success() {
+            return;
+        }
+        let said = text(&done.stderr);
+        assert!(said.contains("busy") && Instant::now() < deadline, "{said}");
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -59,7 +73,7 @@ impl Disk {
     }
 
     fn unmount(&mut self) {
-        run(Command::new("umount").arg(&self.at));
+        unmount(&self.at);
         self.mounted = false;
         std::fs::remove_file(&self.file).unwrap();
     }
