@@ -190,8 +190,8 @@ impl Daemon {
     }
 }
 
-/// Connections that it may keep to registries: what one image uses at a time.
-const KEPT_CONNECTIONS: usize = 16;
+/// Connections that it may keep to one registry: [`soci::registry::HttpSettings::idle_connections`] of them.
+const KEPT_CONNECTIONS: usize = 32;
 
 /// The word every client waits for.
 const STARTED: &str = "successfully started";
