@@ -408,7 +408,8 @@ impl Tried {
 }
 
 fn left_alone(host: &Endpoint, wait: Duration, failures: u32) -> Failure {
-    let what = format!("left alone for {wait:.1?} after {failures} failure(s) in a row");
+    let last = host.trouble().map(|trouble| format!(", the last of them: {trouble}")).unwrap_or_default();
+    let what = format!("left alone for {wait:.1?} after {failures} failure(s) in a row{last}");
     match host.probe_url() {
         Ok(url) => Failure::later(&Request::new("GET", &url), what, Some(wait)),
         Err(error) => Failure::elsewhere(RegistryError::Setup { what: format!("{}: {error}", host.id) }),
