@@ -88,6 +88,9 @@ async fn privileged_containerd_and_ctr_see_a_healthy_snapshotter() {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !lab.names(&[]).await.is_empty() || !lab.directories().is_empty() {
         assert!(Instant::now() < deadline, "{:?} {:?}", lab.names(&[]).await, lab.directories());
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        // What one collection has missed is for the next one, which comes with the next removal.
+        containerd.ctr(&format!("{soci} prepare another")).await;
+        containerd.ctr(&format!("{soci} rm another")).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
