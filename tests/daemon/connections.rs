@@ -110,7 +110,7 @@ fn privileged_a_name_that_cannot_be_resolved_for_a_while_is_waited_for() {
         resolves(true);
         let healed = Instant::now();
         assert!(reader.join().unwrap().unwrap() == content(0));
-        assert!(healed.elapsed() < Duration::from_secs(20), "{:?}\n{}", healed.elapsed(), running.log());
+        assert!(healed.elapsed() < Duration::from_secs(60), "{:?}\n{}", healed.elapsed(), running.log());
     });
     snapshots_go(&client);
     assert_eq!(running.stop(Signal::SIGTERM).0.code(), Some(0));
