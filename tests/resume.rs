@@ -196,11 +196,12 @@ fn privileged_a_part_that_stands_still_stops_the_watchdog_and_the_next_daemon_go
     };
     let mounted = stalled.node.containerd.mount("soci", "default", &stalled.reference, &stalled.node.root.join("view"));
     let reader = reader(&mounted.path.join("data"));
-    // One of the threads that take requests; all that run tasks; and one of those, in the middle of a task.
+    // One of the threads that take requests; all that run tasks; and one of those, in the middle of a task: "worker 1 of the runtime", or the
+    // runtime, when that one was about to wait for the timers and sockets of all.
     let parts: [(&str, usize, &str); 3] = [
         ("fuse-0", 1, "thread fuse-0 has stood still for"),
         ("soci", 64, "the runtime has stood still for"),
-        ("", 0, " of the runtime has stood still for"),
+        ("", 0, "the runtime has stood still for"),
     ];
     for (name, freeze, said) in parts {
         let daemon = &mut stalled.node.daemon;

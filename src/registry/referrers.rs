@@ -54,15 +54,7 @@ async fn api(
     let prefix = site.url(endpoint, "")?;
     let mut out = Vec::new();
     for _ in 0..MAX_PAGES {
-        let ask = Ask {
-            kind: Kind::Referrers,
-            path: &path,
-            accept: Some(media_type::OCI_INDEX),
-            range: None,
-            blob: None,
-            places,
-        };
-        let body = match site.open(endpoint, &ask).await {
+        let body = match site.open(endpoint, &an_index(&path, places)).await {
             Ok(body) => body,
             // A name that is not known has no fallback tag either; everything else here is how registries say "what API?".
             Err(failure) => {
@@ -100,6 +92,10 @@ async fn api(
     Ok(Some(out))
 }
 
+fn an_index(path: &str, places: Places) -> Ask<'_> {
+    Ask { kind: Kind::Referrers, path, accept: Some(media_type::OCI_INDEX), range: None, blob: None, places }
+}
+
 /// The tag that stands in for the referrers of a manifest.
 pub(super) fn fallback_tag(manifest: Digest) -> String {
     format!("sha256-{}", manifest.hex())
@@ -113,15 +109,7 @@ async fn fallback(
     manifest: Digest,
 ) -> Result<Vec<Descriptor>, Failure> {
     let path = format!("manifests/{}", fallback_tag(manifest));
-    let ask = Ask {
-        kind: Kind::Referrers,
-        path: &path,
-        accept: Some(media_type::OCI_INDEX),
-        range: None,
-        blob: None,
-        places,
-    };
-    let body = site.open(endpoint, &ask).await?;
+    let body = site.open(endpoint, &an_index(&path, places)).await?;
     let request = body.request().clone();
     let bytes = body.read(site.client.settings.manifest_max).await?;
     descriptors(&bytes).ok_or_else(|| Failure::malformed(&request, "the fallback tag is not an index"))
