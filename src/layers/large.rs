@@ -156,12 +156,10 @@ impl Layer {
             say!(NoRoomForSpan, layer = %self.digest(), span, %error, "no room for a large span; each read inflates it from its start");
             Placed::NoRoom(placed, Instant::now())
         };
-        let room = self.files.room().and_then(|room| match room.checked_sub(RESERVE) {
-            Some(room) if room >= whole => self.files.data(self.table.uncompressed_size),
-            _ => Err(io::ErrorKind::StorageFull.into()),
-        });
-        let data = match room {
-            Ok(data) => data,
+        let claimed = self.files.claim(whole, RESERVE);
+        let room = claimed.and_then(|claim| Ok((claim, self.files.data(self.table.uncompressed_size)?)));
+        let (mut claim, data) = match room {
+            Ok(room) => room,
             Err(error) => return no_room(0, &error),
         };
         let (mut placed, mut told) = (0, 0);
@@ -170,6 +168,7 @@ impl Layer {
                 return Err(io::ErrorKind::NotFound.into());
             }
             write_sparse(&data, entry.uncompressed.start + placed, bytes)?;
+            claim.spend(bytes.len() as u64);
             placed += bytes.len() as u64;
             if placed - told >= STEP {
                 told = placed;
