@@ -12,6 +12,7 @@
 //! The promise of `spans` is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
 //! digest again, so a torn write or a rotten block is found, and fetched again.
 
+use super::room::Claim;
 use crate::{
     oci::{Digest, Hasher},
     sys::map::Mapping,
@@ -25,19 +26,8 @@ use std::{
     ops::Range,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
-
-/// Room that fetched data leaves on the disk, which can be fetched again: for indexes and records of layers to come, without which no other image
-/// could be made lazy, and for what containers write. Of a small disk, a part.
-const RESERVE: u64 = 32 << 20;
-const RESERVE_PART: u64 = 64;
-
-/// The sum of all [`Claim`]s. All layers are on one filesystem.
-static CLAIMED: AtomicU64 = AtomicU64::new(0);
 
 const MAGIC: &[u8; 7] = b"SOCISPN";
 /// The digit after the magic. A newer one is refused, and its layer left as it is: it may number spans or inodes in another way.
@@ -64,38 +54,6 @@ pub struct LayerFiles {
     pins: Mutex<HashSet<usize>>,
     /// Made when the first large span is inflated. Locked for moments only.
     data: Mutex<Option<Arc<File>>>,
-}
-
-/// Room on the disk for what is being written. Several writers that looked at what is free, each for itself, would all see the same room, and
-/// take together what none of them may take.
-#[derive(Debug)]
-pub struct Claim(u64);
-
-impl Claim {
-    fn on(file: &File, bytes: u64, reserve: u64) -> io::Result<Claim> {
-        // Counted before the filesystem is asked: what others claim is in the sum, or written and no longer free, or both for a moment.
-        let before = CLAIMED.fetch_add(bytes, Ordering::SeqCst);
-        let claim = Claim(bytes);
-        let stat = rustix::fs::fstatvfs(file)?;
-        let needed = before.saturating_add(bytes).saturating_add(reserve);
-        match stat.f_bavail.saturating_mul(stat.f_frsize) < needed {
-            true => Err(io::ErrorKind::StorageFull.into()),
-            false => Ok(claim),
-        }
-    }
-
-    /// So many bytes of it were written: the filesystem itself counts them now.
-    pub fn spend(&mut self, bytes: u64) {
-        let spent = bytes.min(self.0);
-        self.0 -= spent;
-        CLAIMED.fetch_sub(spent, Ordering::SeqCst);
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.spend(self.0);
-    }
 }
 
 /// Path of the zTOC of the layer in `directory`.
@@ -257,17 +215,15 @@ impl LayerFiles {
         Ok(())
     }
 
-    /// Writes bytes of the blob, unless that would take the last of the room: see [`RESERVE`].
+    /// Writes bytes of the blob, unless that would take the last of the room.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let stat = rustix::fs::fstatvfs(&self.blob)?;
-        let reserve = RESERVE.min(stat.f_blocks.saturating_mul(stat.f_frsize) / RESERVE_PART);
-        let _claim = self.claim(bytes.len() as u64, reserve)?;
+        let _claim = Claim::for_fetched(&self.blob, bytes.len() as u64)?;
         self.blob.write_all_at(bytes, offset)
     }
 
-    /// Room for `bytes` on the disk, `reserve` being left to others; [`io::ErrorKind::StorageFull`] where there is less.
-    pub fn claim(&self, bytes: u64, reserve: u64) -> io::Result<Claim> {
-        Claim::on(&self.blob, bytes, reserve)
+    /// Room for so many inflated bytes.
+    pub fn claim(&self, bytes: u64) -> io::Result<Claim> {
+        Claim::for_inflated(&self.blob, bytes)
     }
 
     /// Says that `span` is present. Its bytes were written before.
@@ -324,26 +280,5 @@ impl LayerFiles {
         let files = [Some(&self.blob), Some(&self.presence), data.as_deref()];
         let held = |file: &File| file.metadata().map_or(0, |m| m.blocks() * 512);
         files.into_iter().flatten().map(held).sum::<u64>() + self.ztoc.len() as u64
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn room_that_one_writer_claims_is_not_there_for_another() {
-        let home = tempfile::tempdir().unwrap();
-        let file = File::create(home.path().join("file")).unwrap();
-        let stat = rustix::fs::fstatvfs(&file).unwrap();
-        // Others write to this disk, too.
-        let most = stat.f_bavail * stat.f_frsize / 3 * 2;
-        let mut first = Claim::on(&file, most, 0).unwrap();
-        assert_eq!(Claim::on(&file, most, 0).unwrap_err().kind(), io::ErrorKind::StorageFull);
-        first.spend(most - 1);
-        Claim::on(&file, most, 0).expect("what was refused claims nothing, and what was spent is the filesystem's to count");
-        assert_eq!(Claim::on(&file, most, most).unwrap_err().kind(), io::ErrorKind::StorageFull, "the reserve");
-        drop(first);
-        Claim::on(&file, most, 0).unwrap();
     }
 }
