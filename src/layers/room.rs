@@ -73,7 +73,8 @@ mod tests {
         let mut first = Claim::for_fetched(&file, most).unwrap();
         assert_eq!(Claim::for_fetched(&file, most).unwrap_err().kind(), io::ErrorKind::StorageFull);
         first.spend(most - 1);
-        Claim::for_inflated(&file, most).expect("what was refused claims nothing; what was spent is the filesystem's to count");
+        Claim::for_inflated(&file, most)
+            .expect("what was refused claims nothing; what was spent is the filesystem's to count");
         drop(first);
         Claim::for_fetched(&file, most).unwrap();
     }
