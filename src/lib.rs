@@ -65,7 +65,8 @@
 //!    (`layers::prior`). Background requests are sent while fewer bytes are on their way than the link holds, twice that while
 //!    nobody has waited for two seconds: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
-//! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
+//! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id. No read waits for
+//!    it: the daemon starts without one, and goes on without one.
 //! 8. **A layer is unpacked by a process of its own**, whose root directory is the one it may write to (chroot on every kernel, landlock where there is
 //!    one, a short list of system calls, no network). The design has the custodian start workers; it cannot, as it has threads and too few capabilities,
 //!    so a process that does nothing but fork is split off first. Directories that a layer only implies get their attributes when it is published, not

@@ -2,6 +2,8 @@
 
 #[path = "daemon/connections.rs"]
 mod connections;
+#[path = "daemon/custodian.rs"]
+mod custodian;
 #[path = "daemon/degraded.rs"]
 mod degraded;
 #[path = "daemon/faults.rs"]

@@ -198,6 +198,16 @@ messages! {
         happened "The daemon gave the FUSE descriptor to a new soci-mount."
         means "The daemon may be restarted again without harm."
         act "Nothing.";
+    CustodianGone = "e145ae34cb2c3ec19780090181aaf77f" ERROR Always "Nobody acts on containers' files for the SOCI snapshotter"
+        happened "soci-custodian, which removes, measures and unpacks files for the daemon, cannot be used: @SOCI_ERROR@."
+        means "Containers run as before, also on layers that are not here yet. Space of removed images is not freed, and what asks how much a \
+               container uses gets this as an error. Layers that the snapshotter would unpack are left to containerd."
+        act "See why it is not there, and start it again:\n\n    systemctl status soci-custodian\n    systemctl restart soci-custodian\n\nThe daemon finds \
+             it within seconds, says so, and removes what was left. A daemon that runs without systemd has to be started again itself.";
+    CustodianBack = "79596a8521b28f9722955e027e8fe329" INFO Always "The SOCI snapshotter has a custodian again"
+        happened "soci-custodian answers."
+        means "What was to be removed from disk meanwhile is removed now."
+        act "Nothing.";
     Stuck = "528f89a89d7547f496c33c10c6131e24" ERROR Always "A part of the SOCI snapshotter stands still"
         happened "The daemon has stopped telling systemd that it lives: @SOCI_ERROR@."
         means "Reads of lazily loaded layers may wait until systemd restarts the daemon (WatchdogSec= in its unit); then they go on."

@@ -43,7 +43,9 @@ impl Lab {
 
     /// Talks to the custodian, a new child if none listens.
     pub fn client(&self) -> Client {
-        Client::new(custodian::start(&self.layout).expect("start")).expect("client")
+        let client = Client::new(custodian::start(&self.layout));
+        block_on(client.greeted()).expect("it answers");
+        client
     }
 
     pub fn gone(&self, id: u32) -> bool {
@@ -52,17 +54,7 @@ impl Lab {
 
     /// A custodian as systemd starts it: listening on a socket it was given.
     pub fn as_a_unit(&self, arguments: &[&str]) -> (Killed, PathBuf) {
-        fs::create_dir_all(self.layout.snapshots()).expect("mkdir");
-        let path = self.layout.custodian_socket();
-        let listener = seqpacket::listen(&path, 0o600).expect("listen");
-        let child = Command::new("sh")
-            .args(["-c", r#"exec 3<&0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@""#, CUSTODIAN, "--root"])
-            .arg(self.layout.root())
-            .args(arguments)
-            .stdin(Stdio::from(listener))
-            .spawn()
-            .expect("spawn");
-        (Killed(child), path)
+        (as_a_unit(&self.layout, arguments), self.layout.custodian_socket())
     }
 
     /// The custodian of this root.
@@ -79,6 +71,23 @@ impl Lab {
     pub fn workers(&self) -> Vec<u32> {
         processes(&self.layout).into_iter().filter(|(_, name)| name == "soci-unpack").map(|(pid, _)| pid).collect()
     }
+}
+
+/// A custodian as systemd starts it: listening on a socket it was given, which replaces one that is there.
+pub fn as_a_unit(layout: &Layout, arguments: &[&str]) -> Killed {
+    fs::create_dir_all(layout.snapshots()).expect("mkdir");
+    let path = layout.custodian_socket();
+    let fresh = path.with_extension("fresh");
+    let listener = seqpacket::listen(&fresh, 0o600).expect("listen");
+    fs::rename(fresh, path).expect("rename");
+    let child = Command::new("sh")
+        .args(["-c", r#"exec 3<&0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@""#, CUSTODIAN, "--root"])
+        .arg(layout.root())
+        .args(arguments)
+        .stdin(Stdio::from(listener))
+        .spawn()
+        .expect("spawn");
+    Killed(child)
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {

@@ -5,7 +5,7 @@
 mod custodian;
 mod daemon;
 mod holder;
-mod lab;
+pub mod lab;
 mod unpack;
 
 use std::{
