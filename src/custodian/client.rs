@@ -476,7 +476,9 @@ impl Inner {
         let text = match self.origin {
             Origin::Unit => format!("the custodian at {path} is not answering: {why}"),
             Origin::Child => {
-                format!("the custodian has gone and cannot be started again without capabilities: restart the daemon ({why})")
+                format!(
+                    "the custodian has gone and cannot be started again without capabilities: restart the daemon ({why})"
+                )
             }
             Origin::Nowhere => format!("there is no custodian: {why}; restart the daemon when there can be"),
         };

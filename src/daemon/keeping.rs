@@ -131,7 +131,11 @@ pub(super) async fn keep_custodian(custodian: Arc<custodian::Client>, door: Door
         if let Some(error) = error
             && !std::mem::replace(&mut said, true)
         {
-            say!(CustodianGone, error, "the custodian is not there: what was removed keeps its space, and nothing is unpacked here");
+            say!(
+                CustodianGone,
+                error,
+                "the custodian is not there: what was removed keeps its space, and nothing is unpacked here"
+            );
         }
         tokio::time::sleep(CUSTODIAN_CHECK).await;
     }
