@@ -10,6 +10,8 @@ mod degraded;
 mod faults;
 #[path = "daemon/lazy.rs"]
 mod lazy;
+#[path = "daemon/lost.rs"]
+mod lost;
 #[path = "daemon/reload.rs"]
 mod reload;
 #[path = "daemon/restart.rs"]

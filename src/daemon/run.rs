@@ -299,7 +299,8 @@ async fn serve(
     let shown = recovery::show(&lazy).await;
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let journal = keeping::journal(held.journal.as_ref(), &held.init);
-    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
+    let patience = scheduling(config).budget;
+    let session_options = lazyfs::SessionOptions { connection, journal, patience, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;

@@ -185,6 +185,12 @@ messages! {
         happened "After its start the daemon could not serve snapshot @SOCI_SNAPSHOT@ again: @SOCI_ERROR@."
         means "Containers that use the layer get errors (ESTALE) for what is in it; new ones cannot be started from the image."
         act "It is tried again when a container is started from it. If that does not help, remove the image and pull it again.";
+    LayerExpected = "bc4ab61fd3e4b85206a2e628f403205d" WARN Always "A lazily loaded layer waits for its index file"
+        happened "After its start the daemon found the zTOC of layer @SOCI_LAYER@ (snapshot @SOCI_SNAPSHOT@) of @SOCI_IMAGE@ missing or damaged: \
+                  @SOCI_ERROR@. It is fetched again, from containerd or from the registry."
+        means "Containers that use the layer wait until it is here. If the registry cannot be reached that may take a while; reads fail after \
+               [blob] fetching_timeout_sec, and the next ones wait again."
+        act "If it lasts, see whether the registry can be reached:\n\n    soci doctor @SOCI_IMAGE@\n\nA disk that damages files should be looked at.";
     LayerRestored = "545b65fa3d91432fb780b9321c92f543" INFO Always "A lazily loaded layer is back"
         happened "Snapshot @SOCI_SNAPSHOT@, which could not be served after the last start, is served now."
         means "Containers that use the layer can read it again."

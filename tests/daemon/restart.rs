@@ -41,10 +41,14 @@ fn publish(site: &Site, reference: &str) -> Published {
 
 /// A block of the file, from the daemon whatever the kernel has kept; in aligned memory, as O_DIRECT wants.
 pub(super) fn block(file: &File, at: usize) -> Vec<u8> {
+    try_block(file, at).unwrap()
+}
+
+pub(super) fn try_block(file: &File, at: usize) -> std::io::Result<Vec<u8>> {
     let mut buffer = vec![0; 2 * BLOCK];
     let start = buffer.as_ptr().align_offset(BLOCK);
-    file.read_exact_at(&mut buffer[start..start + BLOCK], at as u64).unwrap();
-    buffer[start..start + BLOCK].to_vec()
+    file.read_exact_at(&mut buffer[start..start + BLOCK], at as u64)?;
+    Ok(buffer[start..start + BLOCK].to_vec())
 }
 
 #[test]
