@@ -262,7 +262,8 @@ fn explored(
         move || {
             let run = Run::new(&shelf);
             let streaming = run.clone();
-            let streaming = shuttle::thread::spawn(move || shuttle::future::block_on(streaming.scheduler.stream(&streaming)));
+            let streaming =
+                shuttle::thread::spawn(move || shuttle::future::block_on(streaming.scheduler.stream(&streaming)));
             run.scheduler.add(&run.layer);
             threads(&run).into_iter().for_each(|thread| thread.join().unwrap());
             run.quiet.store(true, Ordering::SeqCst);
