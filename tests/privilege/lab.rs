@@ -1,7 +1,7 @@
 //! A root directory with a custodian, as every test here starts from.
 
 use super::{CUSTODIAN, Killed, install_helpers};
-use crate::support::leaks;
+use crate::support::{leaks, needs_root};
 use soci::{
     custodian::{self, Client},
     layout::{Layout, SnapshotId},
@@ -28,6 +28,7 @@ impl Drop for Lab {
 impl Lab {
     /// An empty root whose directories do not exist yet.
     pub fn new() -> Lab {
+        needs_root();
         install_helpers();
         let dir = tempfile::tempdir().expect("temp");
         let layout = Layout::new(dir.path().join("root"));
