@@ -30,7 +30,7 @@ demo: setup
 	@$(CARGO) test --release --quiet --test demo -- $(ARGS)
 
 test: setup
-	$(CARGO) test
+	$(CARGO) test --no-fail-fast
 
 # Each part prints one line that begins with its name; the script says which there are.
 storm: setup

@@ -44,8 +44,9 @@
 //!    `snapshots/<id>/fs` of a lazy layer is a symlink into it, so mount options stay those of the Go snapshotter.
 //! 2. **Every start is a resume.** `soci-mount` holds the descriptor; the daemon rebuilds its state from local files without the
 //!    network and goes on serving the same kernel connection. Reads come first: what has a record beside its snapshot is shown before the snapshot
-//!    database is opened, which syncs the disk, and before anything else is done (`daemon::recovery`). Requests that the dead one had taken come again from the kernel (Linux 6.9), or
-//!    out of a journal that they were read into (`fs::journal`, a memfd that goes wherever the descriptor goes). Inode numbers are a pure function of (snapshot id, position in the
+//!    database is opened, which syncs the disk, and before anything else is done (`daemon::recovery`). A layer whose zTOC the
+//!    disk has damaged is expected: requests about it wait while that is fetched again, as they would for a span. Requests that the dead
+//!    one had taken come again from the kernel (Linux 6.9), or out of a journal that they were read into (`fs::journal`, a memfd that goes wherever the descriptor goes). Inode numbers are a pure function of (snapshot id, position in the
 //!    table of contents), and snapshot ids are never reused.
 //! 3. **Our own FUSE session instead of fuser's.** The design first said fuser. Its session answers `FUSE_INTERRUPT` with `ENOSYS` (and
 //!    the kernel then never asks again, so a killed container would wait for us for ever), reads requests into private buffers
@@ -65,7 +66,8 @@
 //!    (`layers::prior`). Background requests are sent while fewer bytes are on their way than the link holds, twice that while
 //!    nobody has waited for two seconds: the link is not to run dry, and a blocked read is not to wait behind more than that. All layers
 //!    of an image stream from its first Prepare on. A layer that is left to containerd gets its share of the link meanwhile.
-//! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id.
+//! 7. **The daemon holds no capability** after start-up. `soci-custodian` does what needs some, by snapshot id. No read waits for
+//!    it: the daemon starts without one, and goes on without one.
 //! 8. **A layer is unpacked by a process of its own**, whose root directory is the one it may write to (chroot on every kernel, landlock where there is
 //!    one, a short list of system calls, no network). The design has the custodian start workers; it cannot, as it has threads and too few capabilities,
 //!    so a process that does nothing but fork is split off first. Directories that a layer only implies get their attributes when it is published, not
@@ -137,7 +139,7 @@
 //! * No byte is served that was not covered by a digest of the zTOC, and no zTOC is used whose own digest was not checked.
 //! * `ALREADY_EXISTS` is answered only when the committed snapshot is visible and everything to serve it is on local disk.
 //! * Everything a peer can grow has a bound, and the constant says where the number comes from.
-//! * A start without network serves everything that is here.
+//! * A start without network serves everything that is here, and what is damaged as soon as there is a network.
 //!
 //! # Glossary
 //!

@@ -1,9 +1,11 @@
-//! A crash at any moment leaves something that can be gone on with: the snapshot database and the layer store are killed at every write, and cut
-//! off from power, and each time what is left is opened and compared with what had been promised.
+//! A crash at any moment leaves something that can be gone on with: the snapshot database, the layer store and the content store are killed at every
+//! write, and cut off from power, and each time what is left is opened and compared with what had been promised.
 //!
 //! The work is done by a child: this program, once more, with one of the ignored tests below. It says on its standard output what it begins and what
 //! it has been answered, so its parent knows what must be there. `crash/crashat.c`, preloaded into it, kills it.
 
+#[path = "crash/content.rs"]
+mod content;
 #[path = "crash/layers.rs"]
 mod layers;
 #[path = "crash/power.rs"]

@@ -2,12 +2,16 @@
 
 #[path = "daemon/connections.rs"]
 mod connections;
+#[path = "daemon/custodian.rs"]
+mod custodian;
 #[path = "daemon/degraded.rs"]
 mod degraded;
 #[path = "daemon/faults.rs"]
 mod faults;
 #[path = "daemon/lazy.rs"]
 mod lazy;
+#[path = "daemon/lost.rs"]
+mod lost;
 #[path = "daemon/reload.rs"]
 mod reload;
 #[path = "daemon/restart.rs"]

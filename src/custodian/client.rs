@@ -1,8 +1,12 @@
 //! The daemon's side: find or start the custodian, then ask it from any task.
 //!
-//! One socket carries everything. Requests are numbered; a thread receives replies and wakes whoever asked. When the custodian dies, waiting requests
-//! fail; if it listens on a socket of its own (systemd), the next request connects again and is repeated once, as every request but unpacking may be
-//! done twice without harm. A custodian that is our child cannot be started again by a daemon that has given up its capabilities: that is said plainly.
+//! One socket carries everything. Requests are numbered; a thread receives replies and wakes whoever asked. The first request is a greeting, which
+//! nobody waits for: containers' reads need no custodian, so a daemon starts without one, and requests wait behind the greeting.
+//!
+//! When the custodian dies, waiting requests are sent once more to the one that listens now, as every request but unpacking may be done twice without
+//! harm; if there is none, they fail with the reason, and the next one connects again. The same goes for one that says nothing: it has [`HELLO`] to
+//! answer the greeting, and where a later answer takes long, whoever listens is greeted on a second connection ([`DOUBT`]). A custodian that is our
+//! child cannot be started again by a daemon that has given up its capabilities: that is said plainly, and another that listens will do.
 #![forbid(unsafe_code)]
 
 use super::{
@@ -12,6 +16,7 @@ use super::{
 use crate::{
     layout::{Layout, SnapshotId},
     oci::IdMaps,
+    snapshot::chain,
     sys::{
         process,
         seqpacket::{self, Patience},
@@ -35,7 +40,7 @@ use std::{
     thread,
     time::Duration,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 /// Requests sent and not yet answered. What the socket's buffer holds of such messages (about 90) is never reached, so a send never waits.
 const IN_FLIGHT: usize = 48;
@@ -46,24 +51,32 @@ const PIPE: usize = 1 << 20;
 /// How long a custodian may take to say hello: systemd has to start it, on a machine that is booting. 11 s were seen on an overloaded one; giving up
 /// means to begin anew, which is what such a machine can do least.
 const HELLO: Duration = Duration::from_secs(60);
+/// The tag of the greeting. Other requests are numbered from 1.
+const GREETING: u64 = 0;
+/// When nothing was heard for so long while somebody waits (a large tree takes its time), whoever listens is asked whether it is alive, and has as
+/// long to answer.
+const DOUBT: Duration = Duration::from_secs(10);
+/// An answer that was under way when doubt became certainty is in the socket by then.
+const LAST_LOOK: Duration = Duration::from_millis(100);
 
 /// Why there is no custodian.
 #[derive(Debug, thiserror::Error)]
-pub enum CustodianError {
+enum CustodianError {
     #[error(transparent)]
     NotInstalled(#[from] process::HelperNotFound),
     #[error("cannot start {}", .program.display())]
     Start { program: PathBuf, source: io::Error },
-    #[error("the custodian does not answer")]
-    NoAnswer(#[source] io::Error),
+    #[error("cannot connect to it")]
+    Connect(#[source] io::Error),
 }
 
-/// A custodian that has said hello.
+/// The way to the custodian. It has not said anything yet, and there may be none.
 #[derive(Debug)]
 pub struct Connection {
     layout: Layout,
-    socket: OwnedFd,
-    redial: Redial,
+    /// Or why there is none.
+    socket: Result<OwnedFd, String>,
+    origin: Origin,
 }
 
 /// Why a layer was not unpacked, or not published. Nothing of it is left on disk.
@@ -91,25 +104,31 @@ pub enum Lower<'a> {
     Lazy(SnapshotId, &'a (dyn Fn(&[u8]) -> Found + Sync)),
 }
 
-/// What to do when the connection ends.
-#[derive(Debug, Clone)]
-enum Redial {
-    /// Connect again: somebody else keeps it running.
-    At(PathBuf),
+/// Where the custodian of the first connection came from. Later ones are those that listen.
+#[derive(Debug, Clone, Copy)]
+enum Origin {
+    /// Somebody else keeps it running.
+    Unit,
     /// It was our child.
-    Impossible,
+    Child,
+    /// It could not be had.
+    Nowhere,
 }
 
-/// Connects to the custodian that listens for this root, or starts one as a child that ends with us.
+/// Connects to the custodian that listens for this root, or starts one as a child that ends with us. Waits for neither, and succeeds without one.
 ///
 /// Must be called before the daemon gives up its capabilities, or the child would have none either.
-pub fn start(layout: &Layout) -> Result<Connection, CustodianError> {
-    let path = layout.custodian_socket();
-    match dial(&path) {
-        Ok(socket) => return Ok(Connection { layout: layout.clone(), socket, redial: Redial::At(path) }),
-        Err(error) if absent(&error) => {}
-        Err(error) => return Err(CustodianError::NoAnswer(error)),
-    }
+pub fn start(layout: &Layout) -> Connection {
+    let (socket, origin) = match seqpacket::connect_now(&layout.custodian_socket()) {
+        Ok(socket) => (Ok(socket), Origin::Unit),
+        Err(error) if absent(&error) => (spawn(layout), Origin::Child),
+        Err(error) => (Err(CustodianError::Connect(error)), Origin::Unit),
+    };
+    let origin = if matches!((&socket, origin), (Err(_), Origin::Child)) { Origin::Nowhere } else { origin };
+    Connection { layout: layout.clone(), socket: socket.map_err(|error| chain(&error)), origin }
+}
+
+fn spawn(layout: &Layout) -> Result<OwnedFd, CustodianError> {
     let program = process::find_helper("soci-custodian")?;
     let failed = |source| CustodianError::Start { program: program.clone(), source };
     let (ours, theirs) = seqpacket::pair().map_err(failed)?;
@@ -124,8 +143,7 @@ pub fn start(layout: &Layout) -> Result<Connection, CustodianError> {
         .process_group(0)
         .spawn()
         .map_err(failed)?;
-    hello(&ours).map_err(CustodianError::NoAnswer)?;
-    Ok(Connection { layout: layout.clone(), socket: ours, redial: Redial::Impossible })
+    Ok(ours)
 }
 
 /// A file without a name, to be read from its start.
@@ -140,26 +158,20 @@ fn absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
-fn dial(path: &Path) -> io::Result<OwnedFd> {
-    let socket = seqpacket::connect(path)?;
-    hello(&socket)?;
-    Ok(socket)
+/// Greets whoever listens at `path`, and waits for anything to come back.
+fn answers(path: &Path) -> io::Result<()> {
+    let socket = seqpacket::connect_now(path)?;
+    greet(&socket, DOUBT)?;
+    let mut buffer = [0; Reply::LEN];
+    // Who has too many connections closes this one, and is alive.
+    seqpacket::recv_with_fds(socket.as_fd(), &mut buffer).map(drop)
 }
 
-fn hello(socket: &OwnedFd) -> io::Result<()> {
-    seqpacket::set_patience(socket.as_fd(), Patience::AtMost(HELLO))?;
-    let request = Request { tag: 0, operation: Operation::Hello };
-    seqpacket::send(socket.as_fd(), &request.encode(), seqpacket::Send::Wait)?;
-    let mut buffer = [0; Reply::LEN];
-    let (received, _) = seqpacket::recv_with_fds(socket.as_fd(), &mut buffer)?;
-    seqpacket::set_patience(socket.as_fd(), Patience::Endless)?;
-    if received == 0 {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection; its own message says why"));
-    }
-    match Reply::decode(&buffer[..received]) {
-        Some(reply) => reply.into_result().map(drop),
-        None => Err(io::Error::new(io::ErrorKind::InvalidData, "it is of another version")),
-    }
+/// Says hello, and bounds how long anything may take to be heard.
+fn greet(socket: &OwnedFd, patience: Duration) -> io::Result<()> {
+    seqpacket::set_patience(socket.as_fd(), Patience::AtMost(patience))?;
+    let request = Request { tag: GREETING, operation: Operation::Hello };
+    seqpacket::send(socket.as_fd(), &request.encode(), seqpacket::Send::OrFail)
 }
 
 /// Asks the custodian. Cheap to clone; needs no particular runtime.
@@ -170,18 +182,45 @@ pub struct Client {
 
 struct Inner {
     layout: Layout,
-    redial: Redial,
+    origin: Origin,
     tags: AtomicU64,
     slots: Arc<Semaphore>,
     unpack_slots: Arc<Semaphore>,
-    /// The connection in use. Taken before a link's `waiting`, held while connecting so that only one caller does.
-    link: Mutex<Arc<Link>>,
+    /// The connection in use, or why there is none. Taken before a link's `waiting`, held while connecting so that only one caller does.
+    link: Mutex<Result<Arc<Link>, Ended>>,
 }
 
 struct Link {
+    number: u64,
     socket: OwnedFd,
     /// Who waits for which tag; `None` once the custodian is gone. Leaf lock.
     waiting: Mutex<Option<HashMap<u64, Waiter>>>,
+    /// Changes before `waiting` is emptied, so that whoever is woken finds the reason.
+    standing: watch::Sender<Standing>,
+}
+
+/// How far a connection has come.
+#[derive(Debug, Clone)]
+enum Standing {
+    /// The custodian has been greeted.
+    Greeted,
+    /// And has answered.
+    Answered,
+    Ended(Ended),
+}
+
+/// Why a connection is of no use any more.
+#[derive(Debug, Clone)]
+struct Ended {
+    why: String,
+    how: HowEnded,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HowEnded {
+    Closed,
+    /// It is open, and nobody answers.
+    Silent,
 }
 
 struct Waiter {
@@ -191,18 +230,39 @@ struct Waiter {
 }
 
 impl Client {
-    pub fn new(connection: Connection) -> io::Result<Client> {
-        let link = Link::start(connection.socket)?;
-        Ok(Client {
+    /// A client of what [`start`] found. Starts a thread.
+    pub fn new(connection: Connection) -> Client {
+        let Connection { layout, socket, origin } = connection;
+        let link = match socket {
+            // A custodian that has ended already does not even hear the greeting.
+            Ok(socket) => {
+                Link::start(0, socket, &layout.custodian_socket()).map_err(|error| Ended::closed(error.to_string()))
+            }
+            Err(why) => Err(Ended::closed(why)),
+        };
+        Client {
             inner: Arc::new(Inner {
-                layout: connection.layout,
-                redial: connection.redial,
+                layout,
+                origin,
                 tags: AtomicU64::new(1),
                 slots: Arc::new(Semaphore::new(IN_FLIGHT)),
                 unpack_slots: Arc::new(Semaphore::new(UNPACKING)),
                 link: Mutex::new(link),
             }),
-        })
+        }
+    }
+
+    /// Waits until the custodian has answered a greeting, on a new connection if there is none; or fails with the reason. Gives the number of the
+    /// connection: with another one, what was asked of the one before may have failed. Costs nothing while it lives.
+    pub async fn greeted(&self) -> io::Result<u64> {
+        let link = self.inner.live_link().map_err(|ended| self.inner.lost(&ended))?;
+        let mut standing = link.standing.subscribe();
+        let outcome = match standing.wait_for(|now| !matches!(now, Standing::Greeted)).await.as_deref() {
+            Ok(Standing::Ended(ended)) => Err(ended.clone()),
+            // The sender is in `link`, which is here.
+            Ok(_) | Err(_) => Ok(link.number),
+        };
+        outcome.map_err(|ended| self.inner.lost(&ended))
     }
 
     /// Removes the snapshot's directory and everything in it.
@@ -256,11 +316,11 @@ impl Client {
         let slots = &self.inner.unpack_slots;
         let outcome = match self.inner.try_ask(&operation, &fds, slots).await {
             // Nobody has read from the input yet.
-            Err(Lost::Unsent) => self.inner.try_ask(&operation, &fds, slots).await,
+            Err(Lost::Unsent(_)) => self.inner.try_ask(&operation, &fds, slots).await,
             other => other,
         };
         drop(leash);
-        match outcome.map_err(|_| failed(self.inner.lost()))?.map_err(failed)? {
+        match outcome.map_err(|lost| failed(self.inner.lost(lost.ended())))?.map_err(failed)? {
             Outcome::Reported(Ok(used)) => Ok(used),
             Outcome::Reported(Err(Stopped::Refused { why, detail })) => Err(UnpackError::Refused { why, detail }),
             Outcome::Reported(Err(Stopped::Failed { errno, detail })) => {
@@ -315,10 +375,13 @@ impl Client {
 
     async fn ask_with(&self, operation: Operation, fds: &[BorrowedFd<'_>]) -> io::Result<Usage> {
         let answer = match self.inner.try_ask(&operation, fds, &self.inner.slots).await {
-            Err(_) => self.inner.try_ask(&operation, fds, &self.inner.slots).await,
+            // Who is silent would be so once more, for as long.
+            Err(lost) if lost.ended().how == HowEnded::Closed => {
+                self.inner.try_ask(&operation, fds, &self.inner.slots).await
+            }
             answer => answer,
         };
-        let outcome = answer.map_err(|_| self.inner.lost())??;
+        let outcome = answer.map_err(|lost| self.inner.lost(lost.ended()))??;
         Reply { tag: 0, outcome }.into_result()
     }
 }
@@ -326,8 +389,25 @@ impl Client {
 /// The connection ended before the reply came.
 enum Lost {
     /// And before the request was sent.
-    Unsent,
-    Unanswered,
+    Unsent(Ended),
+    Unanswered(Ended),
+}
+
+impl Lost {
+    fn ended(&self) -> &Ended {
+        match self {
+            Lost::Unsent(ended) | Lost::Unanswered(ended) => ended,
+        }
+    }
+}
+
+impl Ended {
+    fn closed(why: impl Into<String>) -> Ended {
+        Ended { why: why.into(), how: HowEnded::Closed }
+    }
+    fn silent(why: impl Into<String>) -> Ended {
+        Ended { why: why.into(), how: HowEnded::Silent }
+    }
 }
 
 impl Inner {
@@ -339,14 +419,14 @@ impl Inner {
     ) -> Result<io::Result<Outcome>, Lost> {
         let slot = match slots.clone().acquire_owned().await {
             Ok(slot) => slot,
-            Err(_) => return Err(Lost::Unsent), // never: the semaphore is not closed
+            Err(closed) => return Err(Lost::Unsent(Ended::closed(closed.to_string()))), // never: nobody closes the semaphore
         };
         let tag = self.tags.fetch_add(1, Ordering::Relaxed);
-        let link = self.live_link()?;
+        let link = self.live_link().map_err(Lost::Unsent)?;
         let (reply, answer) = oneshot::channel();
         match lock(&link.waiting).as_mut() {
             Some(waiting) => waiting.insert(tag, Waiter { reply, _slot: slot }),
-            None => return Err(Lost::Unsent),
+            None => return Err(Lost::Unsent(link.why())),
         };
         let request = Request { tag, operation: operation.clone() };
         let sent = seqpacket::send_with_fds(link.socket.as_fd(), &request.encode(), fds, seqpacket::Send::OrFail);
@@ -354,8 +434,8 @@ impl Inner {
             return match error.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                     // The receiving thread may not have noticed yet; the next attempt must not find this link alive.
-                    link.end();
-                    Err(Lost::Unsent)
+                    link.end(Ended::closed(error.to_string()));
+                    Err(Lost::Unsent(link.why()))
                 }
                 _ => {
                     if let Some(waiting) = lock(&link.waiting).as_mut() {
@@ -367,25 +447,40 @@ impl Inner {
         }
         match answer.await {
             Ok(reply) => Ok(Ok(reply.outcome)),
-            Err(_) => Err(Lost::Unanswered),
+            Err(_) => Err(Lost::Unanswered(link.why())),
         }
     }
 
-    fn live_link(&self) -> Result<Arc<Link>, Lost> {
-        let mut link = lock(&self.link);
-        if lock(&link.waiting).is_none() {
-            let Redial::At(path) = &self.redial else { return Err(Lost::Unsent) };
-            *link = seqpacket::connect(path).and_then(Link::start).map_err(|_| Lost::Unsent)?;
-        }
-        Ok(link.clone())
+    fn live_link(&self) -> Result<Arc<Link>, Ended> {
+        let mut standing = lock(&self.link);
+        let ended = match &*standing {
+            Ok(link) if link.is_live() => return Ok(link.clone()),
+            Ok(link) => link.why(),
+            Err(ended) => ended.clone(),
+        };
+        let path = self.layout.custodian_socket();
+        let number = self.tags.fetch_add(1, Ordering::Relaxed);
+        let fresh = seqpacket::connect_now(&path).and_then(|socket| Link::start(number, socket, &path));
+        *standing = fresh.map_err(|error| match (self.origin, absent(&error)) {
+            // That nobody else listens is as it should be, and not what is wrong.
+            (Origin::Child | Origin::Nowhere, true) => ended,
+            _ if error.kind() == io::ErrorKind::WouldBlock => Ended::silent("connections to it are not taken any more"),
+            _ => Ended::closed(error.to_string()),
+        });
+        standing.clone()
     }
 
-    fn lost(&self) -> io::Error {
-        let text = match &self.redial {
-            Redial::At(path) => format!("the custodian at {} is not answering", path.display()),
-            Redial::Impossible => {
-                "the custodian has died and cannot be started again without capabilities: restart the daemon".to_owned()
+    fn lost(&self, ended: &Ended) -> io::Error {
+        let (path, why) = (self.layout.custodian_socket(), &ended.why);
+        let path = path.display();
+        let text = match self.origin {
+            Origin::Unit => format!("the custodian at {path} is not answering: {why}"),
+            Origin::Child => {
+                format!(
+                    "the custodian has gone and cannot be started again without capabilities: restart the daemon ({why})"
+                )
             }
+            Origin::Nowhere => format!("there is no custodian: {why}; restart the daemon when there can be"),
         };
         io::Error::new(io::ErrorKind::NotConnected, text)
     }
@@ -394,36 +489,97 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Ends the receiving thread, and with the descriptor it holds a custodian that is our child. An error means that it ended already.
-        let link = lock(&self.link);
-        let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Both);
+        if let Ok(link) = &*lock(&self.link) {
+            let _ = rustix::net::shutdown(&link.socket, rustix::net::Shutdown::Both);
+        }
     }
 }
 
 impl Link {
-    fn start(socket: OwnedFd) -> io::Result<Arc<Link>> {
-        let link = Arc::new(Link { socket, waiting: Mutex::new(Some(HashMap::new())) });
-        let receiver = link.clone();
-        thread::Builder::new().name("custodian".into()).spawn(move || receiver.receive())?;
+    /// Greets whoever is at the other end, and listens to them. `listener` is where a custodian that is no child of ours takes connections.
+    fn start(number: u64, socket: OwnedFd, listener: &Path) -> io::Result<Arc<Link>> {
+        greet(&socket, HELLO)?;
+        let waiting = Mutex::new(Some(HashMap::new()));
+        let link = Arc::new(Link { number, socket, waiting, standing: watch::Sender::new(Standing::Greeted) });
+        let (receiver, listener) = (link.clone(), listener.to_owned());
+        thread::Builder::new().name("custodian".into()).spawn(move || {
+            let ended = receiver.receive(&listener);
+            receiver.end(ended);
+        })?;
         Ok(link)
     }
 
-    fn receive(&self) {
+    fn receive(&self, listener: &Path) -> Ended {
         let mut buffer = [0; Reply::LEN];
-        while let Ok((received @ 1.., _)) = seqpacket::recv_with_fds(self.socket.as_fd(), &mut buffer) {
-            let Some(reply) = Reply::decode(&buffer[..received]) else { break };
-            let waiter = lock(&self.waiting).as_mut().and_then(|waiting| waiting.remove(&reply.tag));
-            if let Some(waiter) = waiter {
+        let mut is_doubted = false;
+        loop {
+            let reply = match seqpacket::recv_with_fds(self.socket.as_fd(), &mut buffer) {
+                Ok((0, _)) => return Ended::closed("it closed the connection; its own message says why"),
+                Ok((received, _)) => Reply::decode(&buffer[..received]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    match (&*self.standing.borrow(), is_doubted) {
+                        (Standing::Answered, false) => {}
+                        (Standing::Answered, true) => return Ended::silent("it has stopped answering"),
+                        _ => return Ended::silent(format!("no answer within {} s", HELLO.as_secs())),
+                    }
+                    is_doubted = self.is_waited_for() && is_silent(listener);
+                    let patience = if is_doubted { LAST_LOOK } else { DOUBT };
+                    if let Err(error) = seqpacket::set_patience(self.socket.as_fd(), Patience::AtMost(patience)) {
+                        return Ended::closed(error.to_string());
+                    }
+                    continue;
+                }
+                Err(error) => return Ended::closed(error.to_string()),
+            };
+            let Some(reply) = reply else { return Ended::closed("it is of another version") };
+            if reply.tag == GREETING {
+                if reply.into_result().is_err() {
+                    return Ended::closed("it is of another version");
+                }
+                self.standing.send_replace(Standing::Answered);
+            } else if let Some(waiter) = lock(&self.waiting).as_mut().and_then(|waiting| waiting.remove(&reply.tag)) {
                 // The asker may have lost interest.
                 let _ = waiter.reply.send(reply);
             }
+            is_doubted = false;
+            if let Err(error) = seqpacket::set_patience(self.socket.as_fd(), Patience::AtMost(DOUBT)) {
+                return Ended::closed(error.to_string());
+            }
         }
-        self.end();
     }
 
-    /// Dropping the waiters tells each of them that no reply will come.
-    fn end(&self) {
+    fn is_live(&self) -> bool {
+        lock(&self.waiting).is_some()
+    }
+
+    fn is_waited_for(&self) -> bool {
+        lock(&self.waiting).as_ref().is_some_and(|waiting| !waiting.is_empty())
+    }
+
+    /// Dropping the waiters tells each of them that no reply will come. The first reason stays.
+    fn end(&self, ended: Ended) {
+        self.standing.send_if_modified(|now| match now {
+            Standing::Ended(_) => false,
+            Standing::Greeted | Standing::Answered => {
+                *now = Standing::Ended(ended);
+                true
+            }
+        });
         *lock(&self.waiting) = None;
     }
+
+    /// Why it has ended.
+    fn why(&self) -> Ended {
+        match &*self.standing.borrow() {
+            Standing::Ended(ended) => ended.clone(),
+            Standing::Greeted | Standing::Answered => Ended::closed("the connection has ended"),
+        }
+    }
+}
+
+/// Whether the custodian that listens there takes no connection, or does not answer on it. One that listens nowhere is believed to be busy.
+fn is_silent(listener: &Path) -> bool {
+    answers(listener).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -27,7 +27,7 @@ mod server;
 mod tree;
 
 pub use crate::unpack::{Budget, Place, Refusal};
-pub use client::{Client, Connection, CustodianError, Lower, UnpackError, start};
+pub use client::{Client, Connection, Lower, UnpackError, start};
 pub use implied::{DirectoryAttributes, Found};
 pub use protocol::Usage;
 

@@ -1,13 +1,14 @@
 //! What has to outlive this daemon, and goes back and forth between it and its keepers (`holder`): the FUSE descriptor, the journal of
 //! requests, the logins that kubelet sent. Nothing here stops the daemon from starting: a keeper that is not there is said, and asked again.
+//! So is a custodian.
 
 use super::condition::Condition;
 use crate::{
-    fs as lazyfs,
+    custodian, fs as lazyfs,
     holder::{self, Held, How},
     keychain::CriLogins,
     layout::Layout,
-    snapshot,
+    snapshot::{self, Door},
     telemetry::catalog::say,
 };
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
@@ -17,6 +18,13 @@ const HOLDER_CHECK: Duration = Duration::from_secs(1);
 
 /// How often in a row it may be missing before an operator is told: who restarts it needs a moment.
 const HOLDER_PATIENCE: u32 = 3;
+
+/// How often it is looked whether the custodian is there, and how often in a row it may be missing before that is said: as with the holder.
+const CUSTODIAN_CHECK: Duration = Duration::from_secs(1);
+/// See [`CUSTODIAN_CHECK`].
+const CUSTODIAN_PATIENCE: u32 = 3;
+/// A custodian that has not answered its first greeting by then is said to be missing. Requests wait for it longer: systemd may have to start it.
+const CUSTODIAN_SLOW: Duration = Duration::from_secs(10);
 
 /// Where requests are read into, on a kernel that cannot repeat them.
 pub(super) fn journal(file: Option<&OwnedFd>, init: &holder::InitParams) -> Option<lazyfs::Journal> {
@@ -92,5 +100,43 @@ pub(super) async fn keep_held(
             }
             _ => {}
         }
+    }
+}
+
+/// Looks for a custodian as long as there is none, and says so. Whenever there is another one, what the one before could not remove is removed.
+pub(super) async fn keep_custodian(custodian: Arc<custodian::Client>, door: Door) {
+    let (mut failed, mut said, mut connection) = (0, false, 0);
+    loop {
+        let greeted = tokio::time::timeout(CUSTODIAN_SLOW, custodian.greeted()).await;
+        let error = match greeted {
+            Ok(Ok(number)) => {
+                failed = 0;
+                if std::mem::take(&mut said) {
+                    say!(CustodianBack, "there is a custodian again");
+                }
+                if std::mem::replace(&mut connection, number) != number
+                    && let Ok(snapshotter) = door.enter()
+                {
+                    // Its failures are logged where they happen.
+                    let _ = snapshotter.cleanup().await;
+                }
+                None
+            }
+            Ok(Err(error)) => {
+                failed += 1;
+                (failed >= CUSTODIAN_PATIENCE).then(|| error.to_string())
+            }
+            Err(_) => Some(format!("no answer for {} s", CUSTODIAN_SLOW.as_secs())),
+        };
+        if let Some(error) = error
+            && !std::mem::replace(&mut said, true)
+        {
+            say!(
+                CustodianGone,
+                error,
+                "the custodian is not there: what was removed keeps its space, and nothing is unpacked here"
+            );
+        }
+        tokio::time::sleep(CUSTODIAN_CHECK).await;
     }
 }

@@ -22,12 +22,12 @@ use crate::{
     fs::{self, HeaderCheck, LazyLayer, Tree, Xattrs},
     grpc::{ContainerdBlob, content::ContainerdContent},
     index::{ImageTarget, InUse, Indexes, NoIndex, SociIndex, Ways, ZtocDescriptor, prefetch::Prefetch},
-    layers::{Layer, LayerStore, RegistrySource, User, Wanted},
+    layers::{Layer, LayerStore, OpenError, RegistrySource, User, Wanted},
     layout::{Layout, SnapshotId},
     oci::{Digest, IdMaps},
     pull::Pulls,
     registry::Registry,
-    snapshot::{Extraction, LazyLayers, NotLazyReason, Outcome, Target, Usage},
+    snapshot::{Extraction, LazyLayers, NotLazyReason, Outcome, Target, Usage, chain},
     telemetry::catalog::say,
 };
 use futures::future::BoxFuture;
@@ -88,6 +88,16 @@ pub struct LazyMounts {
     pub settings: RwLock<LazySettings>,
     /// [`State::default`] at first.
     pub state: State,
+}
+
+/// Why a layer is not shown again.
+#[derive(Debug, thiserror::Error)]
+pub enum NotRestored {
+    /// Its zTOC is not on disk any more as it should be, and can be had from elsewhere.
+    #[error("{1}")]
+    ZtocLost(Box<LazyRecord>, String),
+    #[error("{0}")]
+    Other(String),
 }
 
 /// What a [`LazyMounts`] remembers.
@@ -159,7 +169,7 @@ impl LazyMounts {
                     }
                     Err(error) => {
                         // Its own Prepare will say so.
-                        tracing::debug!(%layer, error, "cannot open a layer ahead of its Prepare");
+                        tracing::debug!(%layer, error = chain(&error), "cannot open a layer ahead of its Prepare");
                         let _ = me.store.release(layer, claim).await;
                     }
                 }
@@ -205,10 +215,31 @@ impl LazyMounts {
     }
 
     /// Shows the layer of `id` again, from what is on disk.
-    pub async fn recover(&self, id: SnapshotId) -> Result<(), String> {
-        let (record, implied) = LazyRecord::read(&self.layout, id).map_err(|e| e.to_string())?;
-        let layer = self.open(id, &record).await?;
-        self.show(id, &record, implied, layer).map_err(|e| e.to_string())
+    pub async fn recover(&self, id: SnapshotId) -> Result<(), NotRestored> {
+        let (record, implied) = LazyRecord::read(&self.layout, id).map_err(|e| NotRestored::Other(e.to_string()))?;
+        let layer = self.open(id, &record).await.map_err(|error| match error {
+            OpenError::ZtocDamaged { .. } => NotRestored::ZtocLost(Box::new(record.clone()), chain(&error)),
+            error => NotRestored::Other(chain(&error)),
+        })?;
+        self.show(id, &record, implied, layer).map_err(|e| NotRestored::Other(e.to_string()))
+    }
+
+    /// As [`LazyMounts::recover`], with a zTOC that is brought from where it came from if it must be.
+    pub async fn restore(&self, id: SnapshotId) -> Result<(), NotRestored> {
+        let record = match self.recover(id).await {
+            Err(NotRestored::ZtocLost(record, _)) => record,
+            done => return done,
+        };
+        let image = ImageTarget { reference: record.image.clone(), manifest: record.manifest, explicit: None };
+        // containerd may have it.
+        let index = record.index.map(|index| index.to_string());
+        self.artifacts.forget().await;
+        self.artifacts.bring(&record.namespace, record.manifest, index.as_deref()).await;
+        match self.indexes.bring_back(&image, record.index, record.ztoc).await {
+            Ok(()) => self.recover(id).await,
+            Err(error) if error.is_final() => Err(NotRestored::Other(chain(&error))),
+            Err(error) => Err(NotRestored::ZtocLost(record, chain(&error))),
+        }
     }
 
     /// Whether reads of that layer are answered.
@@ -226,7 +257,7 @@ impl LazyMounts {
         self.make_lazy_in_time(id, target, parents, Ways::All).await
     }
 
-    /// Tries once more what failed at start: a disk that was full or slow, descriptors that had run out.
+    /// Tries once more what failed at start: a disk that was full or slow, descriptors that had run out, a zTOC that is in the registry again.
     async fn heal(&self, id: SnapshotId) -> bool {
         if self.state.waiting.has(id) {
             let patience = self.settings().mount_timeout;
@@ -237,7 +268,7 @@ impl LazyMounts {
         if self.mounted().contains_key(&id) {
             return true;
         }
-        match self.recover(id).await {
+        match self.restore(id).await {
             Ok(()) => {
                 say!(
                     LayerRestored,
@@ -250,7 +281,7 @@ impl LazyMounts {
                 say!(
                     LayerNotRestored,
                     snapshot = id.to_string(),
-                    error,
+                    %error,
                     "the remote snapshot still cannot be restored"
                 );
                 false
@@ -261,6 +292,7 @@ impl LazyMounts {
     /// Forgets everything that is done for `id`: takes its layer out of the tree, and off the disk if nobody else uses it.
     fn let_go(&self, id: SnapshotId) {
         self.state.waiting.forget(id);
+        self.tree.give_up(id);
         self.undo(id);
     }
 
@@ -325,12 +357,12 @@ impl LazyMounts {
         ContainerdBlob { content: self.containerd.clone(), namespace: namespace.to_owned(), blob }
     }
 
-    async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, String> {
+    async fn open(&self, user: impl Into<User>, record: &LazyRecord) -> Result<Arc<Layer>, OpenError> {
         let user = user.into();
         if let User::Snapshot(id) = user {
             self.state.claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id, record.layer);
         }
-        let repository = self.registry.repository(&record.image).map_err(|e| e.to_string())?;
+        let repository = self.registry.repository(&record.image).map_err(|e| OpenError::Source(chain(&e)))?;
         let registry = Arc::new(RegistrySource { repository, blob: record.layer });
         let wanted = Wanted {
             layer: record.layer,
@@ -340,7 +372,7 @@ impl LazyMounts {
             source: registry,
             chain: record.chain,
         };
-        self.store.open(wanted, user).await.map_err(|e| crate::snapshot::chain(&e))
+        self.store.open(wanted, user).await
     }
 
     fn show(
@@ -401,10 +433,7 @@ impl LazyMounts {
         self.warm(target);
         let local = self.local(&target.namespace, target.layer);
         let (index, is_local) = tokio::join!(self.indexes.search(&wanted, ways), local.is_there());
-        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex {
-            image: image.clone(),
-            why: crate::snapshot::chain(&why),
-        })?;
+        let index = index.map_err(|why: NoIndex| NotLazyReason::NoIndex { image: image.clone(), why: chain(&why) })?;
         if ways == Ways::Configured {
             self.open_ahead(&index, target);
         }
@@ -414,7 +443,16 @@ impl LazyMounts {
             return Err(wrong(why));
         }
         let record = LazyRecord::new(target, ztoc, parents.len()).found_in(index.digest);
-        let layer = self.open(id, &record).await.map_err(unresolved)?;
+        let opened = match self.open(id, &record).await {
+            // It was here when the index was looked for, long ago perhaps.
+            Err(OpenError::ZtocDamaged { .. }) => {
+                let back = self.indexes.bring_back(&wanted, Some(index.digest), ztoc.digest).await;
+                back.map_err(|error| unresolved(chain(&error)))?;
+                self.open(id, &record).await
+            }
+            opened => opened,
+        };
+        let layer = opened.map_err(|error| unresolved(chain(&error)))?;
         // Another index of the layer may have come first, and be wrong; or the image is.
         if let Some(why) = layer.verdict().and_then(|verdict| served::trouble(verdict, record.chain.as_ref())) {
             return Err(wrong(why));
@@ -499,12 +537,15 @@ impl LazyMounts {
             parents.iter().map(|p| mounted.get(p).map(|m| m.shown.clone())).collect()
         };
         let (layout, toc, record) = (self.layout.clone(), layer.toc().clone(), record.clone());
+        let waits: Vec<bool> = parents.iter().map(|parent| self.state.waiting.has(*parent)).collect();
         let parents = parents.to_vec();
         let task = tokio::task::spawn_blocking(move || {
             let mut layers = Vec::new();
-            for (parent, lazy) in parents.into_iter().zip(below) {
+            for ((parent, lazy), waits) in parents.into_iter().zip(below).zip(waits) {
                 layers.push(match lazy {
                     Some(lazy) => Below::Lazy(lazy),
+                    // Looking through the mount would be waiting for ourselves.
+                    None if waits => return Err(io::Error::other(format!("layer {parent} below it is not here yet"))),
                     None => Below::Unpacked(rustix::fs::open(
                         layout.snapshot_fs(parent),
                         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -536,7 +577,7 @@ impl LazyLayers for Arc<LazyMounts> {
             let (record, implied) = LazyRecord::read(&me.layout, of).map_err(|e| e.to_string())?;
             let record = record.mapped(maps);
             let shown = async {
-                let layer = me.open(id, &record).await?;
+                let layer = me.open(id, &record).await.map_err(|error| chain(&error))?;
                 let (layout, written, lent) = (me.layout.clone(), record.clone(), implied.clone());
                 let write = tokio::task::spawn_blocking(move || written.write(&layout, id, &lent)).await;
                 write.map_err(io::Error::other).and_then(|written| written).map_err(|e| e.to_string())?;

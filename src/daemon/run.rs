@@ -55,6 +55,9 @@ const DRAIN: Duration = Duration::from_millis(2500);
 /// See [`DRAIN`].
 const LAST_REQUESTS: Duration = Duration::from_millis(1500);
 
+/// How long the custodian may take to say hello before the daemon goes on without one: a start that fails because of it fails within this time.
+const FIRST_GREETING: Duration = Duration::from_secs(5);
+
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
@@ -67,9 +70,7 @@ enum StartError {
     #[error("cannot get the FUSE mount: start the daemon as root, or soci-mount with the same --root before it")]
     Holder(#[from] holder::HolderError),
     #[error("cannot get the custodian, which acts on containers' files for us")]
-    Custodian(#[from] custodian::CustodianError),
-    #[error("cannot talk to the custodian")]
-    CustodianLink(#[source] io::Error),
+    Custodian(#[source] io::Error),
     #[error("cannot give up privileges")]
     Confine(#[source] io::Error),
     #[error(transparent)]
@@ -221,7 +222,7 @@ fn run(options: &Options, layout: Layout, chosen: &Chosen, began: Instant) -> Re
     let listening = listen::listen(&options.address)?;
     let how = holder_from()?;
     let held = holder::obtain(&layout, how)?;
-    let custodian = custodian::start(&layout)?;
+    let custodian = custodian::start(&layout);
     let alone = sys::process::SingleThread::prove().map_err(StartError::Confine)?;
     sys::drop_all_capabilities().map_err(StartError::Confine)?;
     sys::seccomp::confine(sys::seccomp::Role::Daemon, &alone).map_err(StartError::Confine)?;
@@ -283,7 +284,7 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
     let metrics = Metrics::new();
     let observers = Observers::new(metrics.clone(), OperationLog::of(config), config.fuse_metrics_emit_wait);
-    let disk = Arc::new(custodian::Client::new(custodian).map_err(StartError::CustodianLink)?);
+    let disk = Arc::new(custodian::Client::new(custodian));
     let tree = Arc::new(lazyfs::Tree::new(lazyfs::OpaqueMark::Trusted, observers.clone()));
     let cri_logins = config.cri_keychain.enable_keychain.then(Arc::<CriLogins>::default);
     if let Some(logins) = &cri_logins {
@@ -298,7 +299,8 @@ async fn serve(
     let shown = recovery::show(&lazy).await;
     let connection = if held.first { lazyfs::Connection::First } else { lazyfs::Connection::Resumed };
     let journal = keeping::journal(held.journal.as_ref(), &held.init);
-    let session_options = lazyfs::SessionOptions { connection, journal, ..lazyfs::SessionOptions::default() };
+    let patience = scheduling(config).budget;
+    let session_options = lazyfs::SessionOptions { connection, journal, patience, ..lazyfs::SessionOptions::default() };
     let device = held.device.try_clone().map_err(StartError::Fuse)?;
     let session = lazyfs::Session::start(device, held.init, tree, tokio::runtime::Handle::current(), session_options)
         .map_err(StartError::Fuse)?;
@@ -312,6 +314,12 @@ async fn serve(
         });
     }
     tracing::info!(milliseconds = began.elapsed().as_millis().to_string(), "reads are answered");
+    if !shown.anything()
+        && let Ok(greeted) = tokio::time::timeout(FIRST_GREETING, disk.greeted()).await
+    {
+        // An installation that lacks a part is noticed now, and not when containers depend on it.
+        greeted.map_err(StartError::Custodian)?;
+    }
     let scheduler = lazy.store.shared().scheduler.clone();
     tokio::spawn(scheduler.clone().run());
     let progress = {
@@ -343,7 +351,7 @@ async fn serve(
     reporter.serve(&listening.path()).await;
     let snapshots = snapshot::Options::new(layout.clone(), config.into());
     let open = {
-        let (pulls, lazy) = (lazy.pulls.clone(), lazy.clone());
+        let (pulls, lazy, disk) = (lazy.pulls.clone(), lazy.clone(), disk.clone());
         move || {
             let layers = Arc::new(lazy.clone());
             let opening = Snapshotter::open(snapshots.clone(), layers, Arc::new(pulls.clone()), disk.clone());
@@ -395,6 +403,7 @@ async fn serve(
         served => served?,
     }
     tokio::spawn(keeping::keep_held(layout.clone(), held, how, condition.clone(), cri_logins.clone()));
+    tokio::spawn(keeping::keep_custodian(disk, door.clone()));
     let Listening { listener, address } = listening;
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| StartError::Serve { address: address.clone(), source };

@@ -61,6 +61,18 @@ impl Waiting {
         self.lock().is_empty()
     }
 
+    /// That layer waits from now on.
+    pub fn add(&self, id: SnapshotId) {
+        self.lock().insert(id);
+    }
+
+    /// Waits until somebody is in a hurry, or one layer less waits; `limit` at most. Then for a moment more: somebody in a hurry, over and over,
+    /// does not make it a storm.
+    pub async fn rest(&self, limit: Duration) {
+        let _ = tokio::time::timeout(limit, self.changed.notified()).await;
+        tokio::time::sleep(PAUSE.0 / 4).await;
+    }
+
     /// Nobody needs that layer any more, or it is mounted.
     pub fn forget(&self, id: SnapshotId) {
         if self.lock().remove(&id) {

@@ -4,9 +4,10 @@ use super::errno::{Errno, Refusal};
 use super::observer::Op;
 use super::read;
 use super::state_file::{self, StateFile};
-use super::tree::{Layer, ROOT_NODE, Target, Tree, Xattrs, is_layer_root};
+use super::tree::{Layer, Missing, ROOT_NODE, Target, Tree, Xattrs, is_layer_root};
 use super::wire::{DirBuffer, Listing, Operation, Reply, Request, Ttl};
 use crate::layers::toc::{Kind, Node, ROOT};
+use crate::layout::SnapshotId;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub(super) enum Outcome {
     Read { layer: Arc<Layer>, node: Node, range: Range<u64> },
     /// The request with that number is no longer wanted.
     Interrupt(u64),
+    /// It is about a layer that is not here yet: to be asked again when it is.
+    Expected(SnapshotId),
 }
 
 /// Answers `request` into `buffer`.
@@ -46,8 +49,9 @@ pub(super) fn answer(tree: &Tree, request: &Request<'_>, buffer: &mut Vec<u8>) -
         Operation::Mutation => Refusal::ReadOnly,
         Operation::Malformed => Refusal::Malformed,
         _ => match tree.target(request.node) {
-            Some(target) => return on_target(tree, target, request, reply),
-            None => Refusal::Stale,
+            Ok(target) => return on_target(tree, target, request, reply),
+            Err(Missing::Expected(id)) => return Outcome::Expected(id),
+            Err(Missing::Gone) => Refusal::Stale,
         },
     };
     reply.error(refused.into());
@@ -74,7 +78,12 @@ fn on_target(tree: &Tree, target: Target, request: &Request<'_>, reply: Reply<'_
         }
     }
     match request.operation {
-        Operation::Lookup { name } => lookup(tree, &target, name, reply),
+        Operation::Lookup { name } => {
+            if let (Target::Root, Err(Missing::Expected(id))) = (&target, tree.by_name(name)) {
+                return Outcome::Expected(id);
+            }
+            lookup(tree, &target, name, reply);
+        }
         Operation::Getattr => getattr(tree, &target, reply),
         Operation::Readlink => match &target {
             Target::Node(layer, node) if node.kind == Kind::Symlink => reply.bytes(layer.toc.link_target(node.index)),
@@ -106,11 +115,11 @@ fn lookup(tree: &Tree, target: &Target, name: &[u8], reply: Reply<'_>) {
     match target {
         Target::Root => match tree.by_name(name) {
             // Neither the entry nor its absence is kept: snapshots come and go.
-            Some(layer) => match layer.toc.node(ROOT) {
+            Ok(layer) => match layer.toc.node(ROOT) {
                 Some(root) => reply.entry(layer.node_id(ROOT), layer.attr(&root), Ttl::None, Ttl::Forever),
                 None => reply.error(Refusal::Stale.into()),
             },
-            None => reply.error(Refusal::NoEntry.into()),
+            Err(_) => reply.error(Refusal::NoEntry.into()),
         },
         Target::Node(_, node) if !node.is_dir() => reply.error(Refusal::NotADirectory.into()),
         Target::Node(layer, node) => match layer.toc.lookup(node.index, name).and_then(|child| layer.toc.node(child)) {

@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod dying;
 pub mod errno;
 mod header;
 mod inflight;

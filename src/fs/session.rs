@@ -7,6 +7,8 @@
 //!                         INTERRUPT ──▶ watch: is the reader's thread dying? ──▶ task dropped, EINTR
 //! ```
 //!
+//! A request about a layer that the tree expects ([`Tree::expect`]) waits in a task, too, and is handled when the layer has come.
+//!
 //! All threads share one descriptor. (Were it cloned per thread, closing a clone would abort the requests read through it.)
 //! It is read without blocking, and awaited with `EPOLLEXCLUSIVE`, so that a request wakes one idle thread and
 //! [`Session::stop`] wakes them all.
@@ -20,7 +22,8 @@
 //! killed would leave a process that nothing can remove. So the thread's pending signals are looked at, until the read ends.
 
 use super::answer::{self, Outcome};
-use super::errno::Errno;
+use super::dying::is_dying;
+use super::errno::{Errno, Refusal};
 use super::inflight::{Entered, Inflight, Known, Waiting};
 use super::journal::{self, Journal, Left, Slot, TakenRead, Wanted};
 use super::observer::{FailedOp, Failure};
@@ -72,11 +75,14 @@ pub struct SessionOptions {
     /// Where requests are read into, on a kernel that cannot repeat them. Without it, what a process that dies has taken waits until its
     /// reader is killed.
     pub journal: Option<Journal>,
+    /// How long a request waits for a layer that is expected. Then it fails with EIO.
+    pub patience: Duration,
 }
 
 impl Default for SessionOptions {
     fn default() -> SessionOptions {
-        SessionOptions { threads: 4, connection: Connection::Resumed, journal: None }
+        let patience = Duration::from_secs(300);
+        SessionOptions { threads: 4, connection: Connection::Resumed, journal: None, patience }
     }
 }
 
@@ -154,6 +160,7 @@ struct Shared {
     stopping: AtomicBool,
     /// Readable once the session stops.
     wake: OwnedFd,
+    patience: Duration,
     /// True once the kernel has closed the connection.
     closed: watch::Sender<bool>,
 }
@@ -184,6 +191,7 @@ impl Session {
             inflight: Inflight::new(),
             stopping: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            patience: options.patience,
             closed: watch::channel(false).0,
         });
         let mut session = Session { shared: shared.clone(), threads: Vec::new() };
@@ -269,6 +277,25 @@ enum Handled {
     Done,
     /// The session stops before there was room for it.
     NotNow,
+    /// It is about this snapshot's layer, which is expected.
+    Expected(SnapshotId),
+}
+
+/// A request that waits for its layer.
+enum Kept {
+    /// As it came.
+    Bytes(Box<[u8]>),
+    /// As it was written down.
+    Read(TakenRead),
+}
+
+impl Kept {
+    fn request(&self) -> Option<Request<'_>> {
+        match self {
+            Kept::Bytes(bytes) => Request::parse(bytes).ok(),
+            Kept::Read(read) => Some(read.request()),
+        }
+    }
 }
 
 /// Waits for a request or for the end of the session. One per thread, as exclusive wake-ups need.
@@ -331,7 +358,9 @@ impl Shared {
         let mut buffer = Vec::new();
         for (slot, read, wanted) in reads {
             self.resumed.fetch_add(1, Ordering::Relaxed);
-            self.handle(&read.request(), &mut buffer, Some(slot));
+            if let Handled::Expected(id) = self.handle(&read.request(), &mut buffer, Some(slot)) {
+                self.wait_for_layer(id, Kept::Read(read), Some(slot));
+            }
             if wanted == Wanted::Perhaps && self.inflight.contains(read.unique) {
                 self.watch(read.unique, read.pid);
             }
@@ -372,7 +401,11 @@ impl Shared {
                 if request.was_taken_before() {
                     self.resumed.fetch_add(1, Ordering::Relaxed);
                 }
-                if self.handle(&request, buffer, None) == Handled::NotNow {
+                let handled = match self.handle(&request, buffer, None) {
+                    Handled::Expected(id) => self.wait_for_layer(id, Kept::Bytes(bytes.into()), None),
+                    handled => handled,
+                };
+                if handled == Handled::NotNow {
                     // Left where it is, for the next session.
                     return;
                 }
@@ -397,6 +430,7 @@ impl Shared {
                 }
             }
             Outcome::Interrupt(unique) => self.interrupt(unique),
+            Outcome::Expected(id) => return Handled::Expected(id),
         }
         self.settle(slot);
         Handled::Done
@@ -508,6 +542,52 @@ impl Shared {
         Handled::Done
     }
 
+    /// Handles the request again when the layer has come, or is not expected any more.
+    fn wait_for_layer(self: &Arc<Shared>, id: SnapshotId, kept: Kept, slot: Option<Slot>) -> Handled {
+        // It has been read before.
+        let Some(request) = kept.request() else { return Handled::Done };
+        let (unique, pid) = (request.unique, request.pid);
+        let slot = match (slot, &self.journal) {
+            (None, Some(journal)) => {
+                let Some(read) = TakenRead::of(&request) else {
+                    // Nothing but reads can be written down, and what is not would wait for ever if we die.
+                    self.write(unique, &[IoSlice::new(&wire::error_reply(unique, Refusal::Stale.into()))]);
+                    return Handled::Done;
+                };
+                match self.write_down(journal, &read) {
+                    None => return Handled::NotNow,
+                    slot => slot,
+                }
+            }
+            (slot, _) => slot,
+        };
+        // As with reads, the task must not keep the session alive.
+        let (shared, tree, patience) = (Arc::downgrade(self), self.tree.clone(), self.patience);
+        let wait = async move {
+            let outcome = tokio::time::timeout(patience, tree.arrival(id)).await;
+            let Some(shared) = shared.upgrade() else { return };
+            let Some(waiting) = shared.inflight.take(unique) else { return };
+            if outcome.is_err() {
+                shared.write(unique, &[IoSlice::new(&wire::error_reply(unique, Errno::IO))]);
+                return shared.settle(waiting.slot);
+            }
+            let Some(request) = kept.request() else { return };
+            if let Handled::Expected(id) = shared.handle(&request, &mut Vec::new(), waiting.slot) {
+                shared.wait_for_layer(id, kept, waiting.slot);
+            }
+            // An interrupt comes once, and may have come before.
+            if shared.inflight.contains(unique) {
+                shared.watch(unique, pid);
+            }
+        };
+        let start = || Waiting { task: self.runtime.spawn(wait).abort_handle(), pid, slot };
+        if self.inflight.enter(unique, start) == Entered::Interrupted {
+            self.note_interrupted(slot);
+            self.watch(unique, pid);
+        }
+        Handled::Done
+    }
+
     fn note_interrupted(&self, slot: Option<Slot>) {
         if let (Some(journal), Some(slot)) = (&self.journal, slot) {
             journal.interrupted(slot);
@@ -582,55 +662,5 @@ impl Drop for Answer {
         if std::thread::panicking() {
             self.give(Err(ReadError::Panicked));
         }
-    }
-}
-
-/// Whether a thread will end as soon as it stops waiting. A thread that cannot be seen counts as dying, because else nothing
-/// might ever end its read.
-fn is_dying(thread: u32) -> bool {
-    if thread == 0 {
-        return true;
-    }
-    std::fs::read_to_string(format!("/proc/{thread}/status")).map_or(true, |status| has_deadly_signal(&status))
-}
-
-/// Whether a signal is pending whose outcome is the end of the process. For most that is SIGKILL, which the kernel itself
-/// sends to all threads when a process is killed; but a SIGTERM that comes while another signal waits stays a SIGTERM.
-fn has_deadly_signal(status: &str) -> bool {
-    /// Signals (bit n - 1 for signal n) that by default do nothing, stop or continue: CHLD CONT STOP TSTP TTIN TTOU URG WINCH.
-    const HARMLESS: u64 = 1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27;
-    let set = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-    };
-    let sets = [set("SigPnd:"), set("ShdPnd:"), set("SigBlk:"), set("SigIgn:"), set("SigCgt:")];
-    let [Some(thread), Some(process), Some(blocked), Some(ignored), Some(caught)] = sets else { return true };
-    (thread | process) & !blocked & !ignored & !caught & !HARMLESS != 0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn status(pending: u64, shared: u64, blocked: u64, ignored: u64, caught: u64) -> String {
-        format!(
-            "Name:\tx\nSigQ:\t0/1\nSigPnd:\t{pending:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n\
-             SigIgn:\t{ignored:016x}\nSigCgt:\t{caught:016x}\n"
-        )
-    }
-
-    #[test]
-    fn only_a_signal_that_ends_the_process_makes_it_dying() {
-        let bit = |signal: u32| 1u64 << (signal - 1);
-        let (usr1, kill, term, child) = (bit(10), bit(9), bit(15), bit(17));
-        assert!(!has_deadly_signal(&status(0, 0, 0, 0, 0)));
-        assert!(has_deadly_signal(&status(kill, 0, !kill, 0, !kill)));
-        assert!(has_deadly_signal(&status(0, term | usr1, 0, 0, usr1)));
-        assert!(!has_deadly_signal(&status(0, usr1 | child, 0, 0, usr1)));
-        assert!(!has_deadly_signal(&status(term, 0, term, 0, 0)));
-        assert!(!has_deadly_signal(&status(term, 0, 0, term, 0)));
-        assert!(has_deadly_signal("Name:\tx\n"));
-        assert!(!is_dying(std::process::id()));
-        assert!(is_dying(0) && is_dying(u32::MAX));
     }
 }

@@ -19,12 +19,12 @@ use super::wire::{Attr, StatfsOut};
 use crate::layers::toc::{Kind, Node, ROOT, Toc};
 use crate::layout::SnapshotId;
 use crate::oci::IdMaps;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// Version of the node id scheme.
 pub const NODE_SCHEME: u32 = 1;
@@ -233,8 +233,18 @@ impl OpaqueMark {
     }
 }
 
+/// Why there is nothing at a node id or name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// Its layer is on its way.
+    Expected(SnapshotId),
+    Gone,
+}
+
 struct Layers {
     by_id: BTreeMap<u32, Arc<Layer>>,
+    /// Snapshots whose layers cannot be shown yet. None of them is in `by_id`.
+    expected: HashSet<SnapshotId>,
     changed: (i64, u32),
 }
 
@@ -242,6 +252,8 @@ struct Layers {
 pub struct Tree {
     /// Written when snapshots come and go, read by every request; nothing else is locked while it is held.
     layers: RwLock<Layers>,
+    /// Counts how often a layer ceased to be expected.
+    arrivals: watch::Sender<u64>,
     /// Set by whoever watches the disk; the kernel asks rarely.
     statfs: Mutex<StatfsOut>,
     pub(super) opaque: OpaqueMark,
@@ -252,7 +264,8 @@ impl Tree {
     pub fn new(opaque: OpaqueMark, observer: Arc<dyn Observer>) -> Tree {
         let statfs = StatfsOut { bsize: BLOCK_SIZE, frsize: BLOCK_SIZE, namelen: 255, ..StatfsOut::default() };
         Tree {
-            layers: RwLock::new(Layers { by_id: BTreeMap::new(), changed: now() }),
+            layers: RwLock::new(Layers { by_id: BTreeMap::new(), expected: HashSet::new(), changed: now() }),
+            arrivals: watch::Sender::new(0),
             statfs: Mutex::new(statfs),
             opaque,
             observer,
@@ -271,7 +284,34 @@ impl Tree {
         }
         layers.by_id.insert(id.0, Arc::new(Layer::new(layer)));
         layers.changed = now();
+        let arrived = layers.expected.remove(&id);
+        drop(layers);
+        if arrived {
+            self.arrivals.send_modify(|count| *count += 1);
+        }
         Ok(())
+    }
+
+    /// Has requests about a snapshot wait: its layer will be shown. Nothing changes if it is.
+    pub fn expect(&self, id: SnapshotId) {
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        if !layers.by_id.contains_key(&id.0) {
+            layers.expected.insert(id);
+        }
+    }
+
+    /// It will not; what waited for it finds nothing.
+    pub fn give_up(&self, id: SnapshotId) {
+        if self.layers.write().unwrap_or_else(PoisonError::into_inner).expected.remove(&id) {
+            self.arrivals.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Waits until a layer is not expected any more: it is here, or was given up.
+    pub(super) async fn arrival(&self, id: SnapshotId) {
+        let is_over = |_: &u64| !self.layers.read().unwrap_or_else(PoisonError::into_inner).expected.contains(&id);
+        // Looked at after subscribing, and counted after it was changed, so no arrival is lost. The sender is `self`'s.
+        let _ = self.arrivals.subscribe().wait_for(is_over).await;
     }
 
     /// Takes a layer away; reads that are under way end on their own.
@@ -299,18 +339,28 @@ impl Tree {
         *self.statfs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn target(&self, node_id: u64) -> Option<Target> {
-        if node_id == ROOT_NODE {
-            return Some(Target::Root);
+    fn find(&self, id: SnapshotId) -> Result<Arc<Layer>, Missing> {
+        let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
+        match layers.by_id.get(&id.0) {
+            Some(layer) => Ok(layer.clone()),
+            None if layers.expected.contains(&id) => Err(Missing::Expected(id)),
+            None => Err(Missing::Gone),
         }
-        let low = u32::try_from(node_id & u64::from(u32::MAX)).ok()?;
-        let layer = self.get(SnapshotId(u32::try_from(node_id >> 32).ok()?))?;
+    }
+
+    pub(super) fn target(&self, node_id: u64) -> Result<Target, Missing> {
+        if node_id == ROOT_NODE {
+            return Ok(Target::Root);
+        }
+        let halves = (u32::try_from(node_id >> 32), u32::try_from(node_id & u64::from(u32::MAX)));
+        let (Ok(id), Ok(low)) = halves else { return Err(Missing::Gone) };
+        let layer = self.find(SnapshotId(id))?;
         match low {
-            STATE_DIR => Some(Target::StateDir(layer)),
-            STATE_FILE => Some(Target::StateFile(layer)),
+            STATE_DIR => Ok(Target::StateDir(layer)),
+            STATE_FILE => Ok(Target::StateFile(layer)),
             _ => {
-                let node = layer.toc.node(low.checked_sub(1)?)?;
-                Some(Target::Node(layer, node))
+                let node = low.checked_sub(1).and_then(|node| layer.toc.node(node)).ok_or(Missing::Gone)?;
+                Ok(Target::Node(layer, node))
             }
         }
     }
@@ -323,10 +373,10 @@ impl Tree {
     }
 
     /// A layer by the name of its directory: a decimal number, written the one way.
-    pub(super) fn by_name(&self, name: &[u8]) -> Option<Arc<Layer>> {
-        let text = std::str::from_utf8(name).ok()?;
-        let id = text.parse::<u32>().ok().filter(|id| id.to_string() == text)?;
-        self.get(SnapshotId(id))
+    pub(super) fn by_name(&self, name: &[u8]) -> Result<Arc<Layer>, Missing> {
+        let text = std::str::from_utf8(name).map_err(|_| Missing::Gone)?;
+        let id = text.parse::<u32>().ok().filter(|id| id.to_string() == text).ok_or(Missing::Gone)?;
+        self.find(SnapshotId(id))
     }
 
     /// The layer with the least id above `after`.

@@ -76,6 +76,22 @@ pub(super) async fn index(
     Ok(index)
 }
 
+/// Sees to it that `wanted`, a zTOC of the index `found`, is in the store.
+pub(super) async fn ztoc(
+    repository: &Repository,
+    store: &ContentStore,
+    settings: &DiscoverySettings,
+    found: &Found,
+    wanted: Digest,
+) -> Result<(), NoIndex> {
+    let index = preview(repository, store, settings, found).await?;
+    let Some(ztoc) = index.layers.values().find(|ztoc| ztoc.digest == wanted) else {
+        let what = format!("the SOCI index {} has no zTOC {wanted} any more", found.digest);
+        return Err(NoIndex::Invalid { what });
+    };
+    ensure(repository, store, found.digest, BlobRef { digest: wanted, size: ztoc.size }).await.map(drop)
+}
+
 /// The index `found`, without its blobs.
 pub(super) async fn preview(
     repository: &Repository,

@@ -22,7 +22,7 @@ pub use store::{ContentStore, InUse, StoreError};
 use crate::telemetry::{catalog::say, logs::ROUTINE_TARGET};
 use crate::{
     oci::{Digest, Manifest, Reference, annotation},
-    registry::{Registry, RegistryError},
+    registry::{Class, Registry, RegistryError},
 };
 use flights::{Belief, Flights};
 use prefetch::Prefetch;
@@ -146,6 +146,22 @@ pub enum NoIndex {
     Aborted,
 }
 
+impl NoIndex {
+    /// Whether it will be so tomorrow: what is looked for is not there, or is not what it should be. Registries come back, and logins are renewed.
+    pub fn is_final(&self) -> bool {
+        match self {
+            NoIndex::Discovery(error) => is_missing(error),
+            NoIndex::Index { source, .. } | NoIndex::Blob { source, .. } => is_missing(source),
+            NoIndex::Disabled | NoIndex::InvalidExplicit(_) | NoIndex::NotFound | NoIndex::Invalid { .. } => true,
+            NoIndex::Store(_) | NoIndex::TimedOut(_) | NoIndex::Aborted => false,
+        }
+    }
+}
+
+fn is_missing(error: &RegistryError) -> bool {
+    matches!(error.class(), Class::NotFound | Class::Mismatch)
+}
+
 /// Told how long things took; for metrics. Must not block.
 pub trait Observer: Send + Sync {
     /// An index with all its blobs, found here or fetched, or the attempt.
@@ -234,6 +250,20 @@ impl Indexes {
             discover::find(&repository, &inner.store, &inner.settings(), image.manifest, explicit, Ways::Configured)
                 .await?;
         fetch::preview(&repository, &inner.store, &inner.settings(), &found).await.map(Arc::new)
+    }
+
+    /// Brings a zTOC here that was here before, and is damaged or gone. `index`: which SOCI index of the image named it, if that is known. Unlike a
+    /// search, a failure is not remembered: somebody waits for the next attempt.
+    pub async fn bring_back(&self, image: &ImageTarget, index: Option<Digest>, ztoc: Digest) -> Result<(), NoIndex> {
+        let inner = &self.inner;
+        let work = async {
+            let repository = inner.registry.repository(&image.reference).map_err(NoIndex::Discovery)?;
+            // What was accepted once is accepted again, whatever is configured now.
+            let settings = inner.settings();
+            let found = discover::find(&repository, &inner.store, &settings, image.manifest, index, Ways::All).await?;
+            fetch::ztoc(&repository, &inner.store, &settings, &found, ztoc).await
+        };
+        tokio::time::timeout(TIME_LIMIT, work).await.unwrap_or(Err(NoIndex::TimedOut(TIME_LIMIT)))
     }
 
     /// Other settings for searches that begin from now on.

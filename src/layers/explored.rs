@@ -1,11 +1,11 @@
 //! Readers, the background and fetches that come to nothing, in every order of their steps that chance finds: the span map and the scheduler with the
-//! real locks' places, under shuttle, with readers and evictions as they really are. What is left out is what moves the bytes: a fetch here is a
-//! thread that has them, or has not; and the loop around `Scheduler::next`, which waits with a runtime's clock.
+//! real locks' places, under shuttle, with readers, evictions and the scheduler's own loop as they really are. What is left out is what moves the bytes:
+//! a fetch here is a thread that has them, or has not; and the clock, which has always come to where it was waited for.
 //!
 //! Checked: no span is fetched by two at a time, none is evicted while it is held, nobody who waits is forgotten, what is on its way is counted down to nothing, and the scheduler never
 //! sleeps while there is something to fetch (it would sleep for ever, which shuttle reports as a deadlock).
 
-use super::{Next, OnTheirWay, Pace, Persistence, QuotaSettings, Scheduler, Settings};
+use super::{Hands, OnTheirWay, Pace, Persistence, QuotaSettings, Scheduler, Settings};
 use crate::{
     fs::ReadError,
     layers::{
@@ -20,7 +20,7 @@ use crate::{
         verdict::Condemned,
     },
     oci::Digest,
-    registry::{HostId, Throttle},
+    registry::{HostId, Slot, Throttle},
     sync::explore,
     ztoc::{self, BuildOptions, Compression, Limits, SpanTable, Ztoc},
 };
@@ -166,7 +166,7 @@ impl Run {
     }
 
     /// As `fetch::background` and `fetch::demand` do with what was taken, however it goes.
-    fn fetch(&self, taken: Taken, mut ticket: OnTheirWay, anybody_waits: bool) {
+    fn bring(&self, taken: Taken, mut ticket: OnTheirWay, anybody_waits: bool) {
         let run = taken.left().expect("what is fetched was taken");
         for span in run.clone() {
             assert_eq!(self.fetching[span].fetch_add(1, Ordering::SeqCst), 0, "span {span} is fetched twice at a time");
@@ -204,7 +204,7 @@ impl Run {
             let ticket = scheduler.asked(&layer, range.end - range.start);
             let me =
                 Run { scheduler, layer, fetching: fetching.clone(), failures: failures.clone(), quiet: quiet.clone() };
-            shuttle::thread::spawn(move || me.fetch(taken, ticket, true));
+            shuttle::thread::spawn(move || me.bring(taken, ticket, true));
         };
         assert!(self.scheduler.inner.instead.set(Box::new(instead)).is_ok());
     }
@@ -230,22 +230,22 @@ impl Run {
             assert_eq!(self.layer.map().get(span), Span::Present, "span {span} was taken from under a reader");
         }
     }
+}
 
-    /// As `Scheduler::run`, until everything is here for good.
-    fn stream(&self) {
-        while !(self.quiet.load(Ordering::SeqCst) && self.layer.is_complete()) {
-            match self.scheduler.next(Instant::now()) {
-                Next::Fetch(layer, run) => {
-                    let range = layer.blob_range(&run);
-                    let ticket = OnTheirWay::new(&self.scheduler, &layer, range.end - range.start);
-                    let (me, taken) = (self.clone(), Taken::new(layer, run));
-                    shuttle::thread::spawn(move || me.fetch(taken, ticket, false));
-                }
-                // Time passes.
-                Next::WaitUntil(_) => shuttle::thread::yield_now(),
-                Next::Wait => shuttle::future::block_on(self.scheduler.inner.wake.notified()),
-            }
-        }
+impl Hands for Run {
+    fn fetch(&self, scheduler: Scheduler, taken: Taken, ticket: OnTheirWay, slot: Slot) {
+        let me = Run { scheduler, ..self.clone() };
+        shuttle::thread::spawn(move || {
+            let _slot = slot;
+            me.bring(taken, ticket, false);
+        });
+    }
+    fn sleep(&self, _: Instant) -> impl Future<Output = ()> + Send {
+        shuttle::future::yield_now()
+    }
+    /// Everything is here for good.
+    fn is_over(&self) -> bool {
+        self.quiet.load(Ordering::SeqCst) && self.layer.is_complete()
     }
 }
 
@@ -262,7 +262,8 @@ fn explored(
         move || {
             let run = Run::new(&shelf);
             let streaming = run.clone();
-            let streaming = shuttle::thread::spawn(move || streaming.stream());
+            let streaming =
+                shuttle::thread::spawn(move || shuttle::future::block_on(streaming.scheduler.stream(&streaming)));
             run.scheduler.add(&run.layer);
             threads(&run).into_iter().for_each(|thread| thread.join().unwrap());
             run.quiet.store(true, Ordering::SeqCst);

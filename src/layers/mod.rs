@@ -72,7 +72,7 @@ pub trait Observer: Send + Sync {
 pub struct Unobserved;
 impl Observer for Unobserved {}
 
-/// Why a layer cannot be opened. None of these is healed by time; the layer is not loaded lazily.
+/// Why a layer cannot be opened. None of these is healed by time; [`OpenError::ZtocDamaged`] is by another copy of the zTOC.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error("cannot read or write {path}")]
@@ -81,7 +81,7 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    #[error("{path} is not the zTOC {ztoc}")]
+    #[error("{path} is missing or damaged: it is not the zTOC {ztoc}")]
     ZtocDamaged { path: PathBuf, ztoc: Digest },
     #[error("the zTOC of the layer is not usable")]
     Ztoc(#[source] crate::ztoc::ZtocError),
@@ -89,6 +89,8 @@ pub enum OpenError {
     Toc(#[source] toc::BuildError),
     #[error("the layer's table of contents cannot be read")]
     TocFile(#[source] toc::OpenError),
+    #[error("there is nowhere to fetch it from: {0}")]
+    Source(String),
     #[error("the daemon is stopping")]
     Stopping,
 }

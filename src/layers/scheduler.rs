@@ -20,13 +20,14 @@ use super::{
     window::{MIN_BYTES, Window},
 };
 use crate::{
-    registry::Throttle,
+    registry::{Slot, Throttle},
     sync::{Mutex, MutexGuard},
     telemetry::catalog::say,
 };
 use std::{
     collections::{HashMap, VecDeque},
     ops::Range,
+    pin::pin,
     sync::{Arc, PoisonError, RwLock, Weak},
     time::{Duration, Instant},
 };
@@ -491,25 +492,26 @@ impl Scheduler {
 
     /// Decides until the runtime ends.
     pub async fn run(self) {
-        loop {
+        self.stream(&Tokio).await;
+    }
+
+    /// Decides, and has done what was decided, until it is over.
+    async fn stream(&self, hands: &impl Hands) {
+        while !hands.is_over() {
             let Some(slot) = self.inner.throttle.background() else {
-                tokio::time::sleep(FULL_HOUSE).await;
+                hands.sleep(Instant::now() + FULL_HOUSE).await;
                 continue;
             };
             match self.next(Instant::now()) {
                 Next::Fetch(layer, run) => {
                     let range = layer.blob_range(&run);
-                    let ticket = OnTheirWay::new(&self, &layer, range.end - range.start);
-                    let (scheduler, taken) = (self.clone(), Taken::new(layer, run));
-                    tokio::spawn(async move {
-                        let _slot = slot;
-                        fetch::background(&scheduler, taken, ticket).await;
-                        scheduler.wake();
-                    });
+                    let ticket = OnTheirWay::new(self, &layer, range.end - range.start);
+                    hands.fetch(self.clone(), Taken::new(layer, run), ticket, slot);
                 }
                 Next::WaitUntil(at) => {
                     drop(slot);
-                    let _ = tokio::time::timeout_at(at.into(), self.inner.wake.notified()).await;
+                    let (sleep, wake) = (pin!(hands.sleep(at)), pin!(self.inner.wake.notified()));
+                    futures::future::select(sleep, wake).await;
                 }
                 Next::Wait => {
                     drop(slot);
@@ -529,6 +531,32 @@ impl Scheduler {
     pub fn queue_length(&self) -> usize {
         let layers: Vec<_> = self.lock().active.iter().filter_map(|a| a.layer.upgrade()).collect();
         layers.iter().filter(|l| !l.is_complete()).count()
+    }
+}
+
+/// Who does what was decided. A seam for the exploration, which has neither a runtime nor a clock.
+trait Hands: Sync {
+    /// Begins to fetch what nobody waits for, and wakes the scheduler when that has ended.
+    fn fetch(&self, scheduler: Scheduler, taken: Taken, ticket: OnTheirWay, slot: Slot);
+    fn sleep(&self, until: Instant) -> impl Future<Output = ()> + Send;
+    fn is_over(&self) -> bool;
+}
+
+struct Tokio;
+
+impl Hands for Tokio {
+    fn fetch(&self, scheduler: Scheduler, taken: Taken, ticket: OnTheirWay, slot: Slot) {
+        tokio::spawn(async move {
+            let _slot = slot;
+            fetch::background(&scheduler, taken, ticket).await;
+            scheduler.wake();
+        });
+    }
+    fn sleep(&self, until: Instant) -> impl Future<Output = ()> + Send {
+        tokio::time::sleep_until(until.into())
+    }
+    fn is_over(&self) -> bool {
+        false
     }
 }
 

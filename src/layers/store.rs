@@ -180,9 +180,13 @@ impl LayerStore {
     fn create(&self, wanted: &Wanted, directory: &Path) -> Result<LayerFiles, OpenError> {
         fs::create_dir_all(directory).map_err(failed(directory))?;
         let path = &wanted.ztoc_path;
-        let bytes = files::map(path).map_err(failed(path))?;
+        let damaged = || OpenError::ZtocDamaged { path: path.clone(), ztoc: wanted.ztoc };
+        let bytes = files::map(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::InvalidData => damaged(),
+            _ => failed(path)(error),
+        })?;
         if Digest::of(&bytes) != wanted.ztoc {
-            return Err(OpenError::ZtocDamaged { path: path.clone(), ztoc: wanted.ztoc });
+            return Err(damaged());
         }
         let ztoc = Ztoc::parse(&bytes, &self.limits).map_err(OpenError::Ztoc)?;
         let table = ztoc.spans();

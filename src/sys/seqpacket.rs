@@ -41,6 +41,15 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Connects to the socket at `path` if that can be done now: [`io::ErrorKind::WouldBlock`] where more connections wait to be taken than may.
+pub fn connect_now(path: &Path) -> io::Result<OwnedFd> {
+    let socket = socket()?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    with_address(path, |address| rustix::net::connect(&socket, address))?;
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}
+
 /// A listening socket at `path`, which must not exist, with permission bits `mode`.
 pub fn listen(path: &Path, mode: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;

@@ -185,6 +185,12 @@ messages! {
         happened "After its start the daemon could not serve snapshot @SOCI_SNAPSHOT@ again: @SOCI_ERROR@."
         means "Containers that use the layer get errors (ESTALE) for what is in it; new ones cannot be started from the image."
         act "It is tried again when a container is started from it. If that does not help, remove the image and pull it again.";
+    LayerExpected = "bc4ab61fd3e4b85206a2e628f403205d" WARN Always "A lazily loaded layer waits for its index file"
+        happened "After its start the daemon found the zTOC of layer @SOCI_LAYER@ (snapshot @SOCI_SNAPSHOT@) of @SOCI_IMAGE@ missing or damaged: \
+                  @SOCI_ERROR@. It is fetched again, from containerd or from the registry."
+        means "Containers that use the layer wait until it is here. If the registry cannot be reached that may take a while; reads fail after \
+               [blob] fetching_timeout_sec, and the next ones wait again."
+        act "If it lasts, see whether the registry can be reached:\n\n    soci doctor @SOCI_IMAGE@\n\nA disk that damages files should be looked at.";
     LayerRestored = "545b65fa3d91432fb780b9321c92f543" INFO Always "A lazily loaded layer is back"
         happened "Snapshot @SOCI_SNAPSHOT@, which could not be served after the last start, is served now."
         means "Containers that use the layer can read it again."
@@ -197,6 +203,16 @@ messages! {
     HolderReplaced = "c19c3ae175e940e2854d9c6d9f4732a8" INFO Always "The FUSE connection has a new keeper"
         happened "The daemon gave the FUSE descriptor to a new soci-mount."
         means "The daemon may be restarted again without harm."
+        act "Nothing.";
+    CustodianGone = "e145ae34cb2c3ec19780090181aaf77f" ERROR Always "Nobody acts on containers' files for the SOCI snapshotter"
+        happened "soci-custodian, which removes, measures and unpacks files for the daemon, cannot be used: @SOCI_ERROR@."
+        means "Containers run as before, also on layers that are not here yet. Space of removed images is not freed, and what asks how much a \
+               container uses gets this as an error. Layers that the snapshotter would unpack are left to containerd."
+        act "See why it is not there, and start it again:\n\n    systemctl status soci-custodian\n    systemctl restart soci-custodian\n\nThe daemon finds \
+             it within seconds, says so, and removes what was left. A daemon that runs without systemd has to be started again itself.";
+    CustodianBack = "79596a8521b28f9722955e027e8fe329" INFO Always "The SOCI snapshotter has a custodian again"
+        happened "soci-custodian answers."
+        means "What was to be removed from disk meanwhile is removed now."
         act "Nothing.";
     Stuck = "528f89a89d7547f496c33c10c6131e24" ERROR Always "A part of the SOCI snapshotter stands still"
         happened "The daemon has stopped telling systemd that it lives: @SOCI_ERROR@."

@@ -7,7 +7,7 @@
 //! The clone is then a disk whose machine lost power: mounted, its journal is replayed, and what the child had been promised must be there. The work
 //! goes on from there to the next cut, as it would after a reboot.
 
-use super::{Job, Random, Worker, layers, records, seeds};
+use super::{Job, Random, Worker, content, layers, records, seeds};
 use crate::support::command::{attempt, output, run, text};
 use crate::support::slot::{Root, Slot};
 use crate::support::undo::Undo;
@@ -93,6 +93,8 @@ impl Drop for Disk {
 struct Found {
     cuts: usize,
     promises: usize,
+    /// Promises of the content store.
+    blobs: usize,
     marked: usize,
     torn: usize,
 }
@@ -114,14 +116,15 @@ fn cuts(seed: u64, count: usize) -> Found {
             path
         };
         let job = |name: &str| Job { place: place(name), seed: seed * 1000 + cut as u64, steps: u64::MAX };
-        let workers = [Worker::start(records::CHILD, &job("records")), Worker::start(layers::CHILD, &job("layers"))];
+        let children = [(records::CHILD, "records"), (layers::CHILD, "layers"), (content::CHILD, "content")];
+        let workers = children.map(|(child, place)| Worker::start(child, &job(place)));
         // The kernel writes back what is half a minute old; here it does so a while before the cut, in the middle of the work.
         std::thread::sleep(Duration::from_millis(400 + random.below(800) as u64));
         run(Command::new("sync").arg("-f").arg(&disk.at));
         std::thread::sleep(Duration::from_millis(random.below(900) as u64));
         let next = shelf.path.join(format!("disk-{cut}"));
         // What a child says after the cut is not promised: it is stopped from saying before the disk is copied.
-        let [said, _] = {
+        let [said, _, kept] = {
             for worker in &workers {
                 worker.stop();
             }
@@ -138,17 +141,20 @@ fn cuts(seed: u64, count: usize) -> Found {
                 marks = (marks.0 + marked, marks.1 + wrong);
             }
             layers::check(&disk.at.join("layers"));
+            content::check(&disk.at.join("content"), &kept, records::Ended::PowerCut);
             marks
         });
         match checked {
             Ok((marked, torn)) => {
                 found.cuts += 1;
-                found.promises += said.iter().filter(|line| line.starts_with("done ")).count();
+                let done = |said: &[String]| said.iter().filter(|line| line.starts_with("done ")).count();
+                found.promises += done(&said);
+                found.blobs += done(&kept);
                 found.marked += marked;
                 found.torn += torn;
             }
             Err(panic) => {
-                eprintln!("seed {seed}, cut {cut}: {}", said.join("\n"));
+                eprintln!("seed {seed}, cut {cut}: {}\n{}", said.join("\n"), kept.join("\n"));
                 std::panic::resume_unwind(panic);
             }
         }
@@ -164,6 +170,6 @@ fn privileged_twenty_power_cuts_leave_everything_consistent() {
         let found = cuts(seed, 20);
         eprintln!("seed {seed}: {found:?}");
         assert_eq!(found.cuts, 20);
-        assert!(found.promises > 20 && found.marked > 0, "{found:?}");
+        assert!(found.promises > 20 && found.blobs > 20 && found.marked > 0, "{found:?}");
     }
 }

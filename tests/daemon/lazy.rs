@@ -12,6 +12,7 @@ use crate::support::registry::{Kind, Registry, blob_path, image_manifest, read_j
 use soci::layout::SnapshotId;
 use soci::oci::{Digest, Manifest};
 use soci::snapshot::label;
+use soci::telemetry::catalog::Message;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -173,6 +174,7 @@ fn privileged_a_layer_that_could_not_be_restored_comes_back_when_it_is_needed_or
     let slot = Slot::take();
     let site = Site::new(&slot);
     let (registry, proxy, config) = registry_and_proxy(&site);
+    let config = format!("mount_timeout_sec = 2\n{config}");
     let image = image(&site, 1, &proxy.reference("app", "v1"), &[]);
     registry.push(&image.layout, "app", "v1");
     let running = site.start(&config);
@@ -187,8 +189,10 @@ fn privileged_a_layer_that_could_not_be_restored_comes_back_when_it_is_needed_or
     };
     running.stop(Signal::SIGTERM);
     hide();
+    // From where it could be had otherwise.
+    proxy.down();
     let running = site.start(&config);
-    assert!(running.log().contains("failed to restore remote snapshot"), "{}", running.log());
+    assert!(running.log().contains(Message::LayerExpected.id()), "{}", running.log());
     let client = Client::connect(&site.socket());
     let refused = snapshots::prepare(&client, "container", &chain(0), HashMap::new()).unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unavailable);
@@ -196,8 +200,9 @@ fn privileged_a_layer_that_could_not_be_restored_comes_back_when_it_is_needed_or
         std::fs::remove_dir_all(path).unwrap();
         std::fs::rename(away.join(i.to_string()), path).unwrap();
     }
-    snapshots::prepare(&client, "container", &chain(0), HashMap::new()).unwrap();
+    eventually("it is tried again", || snapshots::prepare(&client, "container", &chain(0), HashMap::new()).is_ok());
     assert!(running.log().contains("is back"), "{}", running.log());
+    proxy.up();
     assert!(std::fs::read(layout.snapshot_fs(SnapshotId(1)).join("data/0")).unwrap() == content(0));
     snapshots::remove(&client, "container").unwrap();
 

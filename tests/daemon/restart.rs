@@ -17,7 +17,7 @@ const RESTARTS: usize = 12;
 /// From the start of the program to the first answer. It takes a few hundredths of a second; a build without optimisation on a machine that is
 /// busy with other tests gets this long.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
-const BLOCK: usize = 4096;
+pub(super) const BLOCK: usize = 4096;
 
 /// An image of many layers with many files each, as large images are.
 fn publish(site: &Site, reference: &str) -> Published {
@@ -40,11 +40,15 @@ fn publish(site: &Site, reference: &str) -> Published {
 }
 
 /// A block of the file, from the daemon whatever the kernel has kept; in aligned memory, as O_DIRECT wants.
-fn block(file: &File, at: usize) -> Vec<u8> {
+pub(super) fn block(file: &File, at: usize) -> Vec<u8> {
+    try_block(file, at).unwrap()
+}
+
+pub(super) fn try_block(file: &File, at: usize) -> std::io::Result<Vec<u8>> {
     let mut buffer = vec![0; 2 * BLOCK];
     let start = buffer.as_ptr().align_offset(BLOCK);
-    file.read_exact_at(&mut buffer[start..start + BLOCK], at as u64).unwrap();
-    buffer[start..start + BLOCK].to_vec()
+    file.read_exact_at(&mut buffer[start..start + BLOCK], at as u64)?;
+    Ok(buffer[start..start + BLOCK].to_vec())
 }
 
 #[test]

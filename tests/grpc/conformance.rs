@@ -53,10 +53,7 @@ async fn committed_files_stay_where_they_were() {
 
 #[tokio::test]
 async fn privileged_layers_show_files_changes_and_removals_of_those_below() {
-    if !is_root() {
-        eprintln!("skipped: needs root to mount");
-        return;
-    }
+    needs_root();
     let lab = lab().await;
     let mount = lab.prepare("k1", "").await.unwrap();
     {
@@ -93,10 +90,7 @@ async fn privileged_layers_show_files_changes_and_removals_of_those_below() {
 
 #[tokio::test]
 async fn privileged_an_upper_directory_belongs_to_the_owner_of_the_one_below() {
-    if !is_root() {
-        eprintln!("skipped: needs root to give files away");
-        return;
-    }
+    needs_root();
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
     let lab = lab().await;
     let mount = lab.prepare("k", "").await.unwrap();

@@ -1,5 +1,6 @@
 //! A snapshotter on a temporary root behind a real socket, and a client of it.
 
+pub use crate::support::needs_root;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use soci::config::Config;
@@ -280,10 +281,6 @@ pub fn upper(mount: &Mount) -> PathBuf {
         "bind" => mount.source.clone().into(),
         _ => mount.options.iter().find_map(|o| o.strip_prefix("upperdir=")).unwrap().into(),
     }
-}
-
-pub fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
 }
 
 /// A mount made as containerd makes it, gone when dropped.

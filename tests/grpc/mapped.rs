@@ -22,10 +22,7 @@ async fn with_two_lazy_layers() -> Lab {
 
 #[tokio::test]
 async fn privileged_a_container_in_a_user_namespace_stands_on_mapped_layers() {
-    if !is_root() {
-        eprintln!("skipped: needs root to change owners");
-        return;
-    }
+    needs_root();
     let lab = with_two_lazy_layers().await;
     let mount = lab.prepare_labelled("container", "two", in_namespace()).await.unwrap();
     assert_eq!(mount.options[2], format!("lowerdir={}:{}", lab.fs(3), lab.fs(4)), "{mount:?}");
@@ -50,10 +47,7 @@ async fn privileged_a_container_in_a_user_namespace_stands_on_mapped_layers() {
 
 #[tokio::test]
 async fn privileged_mapped_layers_go_with_the_last_container_that_uses_them() {
-    if !is_root() {
-        eprintln!("skipped: needs root to change owners");
-        return;
-    }
+    needs_root();
     let lab = with_two_lazy_layers().await;
     for key in ["a", "b"] {
         lab.prepare_labelled(key, "two", in_namespace()).await.unwrap();
@@ -96,10 +90,7 @@ async fn mappings_that_are_none_are_refused_and_leave_nothing() {
 
 #[tokio::test]
 async fn privileged_an_update_of_labels_does_not_take_a_containers_layers_away() {
-    if !is_root() {
-        eprintln!("skipped: needs root to change owners");
-        return;
-    }
+    needs_root();
     let lab = with_two_lazy_layers().await;
     let mount = lab.prepare_labelled("container", "two", in_namespace()).await.unwrap();
     let info = Info { name: "container".into(), labels: labels(&[("mine", "1")]), ..Info::default() };

@@ -1,7 +1,7 @@
 use super::{
     eventually,
     lab::{Lab, block_on, kill, processes},
-    privileged, run, somebody_else_is_answered, status_row,
+    run, somebody_else_is_answered, status_row,
 };
 use proptest::prelude::*;
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -26,9 +26,6 @@ use std::{
 
 #[test]
 fn privileged_a_hostile_tree_is_removed_and_nothing_else() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let canary = lab.dir.path().join("canary");
     fs::create_dir(&canary).expect("mkdir");
@@ -68,9 +65,6 @@ fn privileged_a_hostile_tree_is_removed_and_nothing_else() {
 
 #[test]
 fn privileged_a_mount_left_inside_is_neither_entered_nor_emptied() {
-    if !privileged() {
-        return;
-    }
     struct Unmount(PathBuf);
     impl Drop for Unmount {
         fn drop(&mut self) {
@@ -111,9 +105,6 @@ fn privileged_a_mount_left_inside_is_neither_entered_nor_emptied() {
 
 #[test]
 fn privileged_usage_is_what_du_says_and_ownership_goes_where_it_was_told() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let content = lab.fs(3);
     for n in 0..50usize {
@@ -142,9 +133,6 @@ fn privileged_usage_is_what_du_says_and_ownership_goes_where_it_was_told() {
 
 #[test]
 fn privileged_many_requests_at_once_are_all_answered() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     for id in 0..40 {
         fs::write(lab.fs(id).join("x"), b"x").expect("write");
@@ -175,9 +163,6 @@ fn privileged_many_requests_at_once_are_all_answered() {
 
 #[test]
 fn privileged_the_custodian_keeps_three_capabilities_no_network_and_ends_with_its_daemon() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     block_on(client.remove_tree(SnapshotId(1))).expect("serving");
@@ -196,9 +181,6 @@ fn privileged_the_custodian_keeps_three_capabilities_no_network_and_ends_with_it
 
 #[test]
 fn privileged_a_dead_child_is_reported_and_a_dead_unit_is_reconnected() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     kill(lab.custodian().expect("running"));
@@ -218,9 +200,6 @@ fn privileged_a_dead_child_is_reported_and_a_dead_unit_is_reconnected() {
 
 #[test]
 fn privileged_other_users_are_not_served_by_the_custodian() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let (_unit, path) = lab.as_a_unit(&[]);
     // Even where an administrator opened the path to everybody.
@@ -241,9 +220,6 @@ fn exchange(socket: &OwnedFd, message: &[u8]) -> Reply {
 
 #[test]
 fn privileged_garbage_gets_an_error_and_harms_nothing() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let (_unit, path) = lab.as_a_unit(&[]);
     let socket = seqpacket::connect(&path).expect("connect");

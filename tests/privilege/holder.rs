@@ -1,4 +1,4 @@
-use super::{HOLDER, Killed, eventually, privileged, run, somebody_else_is_answered, status_row};
+use super::{HOLDER, Killed, eventually, run, somebody_else_is_answered, status_row};
 use crate::support::leaks;
 use soci::{
     fs::Journal,
@@ -130,9 +130,6 @@ fn answers(lab: &Lab) -> bool {
 
 #[test]
 fn privileged_the_descriptor_is_given_twice_and_works_both_times() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let holder = lab.holder();
     let first = lab.obtain();
@@ -166,9 +163,6 @@ fn privileged_the_descriptor_is_given_twice_and_works_both_times() {
 
 #[test]
 fn privileged_the_holder_has_nothing_left_to_abuse() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let holder = lab.holder();
     drop(lab.obtain());
@@ -182,9 +176,6 @@ fn privileged_the_holder_has_nothing_left_to_abuse() {
 
 #[test]
 fn privileged_a_second_holder_sees_the_first_and_leaves_in_peace() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let _first = lab.holder();
     let held = lab.obtain();
@@ -200,9 +191,6 @@ fn privileged_a_second_holder_sees_the_first_and_leaves_in_peace() {
 
 #[test]
 fn privileged_a_dead_mount_is_replaced() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder();
     drop(lab.obtain());
@@ -217,9 +205,6 @@ fn privileged_a_dead_mount_is_replaced() {
 
 #[test]
 fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder();
     let held = lab.obtain();
@@ -246,9 +231,6 @@ fn privileged_a_new_holder_gets_the_descriptor_back_from_the_daemon() {
 
 #[test]
 fn privileged_where_the_kernel_cannot_repeat_requests_a_journal_goes_wherever_the_descriptor_goes() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder_with(&["--no-resend"]);
     let held = lab.obtain();
@@ -271,9 +253,6 @@ fn privileged_where_the_kernel_cannot_repeat_requests_a_journal_goes_wherever_th
 
 #[test]
 fn privileged_a_daemon_without_any_capability_can_start_a_holder_for_what_it_serves() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder();
     let held = lab.obtain();
@@ -291,9 +270,6 @@ fn privileged_a_daemon_without_any_capability_can_start_a_holder_for_what_it_ser
 
 #[test]
 fn privileged_when_daemon_and_holder_are_both_replaced_the_next_start_mounts_anew() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder();
     let daemon = Daemon::serve(lab.obtain().device);
@@ -315,9 +291,6 @@ fn privileged_when_daemon_and_holder_are_both_replaced_the_next_start_mounts_ane
 
 #[test]
 fn privileged_when_both_keepers_die_the_copy_in_systemds_store_is_as_good() {
-    if !privileged() {
-        return;
-    }
     for kernel in [&[][..], &["--no-resend"]] {
         the_store_is_as_good(kernel);
     }
@@ -372,9 +345,6 @@ fn the_store_is_as_good(kernel: &[&str]) {
 
 #[test]
 fn privileged_a_daemon_without_systemd_starts_its_holder_in_a_session_of_its_own() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let held = holder::obtain(&lab.layout, How::SpawnChild).expect("started");
     assert!(held.first);
@@ -393,9 +363,6 @@ fn privileged_a_daemon_without_systemd_starts_its_holder_in_a_session_of_its_own
 
 #[test]
 fn privileged_unmounting_ends_the_holder_and_is_harmless_twice() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let mut holder = lab.holder();
     drop(lab.obtain());
@@ -407,9 +374,6 @@ fn privileged_unmounting_ends_the_holder_and_is_harmless_twice() {
 
 #[test]
 fn privileged_other_users_are_not_given_the_descriptor() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let _holder = lab.holder();
     drop(lab.obtain());

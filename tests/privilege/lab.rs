@@ -1,7 +1,7 @@
 //! A root directory with a custodian, as every test here starts from.
 
 use super::{CUSTODIAN, Killed, install_helpers};
-use crate::support::leaks;
+use crate::support::{leaks, needs_root};
 use soci::{
     custodian::{self, Client},
     layout::{Layout, SnapshotId},
@@ -28,6 +28,7 @@ impl Drop for Lab {
 impl Lab {
     /// An empty root whose directories do not exist yet.
     pub fn new() -> Lab {
+        needs_root();
         install_helpers();
         let dir = tempfile::tempdir().expect("temp");
         let layout = Layout::new(dir.path().join("root"));
@@ -43,7 +44,9 @@ impl Lab {
 
     /// Talks to the custodian, a new child if none listens.
     pub fn client(&self) -> Client {
-        Client::new(custodian::start(&self.layout).expect("start")).expect("client")
+        let client = Client::new(custodian::start(&self.layout));
+        block_on(client.greeted()).expect("it answers");
+        client
     }
 
     pub fn gone(&self, id: u32) -> bool {
@@ -52,17 +55,7 @@ impl Lab {
 
     /// A custodian as systemd starts it: listening on a socket it was given.
     pub fn as_a_unit(&self, arguments: &[&str]) -> (Killed, PathBuf) {
-        fs::create_dir_all(self.layout.snapshots()).expect("mkdir");
-        let path = self.layout.custodian_socket();
-        let listener = seqpacket::listen(&path, 0o600).expect("listen");
-        let child = Command::new("sh")
-            .args(["-c", r#"exec 3<&0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@""#, CUSTODIAN, "--root"])
-            .arg(self.layout.root())
-            .args(arguments)
-            .stdin(Stdio::from(listener))
-            .spawn()
-            .expect("spawn");
-        (Killed(child), path)
+        (as_a_unit(&self.layout, arguments), self.layout.custodian_socket())
     }
 
     /// The custodian of this root.
@@ -79,6 +72,23 @@ impl Lab {
     pub fn workers(&self) -> Vec<u32> {
         processes(&self.layout).into_iter().filter(|(_, name)| name == "soci-unpack").map(|(pid, _)| pid).collect()
     }
+}
+
+/// A custodian as systemd starts it: listening on a socket it was given, which replaces one that is there.
+pub fn as_a_unit(layout: &Layout, arguments: &[&str]) -> Killed {
+    fs::create_dir_all(layout.snapshots()).expect("mkdir");
+    let path = layout.custodian_socket();
+    let fresh = path.with_extension("fresh");
+    let listener = seqpacket::listen(&fresh, 0o600).expect("listen");
+    fs::rename(fresh, path).expect("rename");
+    let child = Command::new("sh")
+        .args(["-c", r#"exec 3<&0; LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@""#, CUSTODIAN, "--root"])
+        .arg(layout.root())
+        .args(arguments)
+        .stdin(Stdio::from(listener))
+        .spawn()
+        .expect("spawn");
+    Killed(child)
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {

@@ -160,6 +160,10 @@ pub mod snapshots {
         client.call::<_, Empty>(REMOVE, self::key(key)).map(|_| ())
     }
 
+    pub fn usage(client: &Client, key: &str) -> Result<Usage, tonic::Status> {
+        client.call(USAGE, self::key(key))
+    }
+
     fn key(key: &str) -> Key {
         Key { snapshotter: "soci".into(), key: key.into() }
     }

@@ -32,6 +32,14 @@ pub mod workload;
 
 use std::path::PathBuf;
 
+/// Every test that mounts, makes namespaces or runs containers says so first: one that did nothing would count as passed.
+pub fn needs_root() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this needs root: it mounts filesystems, makes network namespaces and runs containers"
+    );
+}
+
 /// Where `setup.sh` and `images.sh` keep what is expensive to make.
 pub fn cache() -> PathBuf {
     match std::env::var_os("SOCI_LAB_CACHE") {

@@ -29,10 +29,7 @@ pub struct Slot {
 
 impl Slot {
     pub fn take() -> Slot {
-        assert!(
-            nix::unistd::geteuid().is_root(),
-            "this needs root: it mounts filesystems, makes network namespaces and runs containers"
-        );
+        super::needs_root();
         fs::create_dir_all(BASE).unwrap();
         for number in 0..SLOTS {
             let file = File::options().create(true).append(true).open(format!("{BASE}/{number}.lock")).unwrap();

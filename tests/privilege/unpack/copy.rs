@@ -1,10 +1,7 @@
 //! A layer copied for a container in a user namespace: everything is the same but the owners.
 
 use super::{
-    super::{
-        lab::{Lab, block_on},
-        privileged,
-    },
+    super::lab::{Lab, block_on},
     KERNELS, PLENTY, unpack,
 };
 use crate::{
@@ -64,9 +61,6 @@ fn prepare(lab: &Lab, client: &Client, tar: Vec<u8>) -> Tree {
 
 #[test]
 fn privileged_a_copy_differs_from_its_original_in_its_owners_only() {
-    if !privileged() {
-        return;
-    }
     for arguments in KERNELS {
         let lab = Lab::new();
         let _unit = lab.as_a_unit(arguments);
@@ -97,9 +91,6 @@ fn privileged_a_copy_differs_from_its_original_in_its_owners_only() {
 
 #[test]
 fn privileged_what_cannot_be_copied_is_named_and_leaves_nothing() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     let tar =
@@ -125,9 +116,6 @@ fn privileged_what_cannot_be_copied_is_named_and_leaves_nothing() {
 
 #[test]
 fn privileged_a_deep_tree_is_copied_with_few_descriptors() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     let depth = 300; // more than a worker has descriptors

@@ -1,10 +1,7 @@
 //! The same tars unpacked by containerd and by us: the trees must be the same, layer by layer, whiteouts and implied directories included.
 
 use super::{
-    super::{
-        lab::{Lab, block_on},
-        privileged,
-    },
+    super::lab::{Lab, block_on},
     KERNELS, PLENTY, unpack,
 };
 use crate::support::{
@@ -211,9 +208,6 @@ fn unpack_here(lab: &Lab, client: &soci::custodian::Client, image: &Image, first
 
 #[test]
 fn privileged_proptest_what_containerd_unpacks_we_unpack_alike() {
-    if !privileged() {
-        return;
-    }
     let slot = Slot::take();
     let root = slot.root();
     let containerd = Containerd::start(&root, Version::V16, &Options::default());
@@ -251,9 +245,6 @@ fn privileged_proptest_what_containerd_unpacks_we_unpack_alike() {
 
 #[test]
 fn privileged_implied_directories_look_like_the_nearest_layer_that_has_them_lazy_ones_included() {
-    if !privileged() {
-        return;
-    }
     for arguments in KERNELS {
         let lab = Lab::new();
         let _unit = lab.as_a_unit(arguments);

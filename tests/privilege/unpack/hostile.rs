@@ -1,9 +1,6 @@
 //! One row per attack: what is refused and with which words, what is harmless and why, and that nothing outside of the directory changed.
 
-use super::{
-    super::{lab::Lab, privileged},
-    KERNELS, unpack,
-};
+use super::{super::lab::Lab, KERNELS, unpack};
 use crate::{
     formats::tar_writer::{Dialect, Member, TarWriter},
     support::{image::noise, tree},
@@ -276,9 +273,6 @@ fn rows(outside: &str) -> Vec<Row> {
 
 #[test]
 fn privileged_hostile_tars_are_refused_with_a_reason_and_change_nothing_outside() {
-    if !privileged() {
-        return;
-    }
     for arguments in KERNELS {
         let lab = Lab::new();
         let _unit = lab.as_a_unit(arguments);
@@ -335,9 +329,6 @@ fn privileged_hostile_tars_are_refused_with_a_reason_and_change_nothing_outside(
 
 #[test]
 fn privileged_a_full_disk_is_an_error_that_says_so_and_leaves_nothing() {
-    if !privileged() {
-        return;
-    }
     struct Unmount(PathBuf);
     impl Drop for Unmount {
         fn drop(&mut self) {

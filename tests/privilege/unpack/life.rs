@@ -4,11 +4,12 @@ use super::{
     super::{
         Killed, eventually,
         lab::{Lab, block_on, kill, processes},
-        privileged, status_row,
+        status_row,
     },
     PLENTY, unpack,
 };
 use crate::formats::tar_writer::{Dialect, Member, TarWriter};
+use crate::support::needs_root;
 use soci::{
     custodian::{Client, Place, UnpackError},
     layout::SnapshotId,
@@ -61,9 +62,6 @@ fn it_works_again(client: &Client) {
 
 #[test]
 fn privileged_a_worker_that_is_killed_is_reported_and_the_layer_can_be_unpacked_again() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     let halfway = Halfway::reach(&lab, &client);
@@ -78,9 +76,6 @@ fn privileged_a_worker_that_is_killed_is_reported_and_the_layer_can_be_unpacked_
 
 #[test]
 fn privileged_whoever_stops_waiting_ends_the_worker() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     lab.fs(ID.0);
     let client = lab.client();
@@ -98,9 +93,6 @@ fn privileged_whoever_stops_waiting_ends_the_worker() {
 
 #[test]
 fn privileged_removing_or_discarding_a_snapshot_ends_its_worker() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let client = lab.client();
     let halfway = Halfway::reach(&lab, &client);
@@ -116,9 +108,6 @@ fn privileged_removing_or_discarding_a_snapshot_ends_its_worker() {
 
 #[test]
 fn privileged_a_custodian_that_is_killed_takes_its_workers_along_and_the_next_one_cleans_up() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     let (mut unit, path) = lab.as_a_unit(&[]);
     let client = lab.client();
@@ -136,9 +125,6 @@ fn privileged_a_custodian_that_is_killed_takes_its_workers_along_and_the_next_on
 
 #[test]
 fn privileged_what_an_earlier_custodian_left_is_removed_at_the_next_start() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     for id in [3, 4] {
         fs::write(lab.fs(id).join("published"), "keep").expect("write");
@@ -158,9 +144,6 @@ fn end_spawner(lab: &Lab) {
 
 #[test]
 fn privileged_without_its_spawner_a_unit_ends_to_be_started_again_and_a_child_serves_the_rest() {
-    if !privileged() {
-        return;
-    }
     let lab = Lab::new();
     lab.fs(ID.0);
     let client = lab.client();
@@ -182,9 +165,6 @@ fn privileged_without_its_spawner_a_unit_ends_to_be_started_again_and_a_child_se
 
 #[test]
 fn privileged_a_worker_can_reach_its_directory_and_nothing_else() {
-    if !privileged() {
-        return;
-    }
     for arguments in super::KERNELS {
         let lab = Lab::new();
         let _unit = lab.as_a_unit(arguments);
@@ -218,33 +198,27 @@ fn privileged_a_worker_can_reach_its_directory_and_nothing_else() {
     }
 }
 
-/// Set for the process in which [`helper_a_confined_worker`] does something.
-const CONFINE: &str = "SOCI_TEST_CONFINE_WORKER";
-
 #[test]
 fn privileged_a_worker_that_was_taken_over_cannot_open_a_device_or_anything_else_that_exists() {
-    if !privileged() {
-        return;
-    }
-    let output = super::super::run(
-        std::process::Command::new(std::env::current_exe().expect("own path"))
-            .args(["--exact", "privilege::unpack::life::helper_a_confined_worker", "--nocapture"])
-            .env(CONFINE, "1"),
-    );
+    needs_root();
+    let output = super::super::run(std::process::Command::new(std::env::current_exe().expect("own path")).args([
+        "--exact",
+        "privilege::unpack::life::helper_a_confined_worker",
+        "--ignored",
+        "--nocapture",
+    ]));
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("CONFINED"), "{text}");
 }
 
 #[test]
+#[ignore = "run by the test above"]
 fn helper_a_confined_worker() {
     use rustix::{
         fs::{CWD, FileType, Mode, OFlags, ResolveFlags, makedev, mknodat, openat, openat2},
         io::Errno,
     };
     use soci::sys::{process::SingleThread, seccomp};
-    if std::env::var_os(CONFINE).is_none() {
-        return;
-    }
     let dir = tempfile::tempdir().expect("temp");
     // SAFETY: the other thread of this process only waits for this one, so it holds no lock that the child could need.
     match unsafe { nix::unistd::fork() }.expect("fork") {

@@ -5,10 +5,7 @@ mod equal;
 mod hostile;
 mod life;
 
-use super::{
-    lab::{Lab, block_on},
-    privileged,
-};
+use super::lab::{Lab, block_on};
 use crate::{
     formats::tar_writer::{Dialect, Member, TarWriter},
     support::tree,
@@ -48,9 +45,6 @@ pub fn unpack(client: &Client, id: u32, tar: Vec<u8>, place: Place, budget: Budg
 
 #[test]
 fn privileged_a_layer_is_unpacked_and_published() {
-    if !privileged() {
-        return;
-    }
     for arguments in KERNELS {
         let lab = Lab::new();
         let _unit = lab.as_a_unit(arguments);
