@@ -12,6 +12,7 @@
 //! The promise of `spans` is weak on purpose: no fsync delays a reader. Whoever reads a span that an earlier process wrote checks its
 //! digest again, so a torn write or a rotten block is found, and fetched again.
 
+use super::room::Claim;
 use crate::{
     oci::{Digest, Hasher},
     sys::map::Mapping,
@@ -27,11 +28,6 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
-
-/// Room that fetched data leaves on the disk, which can be fetched again: for indexes and records of layers to come, without which no other image
-/// could be made lazy, and for what containers write. Of a small disk, a part.
-const RESERVE: u64 = 32 << 20;
-const RESERVE_PART: u64 = 64;
 
 const MAGIC: &[u8; 7] = b"SOCISPN";
 /// The digit after the magic. A newer one is refused, and its layer left as it is: it may number spans or inodes in another way.
@@ -219,15 +215,15 @@ impl LayerFiles {
         Ok(())
     }
 
-    /// Writes bytes of the blob, unless that would take the last of the room: see [`RESERVE`].
+    /// Writes bytes of the blob, unless that would take the last of the room.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let stat = rustix::fs::fstatvfs(&self.blob)?;
-        let unit = stat.f_frsize;
-        let reserve = RESERVE.min(stat.f_blocks.saturating_mul(unit) / RESERVE_PART);
-        if stat.f_bavail.saturating_mul(unit) < reserve.saturating_add(bytes.len() as u64) {
-            return Err(io::ErrorKind::StorageFull.into());
-        }
+        let _claim = Claim::for_fetched(&self.blob, bytes.len() as u64)?;
         self.blob.write_all_at(bytes, offset)
+    }
+
+    /// Room for so many inflated bytes.
+    pub fn claim(&self, bytes: u64) -> io::Result<Claim> {
+        Claim::for_inflated(&self.blob, bytes)
     }
 
     /// Says that `span` is present. Its bytes were written before.
@@ -276,12 +272,6 @@ impl LayerFiles {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(path)?;
         file.set_len(uncompressed)?;
         Ok(data.insert(Arc::new(file)).clone())
-    }
-
-    /// Bytes that the filesystem still has room for.
-    pub fn room(&self) -> io::Result<u64> {
-        let stat = rustix::fs::fstatvfs(&self.blob)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     /// Bytes held on disk: blob and data are sparse, so this grows as spans arrive.

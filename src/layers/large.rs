@@ -35,8 +35,6 @@ use tokio::sync::watch;
 const STEP: u64 = 4 << 20;
 /// Zeros of at least this are left out of the sparse file.
 const HOLE: usize = 64 << 10;
-/// Room that is left to others on a disk that fills up.
-const RESERVE: u64 = 64 << 20;
 /// When there was no room, how long nobody tries again.
 const FULL: Duration = Duration::from_secs(60);
 
@@ -156,12 +154,10 @@ impl Layer {
             say!(NoRoomForSpan, layer = %self.digest(), span, %error, "no room for a large span; each read inflates it from its start");
             Placed::NoRoom(placed, Instant::now())
         };
-        let room = self.files.room().and_then(|room| match room.checked_sub(RESERVE) {
-            Some(room) if room >= whole => self.files.data(self.table.uncompressed_size),
-            _ => Err(io::ErrorKind::StorageFull.into()),
-        });
-        let data = match room {
-            Ok(data) => data,
+        let claimed = self.files.claim(whole);
+        let room = claimed.and_then(|claim| Ok((claim, self.files.data(self.table.uncompressed_size)?)));
+        let (mut claim, data) = match room {
+            Ok(room) => room,
             Err(error) => return no_room(0, &error),
         };
         let (mut placed, mut told) = (0, 0);
@@ -170,6 +166,7 @@ impl Layer {
                 return Err(io::ErrorKind::NotFound.into());
             }
             write_sparse(&data, entry.uncompressed.start + placed, bytes)?;
+            claim.spend(bytes.len() as u64);
             placed += bytes.len() as u64;
             if placed - told >= STEP {
                 told = placed;

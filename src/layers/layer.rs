@@ -365,6 +365,17 @@ impl Layer {
         let start = if run.start == 0 { 0 } else { spans.first().map_or(0, |span| span.compressed.start) };
         start..spans.last().map_or(start, |span| span.compressed.end)
     }
+    /// Bytes of the blob that `span` shares with no other: spans may begin in the middle of a byte.
+    pub(super) fn own_bytes(&self, span: usize) -> Range<u64> {
+        let begin = |span: &Span| span.compressed.start + u64::from(span.bits != 0);
+        let Some(entry) = self.table.spans.get(span) else { return 0..0 };
+        let end = match self.table.spans.get(span + 1) {
+            Some(next) if next.bits != 0 => next.compressed.start,
+            _ => entry.compressed.end,
+        };
+        begin(entry)..end
+    }
+
     pub(super) fn span_bytes(&self, span: usize) -> u64 {
         self.table.spans.get(span).map_or(0, |s| s.compressed.end - s.compressed.start)
     }

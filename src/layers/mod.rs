@@ -23,6 +23,7 @@ pub mod prior;
 mod quota;
 mod read;
 mod receive;
+mod room;
 mod scheduler;
 mod scratch;
 mod source;

@@ -225,7 +225,9 @@ impl Layer {
 
     /// Takes `span` off the disk, unless it is in use. Whether it did.
     fn evict(&self, span: usize) -> std::io::Result<bool> {
-        let Ok(entry) = self.entry(span) else { return Ok(false) };
+        if self.entry(span).is_err() {
+            return Ok(false);
+        }
         {
             let mut map = self.map();
             let is_held = self.held.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&span);
@@ -234,8 +236,8 @@ impl Layer {
             }
         }
         self.set_checked(span, false);
-        let range = entry.compressed.clone();
-        if let Err(error) = self.files.forget(span).and_then(|()| self.files.punch(range)) {
+        let punched = self.files.forget(span).and_then(|()| self.files.punch(self.own_bytes(span)));
+        if let Err(error) = punched {
             // It is still whole, or its digest will tell.
             let _ = self.files.keep(span);
             for waiter in self.map().arrived(span) {

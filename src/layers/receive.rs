@@ -227,6 +227,8 @@ fn verify(layer: Arc<Layer>, span: usize, start: u64, bytes: Bytes) -> JoinHandl
                 Verdict::Kept
             }
             Err(error) => {
+                // What was written of it takes room, and nobody will read it.
+                let _ = layer.files().punch(layer.own_bytes(span));
                 layer.not_kept(span, body);
                 Verdict::NoRoom(error)
             }

@@ -2,13 +2,14 @@
 //!
 //! Programs map their libraries and touch pages of many spans in turn, more than fit in memory, and inflating a span again for every
 //! page costs what the whole start should. So inflated spans go into one unlinked file. In practice it lives in the page cache: it is
-//! bounded, and what is evicted is punched out, usually before the kernel has written any of it.
+//! bounded, and what is evicted is punched out, usually before the kernel has written any of it. Of a disk that fills up it takes nothing that
+//! fetched data could have.
 //!
 //! Invariant: what is read is what was put. A slot is punched out when its last reader is done with it, never before.
 //!
 //! Absent on purpose: durability. The file has no name, and is gone with the process.
 
-use super::cache::Key;
+use super::{cache::Key, room::Claim};
 use bytes::Bytes;
 use rustix::{
     fs::{FallocateFlags, Mode, OFlags},
@@ -117,7 +118,7 @@ impl Scratch {
         self.lock().slots.contains_key(&key)
     }
 
-    /// Keeps `bytes` as `key`. Blocks on the disk; a full disk keeps nothing and is no error.
+    /// Keeps `bytes` as `key`. Blocks on the disk; a disk of which others need the rest keeps nothing, and that is no error.
     pub fn put(&self, key: Key, bytes: &[u8], put: Put) {
         let length = bytes.len() as u64;
         // Punched out when this returns, not under the lock.
@@ -141,7 +142,8 @@ impl Scratch {
             inner.next = offset + length.next_multiple_of(BLOCK);
             Slot { file: inner.file.clone(), offset, length }
         };
-        let written = slot.file.write_all_at(bytes, slot.offset);
+        let claim = Claim::for_inflated(&slot.file, length);
+        let written = claim.and_then(|_claim| slot.file.write_all_at(bytes, slot.offset));
         let mut inner = self.lock();
         if written.is_err() || inner.slots.contains_key(&key) {
             inner.used -= length;

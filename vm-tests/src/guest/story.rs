@@ -417,9 +417,14 @@ fn disk_full(guest: &Guest) -> Outcome<Next> {
         format!("{error}: {}; {}", property(DAEMON, "StatusText"), shell(&format!("df {ROOT}")).unwrap_or_default())
     };
     within(PATIENCE, "the background fills the disk, and the status line says so", is_full).map_err(why)?;
-    guest.pull("soci", "last")?;
-    let said = described(guest, "last")?;
-    ensure!(said.contains("1 lazy"), "with a disk full of fetched data: {said}: {}", journal(DAEMON, &["-n", "20"])?);
+    let pulled = guest.pull("soci", "last").and_then(|_| described(guest, "last"));
+    let said = pulled.map_err(|error| format!("{}: {error}", who_has_the_disk(&ballast)))?;
+    ensure!(
+        said.contains("1 lazy"),
+        "with a disk full of fetched data: {said}: {}: {}",
+        who_has_the_disk(&ballast),
+        journal(DAEMON, &["-n", "20"])?
+    );
     // Nothing left but for a container to be made: a directory or two.
     shell(&format!(
         "for size in 1M 4k; do dd if=/dev/zero of={ballast} bs=$size oflag=append conv=notrunc 2>/dev/null || :; sync -f {ballast}; done; \
