@@ -2,12 +2,13 @@
 
 use super::life;
 use super::tools::{
-    DAEMON, HOLDER, PATIENCE, REGISTRY, attempt, is_active, journal, main_pid, property, run, shell, status, text,
-    within,
+    DAEMON, HOLDER, PATIENCE, REGISTRY, attempt, is_active, journal, main_pid, property, replaced, run, shell, status,
+    text, within,
 };
 use crate::{Outcome, ensure};
 use std::{
     fs,
+    path::Path,
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
@@ -18,8 +19,16 @@ const MODES: [&str; 5] = ["hash", "import", "build", "random", "random"];
 /// No read may stall for longer than a restart takes. Emulated and shared machines are slow; what was seen is in the result.
 const STALL: u64 = 60;
 
+/// Release 2 of the package, if there are packages.
+const NEWER: &str = "/vm/repo-new";
+/// Of the upgrades, one in so many is dnf's: it takes some seconds, and the others a moment.
+const BY_DNF: usize = 10;
+
 /// The result line.
 pub fn storm(kills: usize) -> Outcome<String> {
+    if Path::new(NEWER).exists() {
+        shell("dnf -y -q install os-stub && dnf -y -q install soci-snapshotter")?;
+    }
     install("v1")?;
     shell(
         "cp /vm/units/* /usr/lib/systemd/system/; mkdir -p /etc/soci-snapshotter-grpc; cp /vm/config.toml /etc/soci-snapshotter-grpc/",
@@ -147,8 +156,9 @@ fn strike(kills: usize) -> Outcome<String> {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) % limit
     };
-    let (mut crashes, mut holders, mut both, mut upgrades, mut restarts) = (0, 0, 0, 0, 0);
+    let (mut crashes, mut holders, mut both, mut upgrades, mut restarts, mut by_dnf) = (0, 0, 0, 0, 0, 0);
     let mut version = 1;
+    let has_packages = Path::new(NEWER).exists();
     let kill = |pids: &[u32]| {
         let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
         attempt("sh", &["-c", &format!("kill -9 {}", pids.join(" "))]).map(drop)
@@ -171,6 +181,10 @@ fn strike(kills: usize) -> Outcome<String> {
                 let holder = within(PATIENCE, "soci-mount runs", || main_pid(HOLDER).ok())?;
                 holders += 1;
                 kill(&[holder])?;
+            }
+            (15, _) if has_packages && (n / 20).is_multiple_of(BY_DNF) => {
+                by_dnf += 1;
+                exchange_package(daemon)?;
             }
             (15, _) => {
                 upgrades += 1;
@@ -199,8 +213,23 @@ fn strike(kills: usize) -> Outcome<String> {
         }
     }
     Ok(format!(
-        "{crashes} of the daemon, {holders} of soci-mount, {both} of both at once, {restarts} restarts, {upgrades} upgrades"
+        "{crashes} of the daemon, {holders} of soci-mount, {both} of both at once, {restarts} restarts, {upgrades} upgrades by hand, {by_dnf} by dnf{}",
+        if has_packages { "" } else { " (no packages: make vm-test makes them)" }
     ))
+}
+
+/// dnf puts the other release in the place of the one that is installed: its scriptlets replace the daemon, and nothing else.
+fn exchange_package(daemon: u32) -> Outcome {
+    let release = || run("rpm", &["-q", "--qf", "%{RELEASE}", "soci-snapshotter"]);
+    // It may just have been killed.
+    let (before, holder) = (release()?, within(PATIENCE, "soci-mount runs", || main_pid(HOLDER).ok())?);
+    let exchange = if before.starts_with("1.") { "--enablerepo=vm-new upgrade" } else { "downgrade" };
+    shell(&format!("dnf -y -q {exchange} soci-snapshotter"))?;
+    let after = release()?;
+    ensure!(before != after, "dnf {exchange} left release {before}");
+    replaced(DAEMON, daemon)?;
+    ensure!(main_pid(HOLDER)? == holder, "dnf {exchange} replaced soci-mount, and with it the connection's keeper");
+    Ok(())
 }
 
 /// A container that reads until it is told to end.

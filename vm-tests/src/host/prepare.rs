@@ -80,20 +80,32 @@ pub fn tools() -> Outcome {
     .map(drop)
 }
 
-/// Two releases, so that one can be an upgrade of the other. `SOCI_VM_PACKAGES=keep` takes those that are there.
-fn packages() -> Outcome {
-    let built = |release: &str| {
-        let at = target().join("rpm/RPMS/x86_64");
-        ["amzn2", "amzn2023"].iter().all(|dist| {
-            fs::read_dir(&at).is_ok_and(|mut found| {
-                found.any(|entry| {
-                    entry.is_ok_and(|entry| {
-                        entry.file_name().to_string_lossy().ends_with(&format!("-{release}.{dist}.x86_64.rpm"))
-                    })
+/// Whether the packages of that release were made.
+fn built(release: &str) -> bool {
+    let at = target().join("rpm/RPMS/x86_64");
+    ["amzn2", "amzn2023"].iter().all(|dist| {
+        fs::read_dir(&at).is_ok_and(|mut found| {
+            found.any(|entry| {
+                entry.is_ok_and(|entry| {
+                    entry.file_name().to_string_lossy().ends_with(&format!("-{release}.{dist}.x86_64.rpm"))
                 })
             })
         })
-    };
+    })
+}
+
+/// For a guest that can do without packages: those that were made for another one, as `repo` and `repo-new` in `vm`.
+pub fn packages_at_hand(payload: &Payload, vm: &Path, distribution: Distribution) -> Outcome {
+    if !built("1") || !built("2") {
+        return Ok(());
+    }
+    repositories(payload, distribution)?;
+    let at = payload.work.join(distribution.tag());
+    shell(&format!("cp -r {0}/repo {0}/repo-new {1}/", at.display(), vm.display())).map(drop)
+}
+
+/// Two releases, so that one can be an upgrade of the other. `SOCI_VM_PACKAGES=keep` takes those that are there.
+fn packages() -> Outcome {
     let keep = env::var("SOCI_VM_PACKAGES").is_ok_and(|value| value == "keep");
     for release in ["1", "2"] {
         if keep && built(release) {

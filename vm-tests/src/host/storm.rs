@@ -1,8 +1,8 @@
 //! The storm under the shipped units: containers work while systemd restarts what is killed. In a container with systemd 252 (`nspawn`), and on an
 //! emulated machine with kernel 6.1 (`qemu`), which cannot repeat requests.
 //!
-//! The units and programs of the working tree are put in place without a package, because nothing else of a package matters here; programs are
-//! those of `BUILT`, or else cargo's development build.
+//! The units and programs of the working tree are put in place by hand; programs are those of `BUILT`, or else cargo's development build. Where the
+//! packages of `make vm-test` were made before, the container has them below, and some of its upgrades are dnf's.
 
 use super::{
     backend::{Place, boot_container, boot_debian, verdict},
@@ -64,6 +64,9 @@ fn one(kind: &'static str, kills: usize) -> Outcome<String> {
     image(&payload, &built)?;
     let place = Place::new()?;
     put(&payload.work.join("storm/registry"), &built, &place.path.join("vm"), &format!("storm {kills}"))?;
+    if kind == "nspawn" {
+        prepare::packages_at_hand(&payload, &place.path.join("vm"), prepare::Distribution::AmazonLinux2023)?;
+    }
     let ended = match kind {
         "qemu" => boot_debian(&payload, &place),
         _ => boot_container(&place, &payload.guests.join("bookworm"), LIMIT),
