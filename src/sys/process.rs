@@ -173,26 +173,13 @@ pub fn shield_from_oom_killer() {
 }
 
 /// Keeps the allocator from holding on to what it was given back: spans come and go by the megabyte, and glibc's growing thresholds and
-/// per-thread arenas would keep the largest they ever were; mimalloc, in the static programs, keeps everything for a second, in which others ask
-/// for as much again.
+/// per-thread arenas would keep the largest they ever were. Other allocators are left as they are.
 pub fn tame_allocator() {
     // SAFETY: mallopt only stores numbers; called before there are other threads, it races with nobody.
     #[cfg(target_env = "gnu")]
     unsafe {
         nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, 256 << 10);
         nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2);
-    }
-    #[cfg(target_env = "musl")]
-    {
-        use mimalloc as _;
-        use nix::libc::{c_int, c_long};
-        /// `mi_option_purge_delay` of mimalloc.h, in milliseconds.
-        const PURGE_DELAY: c_int = 15;
-        unsafe extern "C" {
-            fn mi_option_set(option: c_int, value: c_long);
-        }
-        // SAFETY: stores a number, for an option that this version has.
-        unsafe { mi_option_set(PURGE_DELAY, 20) };
     }
 }
 
