@@ -2,9 +2,11 @@
 //! made lazy, and for what containers write. What can be fetched or inflated again never takes it.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
-    sync::atomic::{AtomicU64, Ordering},
+    os::unix::fs::MetadataExt,
+    sync::{Mutex, PoisonError},
 };
 
 /// What fetched data leaves. Of a small disk, a part.
@@ -13,13 +15,16 @@ const RESERVE_PART: u64 = 64;
 /// What is inflated leaves so many times as much: fetched data, which saves more, is kept longer.
 const INFLATED: u64 = 2;
 
-/// The sum of all claims. All that is claimed is on one filesystem, the root directory's.
-static CLAIMED: AtomicU64 = AtomicU64::new(0);
+/// The sum of all claims, by filesystem. Locked for moments only.
+static CLAIMED: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 
 /// Room for what is being written. Several writers that looked at what is free, each for itself, would all see the same room, and take together
 /// what none of them may take.
 #[derive(Debug)]
-pub struct Claim(u64);
+pub struct Claim {
+    filesystem: u64,
+    bytes: u64,
+}
 
 impl Claim {
     /// Room for fetched bytes on the filesystem of `file`; [`io::ErrorKind::StorageFull`] where it would be the last.
@@ -33,13 +38,13 @@ impl Claim {
     }
 
     fn leaving(file: &File, bytes: u64, reserves: u64) -> io::Result<Claim> {
+        let mut claim = Claim { filesystem: file.metadata()?.dev(), bytes: 0 };
         // Counted before the filesystem is asked: what others claim is in the sum, or written and no longer free, or both for a moment.
-        let before = CLAIMED.fetch_add(bytes, Ordering::SeqCst);
-        let claim = Claim(bytes);
+        let claimed = claim.change(|sum| sum.saturating_add(bytes));
+        claim.bytes = bytes;
         let stat = rustix::fs::fstatvfs(file)?;
         let reserve = RESERVE.min(stat.f_blocks.saturating_mul(stat.f_frsize) / RESERVE_PART);
-        let needed = before.saturating_add(bytes).saturating_add(reserve * reserves);
-        match stat.f_bavail.saturating_mul(stat.f_frsize) < needed {
+        match stat.f_bavail.saturating_mul(stat.f_frsize) < claimed.saturating_add(reserve * reserves) {
             true => Err(io::ErrorKind::StorageFull.into()),
             false => Ok(claim),
         }
@@ -47,15 +52,22 @@ impl Claim {
 
     /// So many bytes of it were written: the filesystem itself counts them now.
     pub fn spend(&mut self, bytes: u64) {
-        let spent = bytes.min(self.0);
-        self.0 -= spent;
-        CLAIMED.fetch_sub(spent, Ordering::SeqCst);
+        let spent = bytes.min(self.bytes);
+        self.bytes -= spent;
+        self.change(|sum| sum.saturating_sub(spent));
+    }
+
+    fn change(&self, change: impl FnOnce(u64) -> u64) -> u64 {
+        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = claimed.entry(self.filesystem).or_default();
+        *sum = change(*sum);
+        *sum
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.spend(self.0);
+        self.spend(self.bytes);
     }
 }
 

@@ -284,6 +284,25 @@ async fn privileged_a_full_disk_fails_no_read_of_a_large_span() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn privileged_neither_fetched_nor_inflated_bytes_take_the_last_of_the_disk() {
+    let image = Image::gzip(62, 50_000);
+    // The blob fits, what is inflated from it does not.
+    let disk = Tmpfs::new(image.ztoc.len() + image.blob.len() * 5 / 4 + image.size as usize / 8);
+    let lab = Lab::spilling(disk.0.path(), streaming(), 1 << 30);
+    let layer = lab.open(&image, Script::good(&image)).await;
+    for _ in 0..3 {
+        for span in 0..image.spans.len() {
+            let range = image.of_span(span);
+            assert!(layer.read(range.clone()).await.unwrap() == image.bytes(range));
+        }
+    }
+    let stat = nix::sys::statvfs::statvfs(disk.0.path()).unwrap();
+    let (free, whole) = (stat.blocks_available(), stat.blocks());
+    eprintln!("{free} of {whole} blocks are free");
+    assert!(free >= whole / 64, "{free} of {whole} blocks are free");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_restart_in_the_middle_of_a_download_goes_on_where_it_was() {
     let image = Image::gzip(61, 20_000);
     let directory = tempdir().unwrap();

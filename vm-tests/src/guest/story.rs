@@ -471,6 +471,9 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
     }
     ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
     ensure!(is_active(DAEMON), "nobody has started the daemon before containerd: {}", status(DAEMON));
+    // It was started, and an overloaded machine may give it no time for seconds.
+    within(PATIENCE, "containerd answers", || run("ctr", &["version"]).ok())
+        .map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
     let found = guest.container("soci", "app", &["/bin/cat", "/hello"]);
     let found = found.map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
     ensure!(found == "hello\n", "the container wrote {found:?}");
