@@ -189,3 +189,22 @@ fn what_the_pages_show_of_the_configuration_is_understood() {
         "{told}"
     );
 }
+
+#[test]
+fn what_the_readme_promises_is_kept_by_tests_that_there_are() {
+    let listed = output(Command::new(std::env::current_exe().unwrap()).arg("--list"));
+    let page = include_str!("../README.md");
+    let rows = page.split_once("## What happens when").expect("the page").1;
+    let rows = rows.split("\n## ").next().unwrap_or_default().lines().filter(|line| line.starts_with("| "));
+    let (mut kept, mut unknown) = (0, Vec::new());
+    for row in rows.skip(1) {
+        let keepers = row.trim_end_matches(['|', ' ']).rsplit_once(" | ").expect("a last column").1;
+        // `name`, `name`: what is between each two of them is not code.
+        let names: Vec<&str> = keepers.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "nothing keeps: {row}");
+        kept += 1;
+        unknown.extend(names.into_iter().filter(|name| !name.starts_with("make ") && !listed.contains(*name)));
+    }
+    assert!(kept > 20, "{kept} rows");
+    assert!(unknown.is_empty(), "no test is called so: {unknown:?}");
+}

@@ -106,7 +106,7 @@ pub struct State {
     mounted: Mutex<HashMap<SnapshotId, Mounted>>,
     /// The layer that each snapshot uses in the store, from before it is opened until it is let go. Leaf lock.
     claims: Mutex<HashMap<SnapshotId, Digest>>,
-    /// What the Go snapshotter had mounted and we have not yet.
+    /// What the Go snapshotter had mounted and we have not yet, and what waits for its zTOC.
     pub waiting: Waiting,
     /// One at a time shows again what could not be shown at start.
     healing: tokio::sync::Mutex<()>,

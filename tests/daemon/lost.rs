@@ -27,13 +27,14 @@ enum Damage {
     Truncate,
     Empty,
     Remove,
-    /// With everything else that is known of the layer.
+    /// With everything else that is known of the layer, and half of the index that names it.
     RemoveAll,
 }
 
 struct Lab {
     running: Option<Running>,
     image: Published,
+    index: Digest,
     ztoc: Digest,
     /// Reads come from the daemon, whatever the kernel has kept.
     data: Arc<File>,
@@ -53,11 +54,22 @@ impl Lab {
         let config = format!("mount_timeout_sec = 2\n{more}{config}");
         let image = image(&site, 1, &proxy.reference("app", "v1"), &[]);
         registry.push(&image.layout, "app", "v1");
-        let index: Manifest = read_json(&blob_path(&image.layout, &soci_index(&image.layout)));
-        let ztoc = index.layers[0].digest;
+        let index = soci_index(&image.layout);
+        let ztoc = read_json::<Manifest>(&blob_path(&image.layout, &index)).layers[0].digest;
         let data = Arc::new(File::open("/dev/null").unwrap());
-        let mut lab =
-            Lab { running: None, image, ztoc, data, reads: 0, _registry: registry, proxy, config, old_kernel, site };
+        let mut lab = Lab {
+            running: None,
+            image,
+            index,
+            ztoc,
+            data,
+            reads: 0,
+            _registry: registry,
+            proxy,
+            config,
+            old_kernel,
+            site,
+        };
         lab.start();
         // Index and zTOC come at once, or the layer would be left to containerd.
         assert!(lab.image.prepare(&lab.client(), "extract-0", 0), "{}", lab.log());
@@ -114,6 +126,8 @@ impl Lab {
         }
         if let Damage::RemoveAll = damage {
             std::fs::remove_dir_all(layer).unwrap();
+            let index = File::options().write(true).open(self.site.layout().content_blob(&self.index)).unwrap();
+            index.set_len(index.metadata().unwrap().len() / 2).unwrap();
         }
     }
 
