@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::MetadataExt,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// What fetched data leaves. Of a small disk, a part.
@@ -38,31 +38,32 @@ impl Claim {
     }
 
     fn leaving(file: &File, bytes: u64, reserves: u64) -> io::Result<Claim> {
-        let mut claim = Claim { filesystem: file.metadata()?.dev(), bytes: 0 };
-        // Counted before the filesystem is asked: what others claim is in the sum, or written and no longer free, or both for a moment.
-        let claimed = claim.change(|sum| sum.saturating_add(bytes));
-        claim.bytes = bytes;
+        let filesystem = file.metadata()?.dev();
+        let mut claimed = claimed();
         let stat = rustix::fs::fstatvfs(file)?;
         let reserve = RESERVE.min(stat.f_blocks.saturating_mul(stat.f_frsize) / RESERVE_PART);
-        match stat.f_bavail.saturating_mul(stat.f_frsize) < claimed.saturating_add(reserve * reserves) {
-            true => Err(io::ErrorKind::StorageFull.into()),
-            false => Ok(claim),
+        // What others claim is in the sum, or written and no longer free, or both for a moment.
+        let sum = claimed.entry(filesystem).or_default();
+        let needed = sum.saturating_add(bytes).saturating_add(reserve * reserves);
+        if stat.f_bavail.saturating_mul(stat.f_frsize) < needed {
+            return Err(io::ErrorKind::StorageFull.into());
         }
+        *sum += bytes;
+        Ok(Claim { filesystem, bytes })
     }
 
     /// So many bytes of it were written: the filesystem itself counts them now.
     pub fn spend(&mut self, bytes: u64) {
         let spent = bytes.min(self.bytes);
         self.bytes -= spent;
-        self.change(|sum| sum.saturating_sub(spent));
+        if let Some(sum) = claimed().get_mut(&self.filesystem) {
+            *sum -= spent;
+        }
     }
+}
 
-    fn change(&self, change: impl FnOnce(u64) -> u64) -> u64 {
-        let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
-        let sum = claimed.entry(self.filesystem).or_default();
-        *sum = change(*sum);
-        *sum
-    }
+fn claimed() -> MutexGuard<'static, BTreeMap<u64, u64>> {
+    CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Claim {
