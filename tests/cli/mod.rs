@@ -27,7 +27,9 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
 
 fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_soci"));
+    // As from a terminal: Ctrl-C is ignored by what a script starts in the background, which the tests may be.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", env!("CARGO_BIN_EXE_soci")]);
     command.env_remove("CONTAINERD_ADDRESS").env_remove("CONTAINERD_NAMESPACE");
     command
 }
