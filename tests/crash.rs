@@ -27,6 +27,10 @@ const STEPS: &str = "SOCI_TEST_CRASH_STEPS";
 /// Begins each line that a child says to its parent; the test harness prints others.
 const SAID: &str = "@";
 
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
 /// What a child was told.
 struct Job {
     place: PathBuf,

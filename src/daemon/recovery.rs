@@ -95,13 +95,7 @@ async fn restore(lazy: Arc<LazyMounts>, id: SnapshotId, slots: Arc<Semaphore>) {
                 tracing::debug!(snapshot = id.to_string(), error, "the index file of a layer cannot be fetched yet");
             }
             Err(NotRestored::Other(error)) => {
-                say!(
-                    LayerNotRestored,
-                    snapshot = id.to_string(),
-                    error,
-                    "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
-                     started from it; if that does not help, remove the image and pull it again"
-                );
+                say_lost(id, &error);
                 lazy.tree.give_up(id);
                 return lazy.state.waiting.forget(id);
             }
@@ -109,6 +103,16 @@ async fn restore(lazy: Arc<LazyMounts>, id: SnapshotId, slots: Arc<Semaphore>) {
         lazy.state.waiting.rest(pause).await;
         pause = (pause * 2).min(PAUSE.1);
     }
+}
+
+fn say_lost(id: SnapshotId, error: &str) {
+    say!(
+        LayerNotRestored,
+        snapshot = id.to_string(),
+        error,
+        "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
+         started from it; if that does not help, remove the image and pull it again"
+    );
 }
 
 impl Shown {
@@ -124,13 +128,7 @@ impl Shown {
         let mut failed: Vec<(&SnapshotId, &String)> = self.failed.iter().filter(|(id, _)| all.contains(id)).collect();
         failed.sort();
         for (id, error) in &failed {
-            say!(
-                LayerNotRestored,
-                snapshot = id.to_string(),
-                error,
-                "failed to restore remote snapshot; what reads it gets ESTALE. It is tried again when a container is \
-                 started from it; if that does not help, remove the image and pull it again"
-            );
+            say_lost(**id, error);
         }
         if !all.is_empty() {
             let expected = all.iter().filter(|id| self.expected.contains(id)).count();

@@ -1,7 +1,7 @@
 //! The content store: indexes and zTOCs under their digests, put there and collected.
 
 use super::records::Ended;
-use super::{Job, Promised, Random, at_every_change, say, seeds};
+use super::{Job, Promised, Random, at_every_change, runtime, say, seeds};
 use crate::support::image::noise;
 use bytes::Bytes;
 use soci::index::{ContentStore, InUse};
@@ -36,10 +36,6 @@ fn blobs() -> Vec<(Digest, Bytes)> {
     };
     let indexes: Vec<_> = (0..INDEXES).map(|n| of(index(n).into())).collect();
     [ztocs, indexes].concat()
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 #[test]

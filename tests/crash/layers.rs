@@ -1,6 +1,6 @@
 //! The layer store: zTOC, table of contents, spans and their marks.
 
-use super::{Job, Random, at_every_change, say, seeds};
+use super::{Job, Random, at_every_change, runtime, say, seeds};
 use crate::layers::lab::{Image, Lab, Script, quiet};
 use soci::fs::LayerData;
 use soci::layout::SnapshotId;
@@ -11,10 +11,6 @@ use std::sync::Arc;
 /// Small enough that two of them are a few dozen writes each.
 fn images() -> Vec<Image> {
     [300, 301].map(|seed| Image::of_noise(seed, 12, 40_000, 60_000)).to_vec()
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Snapshots: records, directories, links.
 
-use super::{Job, Promised, Random, at_every_change, say, seeds};
+use super::{Job, Promised, Random, at_every_change, runtime, say, seeds};
 use futures::future::BoxFuture;
 use soci::config::Config;
 use soci::layout::{Layout, SnapshotId};
@@ -48,10 +48,6 @@ async fn open(root: &Path) -> Snapshotter {
     let snapshots = Snapshotter::open(options, lazy, Arc::new(NeverEager), disk).await.unwrap();
     snapshots.lazy_layers().unwrap().iter().for_each(|info| show(&layout, info.id));
     snapshots
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 fn extraction(chain: &str) -> Extraction {
