@@ -4,6 +4,7 @@ mod link;
 mod parts;
 mod sharing;
 mod usage;
+mod written;
 
 use crate::support::command::{attempt, output, text};
 use crate::support::containerd::{Containerd, Options, Version};

@@ -600,6 +600,9 @@ impl crate::snapshot::Disk for Client {
     fn own_upper(&self, id: SnapshotId, uid: u32, gid: u32) -> BoxFuture<'_, io::Result<()>> {
         Client::own_upper(self, id, uid, gid)
     }
+    fn sync(&self) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move { self.ask(Operation::Sync).await.map(drop) })
+    }
     fn copy<'a>(&'a self, from: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move { Client::copy(self, from, id, maps).await.map_err(io::Error::other) })
     }

@@ -19,7 +19,7 @@ use crate::{
 };
 use std::io;
 
-/// Both ends are installed together; this catches a daemon that talks to the custodian of another release.
+/// Both ends are installed together (and an operation that the other end does not know is refused, which is an error like others); this catches a daemon that talks to the custodian of another release.
 const VERSION: u8 = 3;
 /// chown(2) reads this number as "leave it", so it can be nobody's id.
 const NO_ID: u32 = u32::MAX;
@@ -51,6 +51,8 @@ pub enum Operation {
     Publish { id: SnapshotId, parents: Vec<SnapshotId> },
     /// Remove what was unpacked and not published.
     Discard { id: SnapshotId },
+    /// Have everything on disk that was written before. The snapshots' whole filesystem is synced.
+    Sync,
     /// Copy the `fs` of another snapshot, with other owners, to where a tar would be unpacked.
     Copy { id: SnapshotId, from: SnapshotId },
 }
@@ -91,6 +93,7 @@ impl Request {
             Operation::Publish { id, .. } => (5, *id),
             Operation::Discard { id } => (6, *id),
             Operation::Copy { id, .. } => (7, *id),
+            Operation::Sync => (8, SnapshotId(0)),
         };
         let mut out = [0; Request::LEN];
         out[0] = VERSION;
@@ -115,7 +118,11 @@ impl Request {
                     field.copy_from_slice(&parent.0.to_le_bytes());
                 }
             }
-            Operation::Hello | Operation::Remove { .. } | Operation::Usage { .. } | Operation::Discard { .. } => {}
+            Operation::Hello
+            | Operation::Remove { .. }
+            | Operation::Usage { .. }
+            | Operation::Discard { .. }
+            | Operation::Sync => {}
         }
         out
     }
@@ -150,6 +157,7 @@ impl Request {
             }
             6 => Operation::Discard { id },
             7 => Operation::Copy { id, from: SnapshotId(half(8)) },
+            8 => Operation::Sync,
             unknown => return Err(Malformed::Operation(unknown)),
         };
         let request = Request { tag: word(16), operation };
@@ -252,6 +260,7 @@ mod tests {
         let parents = prop::collection::vec(any::<u32>().prop_map(SnapshotId), 0..MAX_PARENTS);
         prop_oneof![
             Just(Operation::Hello),
+            Just(Operation::Sync),
             id.clone().prop_map(|id| Operation::Remove { id }),
             id.clone().prop_map(|id| Operation::Usage { id }),
             (id.clone(), 0..NO_ID, 0..NO_ID).prop_map(|(id, uid, gid)| Operation::OwnUpper { id, uid, gid }),

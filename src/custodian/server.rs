@@ -202,6 +202,8 @@ impl Shared {
                 let _turn = self.take_turn_from_worker(id);
                 self.snapshots.discard(id).map(|()| Usage::default())
             }
+            // Who dies in it is dead only when the disk has everything: that is why the daemon does not do this itself.
+            Operation::Sync => self.snapshots.sync().map(|()| Usage::default()),
             // Have their own way, see `work`.
             Operation::Unpack { .. } | Operation::Copy { .. } => return Outcome::Malformed,
         };

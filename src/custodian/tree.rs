@@ -129,6 +129,11 @@ impl Snapshots {
         self.opener
     }
 
+    /// Has everything on disk that was written to the filesystem of the snapshots.
+    pub(super) fn sync(&self) -> Result<()> {
+        rustix::fs::syncfs(&self.directory)
+    }
+
     pub(super) fn content(&self, id: SnapshotId) -> Result<OwnedFd> {
         let top = self.opener.open(self.directory.as_fd(), &decimal(id))?;
         self.opener.open(top.as_fd(), CONTENT)

@@ -54,6 +54,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const DRAIN: Duration = Duration::from_millis(2500);
 /// See [`DRAIN`].
 const LAST_REQUESTS: Duration = Duration::from_millis(1500);
+/// See [`DRAIN`]. Reads are answered meanwhile.
+const LAST_WRITES: Duration = Duration::from_millis(900);
 
 /// How long the custodian may take to say hello before the daemon goes on without one: a start that fails because of it fails within this time.
 const FIRST_GREETING: Duration = Duration::from_secs(5);
@@ -349,7 +351,11 @@ async fn serve(
         scheduler: scheduler.clone(),
     };
     reporter.serve(&listening.path()).await;
-    let snapshots = snapshot::Options::new(layout.clone(), config.into());
+    let snapshots = snapshot::Options {
+        boot: systemd::boot(),
+        layer_of: grpc::labels::unpacked,
+        ..snapshot::Options::new(layout.clone(), config.into())
+    };
     let open = {
         let (pulls, lazy, disk) = (lazy.pulls.clone(), lazy.clone(), disk.clone());
         move || {
@@ -432,6 +438,7 @@ async fn serve(
         grpc::CriImages::new(path, logins)
     });
     let told = tokio::sync::Notify::new();
+    let records = door.clone();
     let stop = async {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("Got terminated"),
@@ -447,6 +454,10 @@ async fn serve(
     tokio::select! {
         served = grpc::serve(listener, door, images, grpc::Limits::default(), stop) => served.map_err(|e| failed(e.into()))?,
         () = patience => tracing::info!("gRPC requests that take long are cut off; containerd repeats them"),
+    }
+    // The machine may be about to go down. What is not on disk by then is pulled again after it is up.
+    if let Ok(snapshotter) = records.enter() {
+        let _ = tokio::time::timeout(LAST_WRITES, snapshotter.settle()).await;
     }
     let drained = tokio::task::spawn_blocking(move || session.stop(DRAIN)).await;
     if let Ok(lazyfs::Drained { unanswered }) = drained

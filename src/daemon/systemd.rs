@@ -6,6 +6,7 @@
 
 use crate::{
     layers::Background,
+    snapshot::BootId,
     sys::{process, seqpacket},
 };
 use sd_notify::NotifyState;
@@ -24,9 +25,20 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// (`RestartSec=` in its unit); a configuration that cannot be read does not get better ten times a second.
 pub const FAILED_START_PAUSE: Duration = Duration::from_secs(2);
 
+/// Set by our unit, see [`boot`].
+const BOOT: &str = "SOCI_BOOT_ID";
+
 /// Whether systemd started us and listens.
 pub fn listens() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
+/// Which boot this is. From our unit (`%b`), as /proc/sys is hidden from it; without systemd from the kernel itself.
+pub fn boot() -> Option<BootId> {
+    match std::env::var(BOOT) {
+        Ok(text) => BootId::parse(&text),
+        Err(_) => BootId::parse(&std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?),
+    }
 }
 
 /// What became of a message.

@@ -1,7 +1,7 @@
 //! The labels of a Prepare, read once.
 
 use crate::oci::{Chain, Digest, Reference};
-use crate::snapshot::{Extraction, Labels, NotLazyReason, SnapshotError, Target, label};
+use crate::snapshot::{Extent, Extraction, Info, Labels, NotLazyReason, SnapshotError, Target, Wanted, label};
 use std::str::FromStr;
 use tonic::metadata::MetadataMap;
 
@@ -48,6 +48,15 @@ pub fn committed(labels: &Labels) -> Result<Target, NotLazyReason> {
     let namespace = labels.get(label::NAMESPACE).ok_or(NotLazyReason::LabelMissing(label::NAMESPACE))?;
     let namespace = valid(namespace).ok_or_else(|| invalid(label::NAMESPACE, "it is not the name of a namespace"))?;
     target(labels, namespace, labels.get(label::SIZE).and_then(|size| size.parse().ok()))
+}
+
+/// The layer that is in an unpacked snapshot, by its labels and its name: those of containerd's end with the chain ID.
+pub fn unpacked(info: &Info) -> Option<Wanted> {
+    let namespace = info.labels.get(label::NAMESPACE).map(String::as_str).or_else(|| namespace_of_key(&info.name))?;
+    let target = target(&info.labels, valid(namespace)?, None).ok()?;
+    let chain_id = info.name.splitn(3, '/').nth(2).unwrap_or(&info.name);
+    chain_id.parse::<Digest>().ok()?;
+    Some(Wanted { target, chain_id: chain_id.to_owned(), extent: Extent::Layer })
 }
 
 fn target(labels: &Labels, namespace: &str, size: Option<u64>) -> Result<Target, NotLazyReason> {

@@ -17,7 +17,7 @@ pub fn status(error: &SnapshotError) -> Status {
         | SnapshotError::NotMountable(_)
         | SnapshotError::HasChildren(_)
         | SnapshotError::Condemned { .. } => Code::FailedPrecondition,
-        SnapshotError::Unavailable(_) | SnapshotError::Refused(_) => Code::Unavailable,
+        SnapshotError::Unavailable(_) | SnapshotError::Refused(_) | SnapshotError::Lost { .. } => Code::Unavailable,
         // As the Go daemon reports them: containerd has no error of its own for these.
         SnapshotError::NoNamespace
         | SnapshotError::IdsExhausted

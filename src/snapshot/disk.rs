@@ -17,6 +17,8 @@ pub trait Disk: Send + Sync {
     fn usage(&self, id: SnapshotId) -> BoxFuture<'_, io::Result<Usage>>;
     /// Gives the snapshot's `fs` itself to this owner.
     fn own_upper(&self, id: SnapshotId, uid: u32, gid: u32) -> BoxFuture<'_, io::Result<()>>;
+    /// Has everything on disk that was written into the directories of snapshots before this call.
+    fn sync(&self) -> BoxFuture<'_, io::Result<()>>;
     /// Makes the `fs` of `id`, an empty directory, a copy of that of `from`, with the owners that `maps` gives.
     fn copy<'a>(&'a self, from: SnapshotId, id: SnapshotId, maps: &'a IdMaps) -> BoxFuture<'a, io::Result<()>>;
 }
@@ -55,6 +57,11 @@ impl Disk for InProcessDisk {
     fn own_upper(&self, id: SnapshotId, uid: u32, gid: u32) -> BoxFuture<'_, io::Result<()>> {
         let path = self.layout.snapshot_fs(id);
         Box::pin(blocking(move || std::os::unix::fs::lchown(path, Some(uid), Some(gid))))
+    }
+
+    fn sync(&self) -> BoxFuture<'_, io::Result<()>> {
+        let path = self.layout.snapshots();
+        Box::pin(blocking(move || Ok(rustix::fs::syncfs(std::fs::File::open(path)?)?)))
     }
 
     fn copy<'a>(&'a self, _: SnapshotId, _: SnapshotId, _: &'a IdMaps) -> BoxFuture<'a, io::Result<()>> {

@@ -31,6 +31,12 @@ pub enum SnapshotError {
     HasChildren(String),
     #[error("layer \"{0}\" unavailable: unavailable")]
     Unavailable(SnapshotId),
+    /// Its files were not on disk when the machine went down, see `written`.
+    #[error(
+        "layer {name:?} was not on disk yet when the machine went down, and cannot be pulled again: {why}. Try again, or remove the image and \
+         pull it: unavailable"
+    )]
+    Lost { name: String, why: String },
     /// What the layer shows is not what the image has.
     #[error(
         "layer \"{id}\" cannot be used, its SOCI index is wrong: {why}. Remove the image and pull it again: failed precondition"

@@ -43,7 +43,7 @@ impl Inner {
             log_prepared(&key, &extraction, there.is_lazy());
             return Err(SnapshotError::TargetExists(extraction.chain_id));
         }
-        let parents = self.precheck(&key, parent.as_deref())?;
+        let parents = self.whole(self.precheck(&key, parent.as_deref())?).await?;
         let labels = state::extraction_labels(labels, &extraction);
         let making = self.make(Access::Writable).await?;
         let id = making.id;
@@ -202,6 +202,7 @@ impl Inner {
             let info = Info { usage, ..Self::new_info(id, wanted.chain_id.clone(), parent, Kind::Committed, labels) };
             self.store.replace(layer.key, info).await.map_err(NotHere::Fatal)?;
             taken.keep();
+            self.writing.committed(id);
             self.removed.notify_one();
             log_prepared(layer.key, extraction, false);
             return Ok(Some(id));

@@ -11,12 +11,15 @@ use super::directories::{self, Access};
 use super::disk::blocking;
 use super::error::{SnapshotError, StoreError};
 use super::model::{Info, Kind, Labels, Usage, label};
+use super::record;
 use super::snapshotter::Inner;
 use super::state::Mount;
 use super::store::{Change, LabelUpdate, Link};
 use crate::layout::SnapshotId;
 use crate::oci::IdMaps;
+use redb::ReadableTable;
 use std::collections::HashSet;
+use std::ops::Bound;
 
 /// Names of mapped layers start with it. containerd's names start with its namespaces', which never start with a dot.
 const PREFIX: &str = ".mapped/";
@@ -33,6 +36,25 @@ pub(super) fn is_mapped(info: &Info) -> bool {
 
 fn name(original: SnapshotId, maps: &IdMaps) -> String {
     format!("{PREFIX}{original}/{maps}")
+}
+
+/// The mapped layers that were made of `original`.
+pub(super) fn of(
+    original: SnapshotId,
+    records: &impl ReadableTable<&'static str, &'static [u8]>,
+) -> Result<Vec<Info>, StoreError> {
+    let prefix = format!("{PREFIX}{original}/");
+    let mut out = Vec::new();
+    for entry in
+        records.range::<&str>((Bound::Included(prefix.as_str()), Bound::Unbounded)).map_err(StoreError::database)?
+    {
+        let (name, bytes) = entry.map_err(StoreError::database)?;
+        if !name.value().starts_with(&prefix) {
+            break;
+        }
+        out.push(record::decode(name.value(), bytes.value())?);
+    }
+    Ok(out)
 }
 
 /// The mappings that labels ask for: both, or none.
@@ -66,7 +88,7 @@ impl Inner {
         labels: Labels,
         maps: &IdMaps,
     ) -> Result<Mount, SnapshotError> {
-        let parents = self.precheck(&key, parent.as_deref())?;
+        let parents = self.whole(self.precheck(&key, parent.as_deref())?).await?;
         self.check_available(&parents).await?;
         // Nothing is found unused between here and the new record.
         let _kept = self.mapping.lock().await;
@@ -88,16 +110,15 @@ impl Inner {
         made.await.inspect_err(|_| self.removed.notify_one())
     }
 
-    /// What is to be mounted in the place of `parents`, for a snapshot with these labels.
-    pub(super) fn as_mounted(&self, labels: &Labels, parents: Vec<Link>) -> Result<Vec<Link>, SnapshotError> {
+    /// What is to be mounted in the place of `parents`, for a snapshot with these labels. Mapped layers that a power cut took are made again.
+    pub(super) async fn as_mounted(&self, labels: &Labels, parents: Vec<Link>) -> Result<Vec<Link>, SnapshotError> {
         let Some(maps) = wanted(labels)? else { return Ok(parents) };
-        let mapped = parents.iter().map(|link| {
-            let name = name(link.id, &maps);
-            let lost = || StoreError::Inconsistent(format!("layer {name:?} is missing"));
-            let found = self.store.find(&name)?.ok_or_else(lost)?;
-            Ok(Link { id: found.id, lazy: link.lazy })
-        });
-        mapped.collect()
+        let _kept = self.mapping.lock().await;
+        let mut mapped = Vec::with_capacity(parents.len());
+        for link in &parents {
+            mapped.push(self.mapped_layer(link, &maps).await?);
+        }
+        Ok(mapped)
     }
 
     async fn mapped_layer(&self, of: &Link, maps: &IdMaps) -> Result<Link, SnapshotError> {
@@ -135,6 +156,9 @@ impl Inner {
         if let Err(error) = self.store.insert(info, Change::Durable).await {
             self.lazy.remove(id);
             return Err(error);
+        }
+        if !of.lazy {
+            self.writing.committed(id);
         }
         Ok(Link { id, lazy: of.lazy })
     }

@@ -17,7 +17,7 @@
 //!
 //! Invariants:
 //! * A record always has its directory: directories are made, and synced, before their record and removed after it. So a power cut may leave a
-//!   directory without record, never a record without directory. (What is in them is not synced, as with containerd's own snapshotter.)
+//!   directory without record, never a record without directory. What is in them is written soon afterwards, and known to be or not (`written`).
 //! * A snapshot's number is never reused, not even for a directory whose record was never written.
 //! * A directory whose number this database never gave out is not ours, and never removed.
 //! * `ALREADY_EXISTS` for a layer means that a committed snapshot under its chain id can be listed.
@@ -43,6 +43,7 @@ mod store;
 mod takeover;
 #[cfg(test)]
 mod tests;
+mod written;
 
 pub use directories::make_parents;
 pub use disk::{Disk, InProcessDisk};
@@ -50,7 +51,7 @@ pub use door::Door;
 pub use eager::{EagerLayers, Extent, NeverEager, NotPulled, Place, Places, Pulled, Wanted};
 pub use error::{SnapshotError, StoreError, chain};
 pub use lazy::{Extraction, LazyLayers, NotLazyReason, Outcome, Target};
-pub use model::{Info, Kind, Labels, Timestamp, Usage, label};
+pub use model::{BootId, Info, Kind, Labels, Timestamp, Usage, label};
 pub use snapshotter::{Options, Snapshotter};
 pub use state::{Mount, MountKind, Pull};
 pub use store::{Change, Link, Store};

@@ -66,6 +66,19 @@ pub struct Usage {
     pub inodes: u64,
 }
 
+/// One run of the kernel, as it names itself (`/proc/sys/kernel/random/boot_id`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BootId(pub u128);
+
+impl BootId {
+    /// Of 32 hexadecimal digits, with or without dashes; `None` for anything else.
+    pub fn parse(text: &str) -> Option<BootId> {
+        let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
+        let is_one = digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+        is_one.then(|| u128::from_str_radix(&digits, 16).ok()).flatten().map(BootId)
+    }
+}
+
 /// A moment, in the parts that protobuf wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Timestamp {

@@ -4,14 +4,15 @@
 
 use super::directories::{self, Access};
 use super::disk::{Disk, blocking};
-use super::eager::{EagerLayers, Place, Places};
+use super::eager::{EagerLayers, Place, Places, Wanted};
 use super::error::{SnapshotError, StoreError, chain};
 use super::lazy::{Extraction, LazyLayers};
 use super::mapped;
-use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
+use super::model::{BootId, Info, Kind, Labels, Timestamp, Usage, label};
 use super::state::{self, Mount, Pull};
 use super::store::{Change, LabelUpdate, Link, Store};
 use super::takeover;
+use super::written::{self, Writing};
 use crate::layout::{Layout, SnapshotId};
 use crate::telemetry::catalog::say;
 use futures::StreamExt;
@@ -35,12 +36,16 @@ pub struct Options {
     pub pull: Pull,
     /// From a Remove to the sweep.
     pub sweep_after: Duration,
+    /// The boot that this is. `None`: it cannot be told, and layers that were not on disk before a power cut are not known as such.
+    pub boot: Option<BootId>,
+    /// The layer that the record of an unpacked one is about, if its labels say it.
+    pub layer_of: fn(&Info) -> Option<Wanted>,
 }
 
 impl Options {
     /// With a sweep so late that containerd's own Cleanup usually comes first and finds everything to do.
     pub fn new(layout: Layout, pull: Pull) -> Options {
-        Options { layout, pull, sweep_after: Duration::from_secs(5) }
+        Options { layout, pull, sweep_after: Duration::from_secs(5), boot: None, layer_of: |_| None }
     }
 }
 
@@ -69,11 +74,13 @@ pub(super) struct Inner {
     pub(super) removed: Arc<Notify>,
     /// Layers being made lazy at the same time.
     pub(super) slots: Semaphore,
+    pub(super) writing: Writing,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         self.removed.notify_one();
+        self.writing.wake.notify_one();
     }
 }
 
@@ -118,7 +125,7 @@ impl Snapshotter {
         eager: Arc<dyn EagerLayers>,
         disk: Arc<dyn Disk>,
     ) -> Result<Snapshotter, StoreError> {
-        let Options { layout, pull, sweep_after } = options;
+        let Options { layout, pull, sweep_after, boot, layer_of } = options;
         let slots = usize::try_from(pull.max_concurrency.max()).unwrap_or(usize::MAX).clamp(1, Semaphore::MAX_PERMITS);
         let path = layout.snapshots();
         let file = |source| StoreError::File { path: path.clone(), source };
@@ -131,7 +138,7 @@ impl Snapshotter {
                 directories::make_parents(&layout)?;
                 let directories::Found { ids, others } = directories::list(&layout)?;
                 let floor = ids.last().map_or(1, |id| id.0.saturating_add(1));
-                let store = open_store(&layout, floor, unsettled);
+                let store = open_store(&layout, floor, boot, unsettled);
                 if let Ok(store) = &store {
                     let strange = ids.iter().filter(|id| !store.is_ours(**id)).map(SnapshotId::to_string);
                     name_strange(strange.chain(others).collect());
@@ -140,6 +147,7 @@ impl Snapshotter {
             });
             opened.await.map_err(file)??
         };
+        let writing = Writing::open(&store, boot, layer_of).await?;
         let inner = Inner {
             layout,
             snapshots,
@@ -154,12 +162,15 @@ impl Snapshotter {
             sweeping: tokio::sync::Mutex::default(),
             removed: Arc::default(),
             slots: Semaphore::new(slots),
+            writing,
         };
         let snapshotter = Snapshotter(Arc::new(inner));
         snapshotter.0.relink().await?;
         // Whatever a crash left behind.
         snapshotter.0.removed.notify_one();
         tokio::spawn(sweeper(Arc::downgrade(&snapshotter.0), snapshotter.0.removed.clone(), sweep_after));
+        tokio::spawn(written::writer(Arc::downgrade(&snapshotter.0), snapshotter.0.writing.wake.clone()));
+        tokio::spawn(written::mender(Arc::downgrade(&snapshotter.0)));
         Ok(snapshotter)
     }
 
@@ -211,16 +222,26 @@ impl Snapshotter {
 
     /// The mounts of an active snapshot or a view.
     pub async fn mounts(&self, key: &str) -> Result<Mount, SnapshotError> {
-        let (info, parents) = self.0.store.with_chain(key)?;
-        if info.kind == Kind::Committed {
-            return Err(SnapshotError::NotMountable(key.to_owned()));
-        }
-        let parents = match info.kind {
-            Kind::Active => self.0.as_mounted(&info.labels, parents)?,
-            Kind::View | Kind::Committed => parents,
-        };
-        self.0.check_available(&parents).await?;
-        Ok(self.0.mount(info.id, info.kind, &parents))
+        let (inner, key) = (self.0.clone(), key.to_owned());
+        to_the_end(async move {
+            let (info, parents) = inner.store.with_chain(&key)?;
+            if info.kind == Kind::Committed {
+                return Err(SnapshotError::NotMountable(key));
+            }
+            let parents = inner.whole(parents).await?;
+            let parents = match info.kind {
+                Kind::Active => inner.as_mounted(&info.labels, parents).await?,
+                Kind::View | Kind::Committed => parents,
+            };
+            inner.check_available(&parents).await?;
+            Ok(inner.mount(info.id, info.kind, &parents))
+        })
+        .await
+    }
+
+    /// Has on disk what was committed until now.
+    pub async fn settle(&self) {
+        self.0.sync().await;
     }
 
     /// Makes the active snapshot `key` the committed snapshot `name`.
@@ -237,7 +258,9 @@ impl Snapshotter {
             }
             let usage = inner.disk_usage(info.id).await?;
             inner.lazy.committed(info.id);
-            inner.store.commit(&key, &name, labels, usage, Timestamp::now()).await
+            inner.store.commit(&key, &name, labels, usage, Timestamp::now()).await?;
+            inner.writing.committed(info.id);
+            Ok(())
         })
         .await
     }
@@ -315,7 +338,12 @@ impl Snapshotter {
 }
 
 /// The records below `layout`. Where there are none, those of the Go snapshotter that was here before become ours.
-fn open_store(layout: &Layout, floor: u32, unsettled: Arc<directories::Unsettled>) -> Result<Store, StoreError> {
+fn open_store(
+    layout: &Layout,
+    floor: u32,
+    boot: Option<BootId>,
+    unsettled: Arc<directories::Unsettled>,
+) -> Result<Store, StoreError> {
     let theirs = layout.go_snapshot_db();
     let (mut taken, mut refused) = (None, Vec::new());
     let import = || {
@@ -326,7 +354,7 @@ fn open_store(layout: &Layout, floor: u32, unsettled: Arc<directories::Unsettled
         }
         Ok(import)
     };
-    let store = Store::open(&layout.snapshot_db(), floor, import, move || unsettled.settle())?;
+    let store = Store::open(&layout.snapshot_db(), floor, boot, import, move || unsettled.settle())?;
     match taken {
         Some((snapshots, lazy)) => {
             for takeover::Refused { name, why } in &refused {
@@ -505,7 +533,7 @@ impl Inner {
         labels: Labels,
         kind: Kind,
     ) -> Result<Mount, SnapshotError> {
-        let parents = self.precheck(&key, parent.as_deref())?;
+        let parents = self.whole(self.precheck(&key, parent.as_deref())?).await?;
         self.check_available(&parents).await?;
         let access = if kind == Kind::Active { Access::Writable } else { Access::ReadOnly };
         let making = self.make(access).await?;

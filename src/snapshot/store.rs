@@ -10,13 +10,15 @@
 //! children  (parent id, child id) -> ()
 //! facts     schema, next-id, first-id, imported
 //! imported  id -> ()                       what a Go snapshotter had given out
+//! unwritten id -> boot                     committed in that boot, and not known to be on disk (see `written`)
 //! ```
 //!
 //! Invariant: `names` and `children` follow from `records`; all three change in one transaction.
 //! Invariant: a file that is not a database of ours is reported and left as it is.
 
 use super::error::{SnapshotError, StoreError};
-use super::model::{Info, Kind, Labels, Timestamp, Usage, label};
+use super::mapped;
+use super::model::{BootId, Info, Kind, Labels, Timestamp, Usage, label};
 use super::record;
 use super::takeover::Import;
 use crate::layout::SnapshotId;
@@ -37,6 +39,9 @@ const FACTS: TableDefinition<&str, u64> = TableDefinition::new("facts");
 
 /// Not in databases of before there was a takeover; those of a node that was not taken over need not have it.
 const IMPORTED: TableDefinition<u32, ()> = TableDefinition::new("imported");
+
+/// Not in databases of versions that did not know it: those have no such marks.
+const UNWRITTEN: TableDefinition<u32, u128> = TableDefinition::new("unwritten");
 
 const SCHEMA: &str = "schema";
 const NEXT_ID: &str = "next-id";
@@ -97,6 +102,8 @@ pub struct Store {
     writer: Option<JoinHandle<()>>,
     next_id: AtomicU32,
     ours: Ours,
+    /// What is committed is marked with it; `None`: not at all.
+    boot: Option<BootId>,
 }
 
 /// Which numbers are ours.
@@ -131,6 +138,7 @@ pub(super) struct Tables<'txn> {
     names: redb::Table<'txn, u32, &'static str>,
     children: redb::Table<'txn, (u32, u32), ()>,
     facts: redb::Table<'txn, &'static str, u64>,
+    unwritten: redb::Table<'txn, u32, u128>,
 }
 
 impl<'txn> Tables<'txn> {
@@ -140,6 +148,7 @@ impl<'txn> Tables<'txn> {
             names: txn.open_table(NAMES).map_err(StoreError::database)?,
             children: txn.open_table(CHILDREN).map_err(StoreError::database)?,
             facts: txn.open_table(FACTS).map_err(StoreError::database)?,
+            unwritten: txn.open_table(UNWRITTEN).map_err(StoreError::database)?,
         })
     }
 
@@ -152,6 +161,48 @@ impl<'txn> Tables<'txn> {
 
     fn take(&mut self, name: &str) -> Result<(), StoreError> {
         self.records.remove(name).map_err(StoreError::database)?;
+        Ok(())
+    }
+
+    /// The snapshot was committed just now. The files of a lazy layer are the layer store's, which looks after them itself.
+    fn mark(&mut self, info: &Info, boot: Option<BootId>) -> Result<(), StoreError> {
+        if let Some(boot) = boot
+            && info.kind == Kind::Committed
+            && !info.is_lazy()
+        {
+            self.unwritten.insert(info.id.0, boot.0).map_err(StoreError::database)?;
+        }
+        Ok(())
+    }
+
+    fn unmark(&mut self, id: SnapshotId) -> Result<(), StoreError> {
+        self.unwritten.remove(id.0).map_err(StoreError::database)?;
+        Ok(())
+    }
+
+    /// The numbers of the snapshots on `id`.
+    fn children_of(&self, id: SnapshotId) -> Result<Vec<u32>, StoreError> {
+        let range = self.children.range((id.0, 0)..=(id.0, u32::MAX)).map_err(StoreError::database)?;
+        range.map(|entry| entry.map(|(pair, _)| pair.value().1).map_err(StoreError::database)).collect()
+    }
+
+    /// The record is gone: its number, its mark, and its place under its parent with it.
+    fn forget(&mut self, info: &Info) -> Result<(), StoreError> {
+        if let Some(parent) = &info.parent {
+            let missing = || StoreError::Inconsistent(format!("parent {parent:?} of {:?} is missing", info.name));
+            let parent = get(&self.records, parent)?.ok_or_else(missing)?;
+            self.children.remove((parent.id.0, info.id.0)).map_err(StoreError::database)?;
+        }
+        self.take(&info.name)?;
+        self.names.remove(info.id.0).map_err(StoreError::database)?;
+        self.unmark(info.id)
+    }
+
+    /// The number `id` is taken: the next one is above it.
+    fn above(&mut self, id: SnapshotId) -> Result<(), StoreError> {
+        let next = self.facts.get(NEXT_ID).map_err(StoreError::database)?.map_or(0, |next| next.value());
+        let next = next.max(u64::from(id.0) + 1);
+        self.facts.insert(NEXT_ID, next).map_err(StoreError::database)?;
         Ok(())
     }
 }
@@ -188,10 +239,11 @@ fn chain(
 
 impl Store {
     /// Opens the database, or makes one where there is none, of what `import` gives. `floor` is above every snapshot directory that exists.
-    /// `settle` is called before anything becomes durable: what the records name is to be so first.
+    /// `settle` is called before anything becomes durable: what the records name is to be so first. What is committed is marked with `boot`.
     pub fn open(
         path: &Path,
         floor: u32,
+        boot: Option<BootId>,
         import: impl FnOnce() -> Result<Option<Import>, StoreError>,
         settle: impl Fn() -> io::Result<()> + Send + 'static,
     ) -> Result<Store, StoreError> {
@@ -219,7 +271,7 @@ impl Store {
         });
         let writer = writer.map_err(|source| StoreError::File { path: path.into(), source })?;
         let next_id = AtomicU32::new(next.max(floor).max(1));
-        Ok(Store { db, jobs: Some(jobs), writer: Some(writer), next_id, ours })
+        Ok(Store { db, jobs: Some(jobs), writer: Some(writer), next_id, ours, boot })
     }
 
     /// A number that no snapshot ever had.
@@ -298,6 +350,32 @@ impl Store {
         ids.map(|entry| entry.map(|(id, _)| id.value()).map_err(StoreError::database)).collect()
     }
 
+    /// The name of a snapshot.
+    pub fn name(&self, id: SnapshotId) -> Result<Option<String>, StoreError> {
+        let txn = self.db.begin_read().map_err(StoreError::database)?;
+        let names = txn.open_table(NAMES).map_err(StoreError::database)?;
+        Ok(names.get(id.0).map_err(StoreError::database)?.map(|name| name.value().to_owned()))
+    }
+
+    /// Snapshots that were committed and are not known to be on disk, and the boots in which they were.
+    pub fn unwritten(&self) -> Result<Vec<(SnapshotId, BootId)>, StoreError> {
+        let txn = self.db.begin_read().map_err(StoreError::database)?;
+        let marks = match txn.open_table(UNWRITTEN) {
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            marks => marks.map_err(StoreError::database)?,
+        };
+        let names = txn.open_table(NAMES).map_err(StoreError::database)?;
+        let mut out = Vec::new();
+        for mark in marks.iter().map_err(StoreError::database)? {
+            let (id, boot) = mark.map_err(StoreError::database)?;
+            // A version that knows no marks may have removed the snapshot.
+            if names.get(id.value()).map_err(StoreError::database)?.is_some() {
+                out.push((SnapshotId(id.value()), BootId(boot.value())));
+            }
+        }
+        Ok(out)
+    }
+
     /// Applies `change` in a transaction. An error that is not the store's leaves no trace and harms nobody else.
     async fn write<T: Send + 'static>(
         &self,
@@ -333,26 +411,25 @@ impl Store {
 
     /// A new snapshot. Its parent must be committed, its name free.
     pub async fn insert(&self, info: Info, change: Change) -> Result<(), SnapshotError> {
+        let boot = self.boot;
         let insert = move |tables: &mut Tables<'_>| {
             let parents = chain(&tables.records, info.parent.as_deref())?;
             if get(&tables.records, &info.name)?.is_some() {
                 return Err(SnapshotError::AlreadyExists(info.name));
             }
             tables.put(&info)?;
+            tables.mark(&info, boot)?;
             if let Some(parent) = parents.first() {
                 tables.children.insert((parent.id.0, info.id.0), ()).map_err(StoreError::database)?;
             }
-            let next = tables.facts.get(NEXT_ID).map_err(StoreError::database)?.map_or(0, |next| next.value());
-            let next = next.max(u64::from(info.id.0) + 1);
-            tables.facts.insert(NEXT_ID, next).map_err(StoreError::database)?;
-            Ok(())
+            Ok(tables.above(info.id)?)
         };
         self.write(change, insert).await
     }
 
     /// A Committed snapshot that was never active, in place of the Active snapshot `key` that was made for it.
     pub async fn replace(&self, key: &str, info: Info) -> Result<(), SnapshotError> {
-        let key = key.to_owned();
+        let (key, boot) = (key.to_owned(), self.boot);
         let replace = move |tables: &mut Tables<'_>| {
             let parents = chain(&tables.records, info.parent.as_deref())?;
             if get(&tables.records, &info.name)?.is_some() {
@@ -363,18 +440,51 @@ impl Store {
                 return Err(SnapshotError::NotActive(key));
             }
             tables.put(&info)?;
+            tables.mark(&info, boot)?;
             tables.take(&key)?;
             tables.names.remove(active.id.0).map_err(StoreError::database)?;
             if let Some(parent) = parents.first() {
                 tables.children.insert((parent.id.0, info.id.0), ()).map_err(StoreError::database)?;
                 tables.children.remove((parent.id.0, active.id.0)).map_err(StoreError::database)?;
             }
-            let next = tables.facts.get(NEXT_ID).map_err(StoreError::database)?.map_or(0, |next| next.value());
-            let next = next.max(u64::from(info.id.0) + 1);
-            tables.facts.insert(NEXT_ID, next).map_err(StoreError::database)?;
-            Ok(())
+            Ok(tables.above(info.id)?)
         };
         self.write(Change::Durable, replace).await
+    }
+
+    /// The Committed snapshot `name` has its content in the directory `to` from now on. What was made of the content that it had is forgotten.
+    pub async fn renumber(&self, name: &str, to: SnapshotId, usage: Usage) -> Result<(), SnapshotError> {
+        let (name, boot) = (name.to_owned(), self.boot);
+        let renumber = move |tables: &mut Tables<'_>| {
+            let Some(old) = get(&tables.records, &name)? else { return Err(SnapshotError::NotFound(name)) };
+            let parent = chain(&tables.records, old.parent.as_deref())?.first().map(|link| link.id);
+            let of_it: Vec<Info> = mapped::of(old.id, &tables.records)?;
+            let children = tables.children_of(old.id)?;
+            for copy in of_it {
+                tables.forget(&copy)?;
+            }
+            tables.names.remove(old.id.0).map_err(StoreError::database)?;
+            tables.unmark(old.id)?;
+            for child in children {
+                tables.children.remove((old.id.0, child)).map_err(StoreError::database)?;
+                tables.children.insert((to.0, child), ()).map_err(StoreError::database)?;
+            }
+            if let Some(parent) = parent {
+                tables.children.remove((parent.0, old.id.0)).map_err(StoreError::database)?;
+                tables.children.insert((parent.0, to.0), ()).map_err(StoreError::database)?;
+            }
+            let info = Info { id: to, usage, ..old };
+            tables.put(&info)?;
+            tables.mark(&info, boot)?;
+            Ok(tables.above(to)?)
+        };
+        self.write(Change::Durable, renumber).await
+    }
+
+    /// These snapshots are on disk.
+    pub async fn written(&self, ids: Vec<SnapshotId>) -> Result<(), SnapshotError> {
+        let written = move |tables: &mut Tables<'_>| Ok(ids.into_iter().try_for_each(|id| tables.unmark(id))?);
+        self.write(Change::Durable, written).await
     }
 
     /// The Active snapshot `key` becomes the Committed snapshot `name`.
@@ -386,7 +496,7 @@ impl Store {
         usage: Usage,
         now: Timestamp,
     ) -> Result<(), SnapshotError> {
-        let (key, name) = (key.to_owned(), name.to_owned());
+        let (key, name, boot) = (key.to_owned(), name.to_owned(), self.boot);
         let commit = move |tables: &mut Tables<'_>| {
             if get(&tables.records, &name)?.is_some() {
                 return Err(SnapshotError::AlreadyExists(name));
@@ -396,7 +506,9 @@ impl Store {
                 return Err(SnapshotError::NotActive(key));
             }
             let kind = Kind::Committed;
-            tables.put(&Info { name, kind, labels, usage, created: now, updated: now, ..active })?;
+            let info = Info { name, kind, labels, usage, created: now, updated: now, ..active };
+            tables.put(&info)?;
+            tables.mark(&info, boot)?;
             tables.take(&key)?;
             Ok(())
         };
@@ -408,17 +520,10 @@ impl Store {
         let key = key.to_owned();
         let remove = move |tables: &mut Tables<'_>| {
             let Some(info) = get(&tables.records, &key)? else { return Err(SnapshotError::NotFound(key)) };
-            let children = (info.id.0, 0)..=(info.id.0, u32::MAX);
-            if tables.children.range(children).map_err(StoreError::database)?.next().is_some() {
+            if !tables.children_of(info.id)?.is_empty() {
                 return Err(SnapshotError::HasChildren(key));
             }
-            if let Some(parent) = &info.parent {
-                let missing = || StoreError::Inconsistent(format!("parent {parent:?} of {key:?} is missing"));
-                let parent = get(&tables.records, parent)?.ok_or_else(missing)?;
-                tables.children.remove((parent.id.0, info.id.0)).map_err(StoreError::database)?;
-            }
-            tables.take(&key)?;
-            tables.names.remove(info.id.0).map_err(StoreError::database)?;
+            tables.forget(&info)?;
             Ok(info)
         };
         self.write(change, remove).await

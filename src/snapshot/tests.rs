@@ -1,7 +1,7 @@
 //! The store: what survives, what is refused, what is shared.
 
 use super::error::{SnapshotError, StoreError};
-use super::model::{Info, Kind, Labels, Timestamp, Usage};
+use super::model::{BootId, Info, Kind, Labels, Timestamp, Usage, label};
 use super::store::{Change, LabelUpdate, Store};
 use crate::layout::SnapshotId;
 use std::path::Path;
@@ -11,7 +11,11 @@ const AT: Timestamp = Timestamp { seconds: 1, nanos: 2 };
 
 /// The store on a node that no Go snapshotter was on.
 fn open(path: &Path, floor: u32) -> Result<Store, StoreError> {
-    Store::open(path, floor, || Ok(None), || Ok(()))
+    Store::open(path, floor, None, || Ok(None), || Ok(()))
+}
+
+fn open_in(path: &Path, boot: u128) -> Store {
+    Store::open(path, 1, Some(BootId(boot)), || Ok(None), || Ok(())).unwrap()
 }
 
 fn active(store: &Store, name: &str, parent: Option<&str>) -> Info {
@@ -195,4 +199,99 @@ async fn a_damaged_database_is_reported_and_never_replaced() {
     assert!(open(&path, 1).is_err(), "pages of zeros");
     std::fs::write(&path, &good).unwrap();
     assert_eq!(names(&open(&path, 1).unwrap()).len(), 50);
+}
+
+#[tokio::test]
+async fn what_is_committed_is_marked_with_its_boot_until_it_is_written_or_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let store = open_in(&path, 7);
+    for name in ["a", "b", "c"] {
+        committed(&store, name, None).await;
+    }
+    let lazy = active(&store, "lazy-key", None);
+    store.insert(lazy, Change::Soon).await.unwrap();
+    let labels = Labels::from([(label::REMOTE.into(), label::REMOTE_VALUE.into())]);
+    store.commit("lazy-key", "lazy", labels, Usage::default(), AT).await.unwrap();
+    store.insert(active(&store, "container", Some("a")), Change::Durable).await.unwrap();
+    let in_7 = |ids: &[u32]| ids.iter().map(|id| (SnapshotId(*id), BootId(7))).collect::<Vec<_>>();
+    assert_eq!(store.unwritten().unwrap(), in_7(&[1, 2, 3]));
+    store.written(vec![SnapshotId(1)]).await.unwrap();
+    store.remove("b", Change::Durable).await.unwrap();
+    drop(store);
+    let store = open_in(&path, 8);
+    assert_eq!(store.unwritten().unwrap(), in_7(&[3]));
+    committed(&store, "d", None).await;
+    assert_eq!(store.unwritten().unwrap()[1].1, BootId(8));
+}
+
+#[tokio::test]
+async fn databases_of_before_there_were_marks_have_none_and_get_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let store = open(&path, 1).unwrap();
+    committed(&store, "old", None).await;
+    drop(store);
+    let db = redb::Database::open(&path).unwrap();
+    let txn = db.begin_write().unwrap();
+    assert!(txn.delete_table(redb::TableDefinition::<u32, u128>::new("unwritten")).unwrap());
+    txn.commit().unwrap();
+    drop(db);
+    let store = open_in(&path, 1);
+    assert_eq!(store.unwritten().unwrap(), []);
+    let new = committed(&store, "new", Some("old")).await;
+    assert_eq!(store.unwritten().unwrap(), [(new.id, BootId(1))]);
+}
+
+#[tokio::test]
+async fn a_snapshot_gets_another_number_with_all_that_stands_on_it_and_loses_its_copies() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("db");
+    let store = open_in(&path, 1);
+    for (name, parent) in [("one", None), ("two", Some("one")), ("three", Some("two"))] {
+        committed(&store, name, parent).await;
+    }
+    store.insert(active(&store, "container", Some("two")), Change::Durable).await.unwrap();
+    for name in [".mapped/2/0:1:1", ".mapped/22/0:1:1"] {
+        store.insert(Info { kind: Kind::Committed, ..active(&store, name, None) }, Change::Durable).await.unwrap();
+    }
+    let before = store.get("two").unwrap();
+    drop(store);
+    let store = open_in(&path, 2);
+    let to = store.allocate().unwrap();
+    let usage = Usage { size: 70, inodes: 7 };
+    store.renumber("two", to, usage).await.unwrap();
+    assert_eq!(store.get("two").unwrap(), Info { id: to, usage, ..before });
+    assert_eq!(names(&store), [".mapped/22/0:1:1", "container", "one", "three", "two"]);
+    let ids = |name| store.chain(Some(name)).unwrap().into_iter().map(|link| link.id.0).collect::<Vec<_>>();
+    assert_eq!(ids("three"), [3, to.0, 1]);
+    assert!(store.unwritten().unwrap().contains(&(to, BootId(2))));
+    assert!(!store.ids().unwrap().contains(&2));
+    assert!(matches!(store.renumber("none", to, usage).await, Err(SnapshotError::NotFound(_))));
+    // Nobody who stands on something can be forgotten by it, before and after.
+    drop(store);
+    let store = open_in(&path, 2);
+    assert_eq!(store.allocate().unwrap(), SnapshotId(to.0 + 1));
+    for (name, has_children) in
+        [("two", true), ("one", true), ("three", false), ("container", false), ("two", false), ("one", false)]
+    {
+        let removed = store.remove(name, Change::Durable).await;
+        assert_eq!(matches!(removed, Err(SnapshotError::HasChildren(_))), has_children, "{name}: {removed:?}");
+    }
+}
+
+#[test]
+fn boots_are_named_as_the_kernel_and_systemd_name_them() {
+    let boot = BootId(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef);
+    assert_eq!(BootId::parse("01234567-89ab-cdef-0123-456789abcdef\n"), Some(boot));
+    assert_eq!(BootId::parse("0123456789abcdef0123456789ABCDEF"), Some(boot));
+    for text in [
+        "",
+        "0123456789abcdef0123456789abcde",
+        "0123456789abcdef0123456789abcdef0",
+        "+123456789abcdef0123456789abcdef",
+        "%b",
+    ] {
+        assert_eq!(BootId::parse(text), None, "{text}");
+    }
 }

@@ -254,6 +254,7 @@ const CUSTODIAN: &[i64] = &[
     libc::SYS_rseq,
     libc::SYS_sched_getaffinity,
     libc::SYS_statx,
+    libc::SYS_syncfs,
 ];
 
 /// Making a tree out of what a pipe says. Nothing here opens a socket, starts a process, or undoes a confinement.

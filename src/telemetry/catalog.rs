@@ -260,6 +260,25 @@ messages! {
         happened "A directory of a removed snapshot or layer, or a record, could not be removed: @SOCI_ERROR@."
         means "Nothing for containers. It takes room until it can be removed; the next cleanup or start tries again."
         act "If it goes on, look at the filesystem of the root directory, and whether soci-custodian runs.";
+    LayersLost = "e8d84cdba0c3431abc03f15687dfb052" WARN Always "Unpacked layers were not on disk yet when the machine went down"
+        happened "The machine lost power, or its kernel died, moments after these layers had been unpacked: @SOCI_LAYERS@ of them (@SOCI_NAMES@). Files in \
+                  them may be empty, so they are pulled again."
+        means "What needs one of these layers waits until it is here. Nothing else is concerned."
+        act "Nothing, if the registry can be reached. The message that a layer cannot be pulled again says why.";
+    LayersDoubtful = "e3f4ed1ba7bf47d6919937f84892ad75" WARN Always "Layers that containerd unpacked were not on disk yet when the machine went down"
+        happened "The machine lost power, or its kernel died, moments after containerd had unpacked these layers: @SOCI_LAYERS@ of them (@SOCI_NAMES@). Files \
+                  in them may be empty. What image they are of was not said when they were unpacked, so they cannot be pulled again."
+        means "Containers of that image may fail in strange ways: programs that cannot be executed, configuration that is empty."
+        act "Remove the image that was pulled last before the failure, and pull it again. soci enable containerd (or cri) makes containerd say what a \
+             layer is of.";
+    LayerStillLost = "63482138944941ddb36e56336fc17966" WARN Always "A layer that was lost with the power cannot be pulled again yet"
+        happened "Snapshot @SOCI_SNAPSHOT@ was not on disk when the machine went down, and pulling it again failed: @SOCI_ERROR@."
+        means "Containers of its image do not start until it is here. It is tried again, less and less often, and whenever somebody needs it."
+        act "Look at the way to the registry and the logins for it: soci doctor IMAGE. Or remove the image and pull it again.";
+    NotSynced = "07a187a932fa4ec6824b607f59e1098f" WARN Always "Unpacked layers could not be written to disk"
+        happened "Asking the kernel to write what was unpacked failed: @SOCI_ERROR@."
+        means "Nothing while the machine runs. After a power cut these layers are taken for lost and pulled again."
+        act "Look for messages about the disk in the kernel's log, and whether soci-custodian runs. It is tried again with the next layer.";
     LinkLost = "93af02344de344ef8f897b3b9eb0f72a" WARN Always "A lazily loaded layer has lost its directory"
         happened "The link of snapshot @SOCI_SNAPSHOT@ to its layer is gone and could not be made again: @SOCI_ERROR@."
         means "New containers cannot be started from the image; those that run are not concerned."

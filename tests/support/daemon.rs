@@ -131,6 +131,13 @@ impl Daemon {
         self.restart();
     }
 
+    /// Starts it on a machine that has gone down without warning since: it is told that this is another boot.
+    pub fn power_failed(&mut self) {
+        let boot = (self.starts() + 1).to_string();
+        self.settings.env.push(("SOCI_BOOT_ID".into(), format!("{boot:0>32}")));
+        self.restart();
+    }
+
     pub fn kill(&mut self) {
         self.process.take().expect("the daemon is running").kill_9();
     }

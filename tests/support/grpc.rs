@@ -152,6 +152,10 @@ pub mod snapshots {
         client.call::<_, Mounts>(PREPARE, request).map(|m| m.mounts)
     }
 
+    pub fn mounts(client: &Client, key: &str) -> Result<Vec<Mount>, tonic::Status> {
+        client.call::<_, Mounts>(MOUNTS, self::key(key)).map(|m| m.mounts)
+    }
+
     pub fn stat(client: &Client, key: &str) -> Result<Info, tonic::Status> {
         client.call::<_, Stat>(STAT, self::key(key)).map(|s| s.info.unwrap_or_default())
     }

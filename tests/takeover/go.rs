@@ -92,7 +92,7 @@ pub enum Content {
 pub fn leave(root: &Path, manifests: &[soci::oci::Digest], content: Content) -> Vec<Info> {
     let layout = Layout::new(root);
     run(Command::new(env!("CARGO_BIN_EXE_soci-mount")).arg("--root").arg(root).arg("--unmount"));
-    let store = Store::open(&layout.snapshot_db(), 1, || Ok(None), || Ok(())).unwrap();
+    let store = Store::open(&layout.snapshot_db(), 1, None, || Ok(None), || Ok(())).unwrap();
     let infos = store.page(None, usize::MAX, &|_| true).unwrap();
     let sequence = store.allocate().unwrap().0 - 1;
     drop(store);
