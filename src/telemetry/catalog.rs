@@ -260,12 +260,12 @@ messages! {
         happened "A directory of a removed snapshot or layer, or a record, could not be removed: @SOCI_ERROR@."
         means "Nothing for containers. It takes room until it can be removed; the next cleanup or start tries again."
         act "If it goes on, look at the filesystem of the root directory, and whether soci-custodian runs.";
-    LayersLost = "e8d84cdba0c3431abc03f15687dfb052" WARN Always "Unpacked layers were not on disk yet when the machine went down"
+    LayersLost = "e8d84cdba0c3431abc03f15687dfb052" WARN Always "Layers were not on disk yet when the machine went down"
         happened "The machine lost power, or its kernel died, moments after these layers had been unpacked: @SOCI_LAYERS@ of them (@SOCI_NAMES@). Files in \
                   them may be empty, so they are pulled again."
         means "What needs one of these layers waits until it is here. Nothing else is concerned."
         act "Nothing, if the registry can be reached. The message that a layer cannot be pulled again says why.";
-    LayersDoubtful = "e3f4ed1ba7bf47d6919937f84892ad75" WARN Always "Layers that containerd unpacked were not on disk yet when the machine went down"
+    LayersDoubtful = "e3f4ed1ba7bf47d6919937f84892ad75" WARN Always "containerd's layers were not on disk when the machine went down"
         happened "The machine lost power, or its kernel died, moments after containerd had unpacked these layers: @SOCI_LAYERS@ of them (@SOCI_NAMES@). Files \
                   in them may be empty. What image they are of was not said when they were unpacked, so they cannot be pulled again."
         means "Containers of that image may fail in strange ways: programs that cannot be executed, configuration that is empty."
@@ -453,6 +453,6 @@ mod tests {
             std::fs::write(path, file()).expect("written");
         }
         let packaged = std::fs::read_to_string(path).expect("the packaged catalog");
-        assert_eq!(packaged, file(), "run this test again with SOCI_BLESS=1");
+        assert!(packaged == file(), "{path} is not what the table gives: run this test again with SOCI_BLESS=1");
     }
 }

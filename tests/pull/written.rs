@@ -69,7 +69,8 @@ fn lower(options: &[String]) -> Vec<PathBuf> {
 #[test]
 fn privileged_layers_that_were_not_on_disk_when_the_power_failed_are_pulled_again_before_anybody_sees_them() {
     let slot = Slot::take();
-    let mut node = Node::new(&slot, Version::V22, FALLBACK);
+    // Fewer attempts than by default: what cannot be had is to fail soon.
+    let mut node = Node::new(&slot, Version::V22, &format!("{FALLBACK}[blob]\nmax_retries = 1\n"));
     let mut implied = Layer::new();
     implied.file("tmp/below-a-sticky-directory", "its parent is in the lowest layer");
     let image = Image::new(vec![busybox(), bulk("bulk", 61, 3), implied]);

@@ -194,9 +194,16 @@ fn pull(snapshotter: &str, image: &str) -> Outcome<String> {
     run(CTR, &arguments).map_err(|error| error.lines().last().unwrap_or_default().to_owned())
 }
 
+/// Its first digits.
+fn boot_id() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    boot.chars().take(8).collect()
+}
+
 /// What a container sees of an image.
 fn list(snapshotter: &str, image: &str) -> Outcome<String> {
-    let name = format!("list-{image}");
+    // What an earlier boot has left of this is its own matter.
+    let name = format!("list-{image}-{}", boot_id());
     run(CTR, &["run", "--rm", "--snapshotter", snapshotter, &reference(image), &name, "/bin/sh", "-c", LIST])
 }
 
@@ -392,7 +399,7 @@ fn replace(acts: &Acts, image: &str) -> Outcome {
 fn lazily(acts: &Acts, round: usize) -> Outcome {
     let image = LAZY[round % LAZY.len()];
     replace(acts, image)?;
-    let name = format!("look-{image}-{round}");
+    let name = format!("look-{image}-{}-{round}", boot_id());
     let look = "dd if=/hello bs=1 count=5 2>/dev/null; for f in /data/*; do dd if=$f bs=64k skip=3 count=1 of=/dev/null 2>/dev/null; done";
     let reference = reference(image);
     let said = run(CTR, &["run", "--rm", "--snapshotter", "soci", &reference, &name, "/bin/sh", "-c", look])?;
@@ -410,8 +417,7 @@ fn whole(acts: &Acts, _: usize) -> Outcome {
 
 /// Containers: some are made and removed, some stay until the next boot.
 fn containers(acts: &Acts, round: usize) -> Outcome {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let name = format!("c{}-{round}", &boot[..8.min(boot.len())]);
+    let name = format!("c{}-{round}", boot_id());
     run(CTR, &["containers", "create", "--snapshotter", "soci", &reference(STEADY), &name, "/bin/cat", "/hello"])?;
     acts.say(&format!("has container {name}"))?;
     if !round.is_multiple_of(3) {
