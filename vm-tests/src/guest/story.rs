@@ -471,6 +471,12 @@ fn reboot(guest: &Guest) -> Outcome<Next> {
     }
     ensure!(std::net::TcpStream::connect(REGISTRY).is_err(), "there is still a registry");
     ensure!(is_active(DAEMON), "nobody has started the daemon before containerd: {}", status(DAEMON));
+    // By this it knows which layers an earlier boot may not have written. All were: what was pulled is used below, without a registry.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().replace('-', "");
+    let told = property(DAEMON, "Environment");
+    ensure!(told.contains(&format!("SOCI_BOOT_ID={boot}")), "the unit does not tell the boot's ID {boot}: {told}");
+    let said = journal(DAEMON, &["-o", "cat"])?;
+    ensure!(!said.contains("were not on disk yet"), "layers are taken for lost after a reboot: {said}");
     // It was started, and an overloaded machine may give it no time for seconds.
     within(PATIENCE, "containerd answers", || run("ctr", &["version"]).ok())
         .map_err(|error| format!("{error}: {} {}", status("containerd"), status(DAEMON)))?;
