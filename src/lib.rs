@@ -116,7 +116,7 @@
 //!     A wrong index is closed for good; where only an image's configuration is wrong, that
 //!     image's snapshot alone (`daemon::served`).
 //! 21. **A layer that the power took is pulled again.** Nobody waits for the disk when a layer is committed, here as elsewhere; but its record carries
-//!     the boot until the filesystem was synced, a second after a pull comes to rest. What a later boot finds marked is in no mount, so its content is
+//!     the boot until the filesystem was synced, a second after pulls come to rest. What a later boot finds marked is in no mount, so its content is
 //!     replaced under the same name, by another directory with another number, before anybody sees it (`snapshot::written`). The custodian
 //!     syncs: a process that dies in a sync is dead only when the disk has everything, and containers wait for the next daemon.
 //!

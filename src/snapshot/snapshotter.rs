@@ -499,6 +499,11 @@ impl Inner {
         }
     }
 
+    /// Whether anything is being unpacked here, or about to.
+    pub(super) fn is_unpacking(&self) -> bool {
+        !self.making.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     /// A number and its directory. The record is the caller's to write while the guard lives.
     pub(super) async fn make(&self, access: Access) -> Result<Making<'_>, SnapshotError> {
         let id = self.store.allocate()?;

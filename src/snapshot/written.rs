@@ -30,10 +30,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// A sync waits until so long after the last commit: those of one image come one after another, and writing competes with unpacking.
+/// A sync waits until so long after the last commit, and until nothing is being unpacked here, which it would slow down.
 const REST: Duration = Duration::from_secs(1);
-/// But no longer than this after the first.
-const LATEST: Duration = Duration::from_secs(10);
+/// But no longer than this after the first: by then the kernel writes of itself (`vm.dirty_expire_centisecs`).
+const LATEST: Duration = Duration::from_secs(30);
 /// From the start to the first attempt to have lost layers again, if nobody asks for them. Then twice as long each time, up to [`SELDOM`].
 const SOON: Duration = Duration::from_secs(1);
 /// See [`SOON`].
@@ -159,13 +159,14 @@ pub(super) async fn writer(inner: Weak<Inner>, wake: Arc<Notify>) {
             return;
         }
         let latest = Instant::now() + LATEST;
-        while tokio::time::timeout_at(latest.min(Instant::now() + REST), wake.notified()).await.is_ok() {
-            if inner.strong_count() == 0 || Instant::now() >= latest {
+        loop {
+            let more = tokio::time::timeout(REST, wake.notified()).await.is_ok();
+            let Some(inner) = inner.upgrade() else { return };
+            if Instant::now() >= latest || !(more || inner.is_unpacking()) {
+                inner.sync().await;
                 break;
             }
         }
-        let Some(inner) = inner.upgrade() else { return };
-        inner.sync().await;
     }
 }
 
