@@ -1,4 +1,4 @@
-//! README's first page, executed: the commands that the story runs are taken from there, so what people are told to do is what was done.
+//! README, executed: the commands that the story runs are taken from there, so what people are told to do is what was done.
 
 use super::tools::{REGISTRY, shell};
 use crate::{Outcome, ensure};
@@ -19,12 +19,15 @@ const HERE: [(&str, &str); 6] = [
     ("registry.example", REGISTRY),
 ];
 
-/// The commands of the page, as they are printed.
+/// The commands of the first page, as they are printed.
 fn commands() -> Vec<&'static str> {
-    let page = README.split(END).next().unwrap_or_default();
+    commands_in(README.split(END).next().unwrap_or_default())
+}
+
+fn commands_in(text: &'static str) -> Vec<&'static str> {
     let mut inside = false;
     let mut found = Vec::new();
-    for line in page.lines() {
+    for line in text.lines() {
         match line.strip_prefix("```") {
             Some(kind) => inside = kind == "console",
             None if inside => found
@@ -55,6 +58,18 @@ pub fn run(begin: &str) -> Outcome<String> {
     // The page names the package for Amazon Linux 2023.
     let here = here.replace(".amzn2023.", &format!(".{}.", distribution()?));
     shell(&format!("{here} 2>&1"))
+}
+
+/// Runs what follows a heading, up to the end of the first commands there, in `directory`.
+pub fn run_below(heading: &str, directory: &str) -> Outcome {
+    let below = README.split(&format!("\n## {heading}\n")).nth(1).unwrap_or_default();
+    let end = below.match_indices("\n```").nth(1).map_or(0, |(end, _)| end);
+    let commands = commands_in(&below[..end]);
+    ensure!(!commands.is_empty(), "README has no commands below {heading:?}");
+    for command in commands {
+        shell(&format!("cd {directory}; {command} 2>&1")).map_err(|error| format!("{command}: {error}"))?;
+    }
+    Ok(())
 }
 
 /// An error if the page has a command that nobody ran.
