@@ -420,7 +420,8 @@ fn containers(acts: &Acts, round: usize) -> Outcome {
     let name = format!("c{}-{round}", boot_id());
     run(CTR, &["containers", "create", "--snapshotter", "soci", &reference(STEADY), &name, "/bin/cat", "/hello"])?;
     acts.say(&format!("has container {name}"))?;
-    if !round.is_multiple_of(3) {
+    // The first: an emulated machine rarely comes to a third before its power is cut.
+    if round % 3 != 1 {
         acts.say(&format!("loses container {name}"))?;
         run(CTR, &["containers", "rm", &name])?;
     }
