@@ -33,12 +33,10 @@ pub fn listens() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-/// Which boot this is. From our unit (`%b`), as /proc/sys is hidden from it; without systemd from the kernel itself.
+/// Which boot this is. From our unit (`%b`), as /proc/sys may be hidden from it; else from the kernel itself.
 pub fn boot() -> Option<BootId> {
-    match std::env::var(BOOT) {
-        Ok(text) => BootId::parse(&text),
-        Err(_) => BootId::parse(&std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?),
-    }
+    let told = std::env::var(BOOT).ok().and_then(|text| BootId::parse(&text));
+    told.or_else(|| BootId::parse(&std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?))
 }
 
 /// What became of a message.
