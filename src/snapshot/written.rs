@@ -99,8 +99,10 @@ impl Writing {
                 names = named(&names),
                 "layers that containerd has unpacked were not on disk yet when the machine went down; files in them may be empty"
             );
-            // Once is enough.
-            store.written(ids).await.map_err(records)?;
+            // Once is enough; on a full disk it is said again.
+            if let Err(error) = store.written(ids).await {
+                tracing::debug!(error = chain(&error), "what was said of these layers is said again at the next start");
+            }
         }
         let wake = Arc::new(Notify::new());
         if !pending.is_empty() {
@@ -129,10 +131,10 @@ impl Writing {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    /// Lost layers that nobody is pulling now and nobody has pulled.
+    /// Lost layers that nobody has pulled yet. Who is pulling one just now may fail.
     fn still_lost(&self) -> Vec<SnapshotId> {
         let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        lost.iter().filter(|(_, lost)| lost.try_lock().is_ok_and(|now| now.is_none())).map(|(id, _)| *id).collect()
+        lost.iter().filter(|(_, lost)| lost.try_lock().map_or(true, |now| now.is_none())).map(|(id, _)| *id).collect()
     }
 }
 
@@ -199,15 +201,14 @@ impl Inner {
     /// Has on disk what was committed until now.
     pub(super) async fn sync(&self) {
         let _one = self.writing.syncing.lock().await;
-        let pending = |of: &Self| of.writing.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let ids: Vec<SnapshotId> = pending(self).into_iter().collect();
+        // Those that are committed during the sync are for the next one.
+        let ids = self.writing.pending.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if ids.is_empty() {
             return;
         }
-        let synced = self.disk.sync().await.map_err(|error| error.to_string());
-        let synced = match synced {
-            Ok(()) => self.store.written(ids.clone()).await.map_err(|error| chain(&error)),
-            Err(error) => Err(error),
+        let synced = match self.disk.sync().await {
+            Ok(()) => self.store.written(ids.iter().copied().collect()).await.map_err(|error| chain(&error)),
+            Err(error) => Err(error.to_string()),
         };
         match synced {
             Ok(()) => {
